@@ -1,0 +1,29 @@
+"""Non-local blocks for Detectron2. Importing this package registers all that it provides."""
+
+try:
+    import detectron2  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "nl_detectron needs Detectron2, which is not installed here: run `make setup` in "
+        "nl_detectron's folder, or install it as "
+        "https://detectron2.readthedocs.io/tutorials/install.html says."
+    ) from error
+
+__version__ = "0.1.0"
+
+import nl_detectron.data  # noqa: F401
+from nl_detectron.config import add_nonlocal_config
+from nl_detectron.layers import NonLocalBlock
+from nl_detectron.modeling import (
+    NonLocalKeypointHead,
+    build_nonlocal_backbone,
+    insert_nonlocal_blocks,
+)
+
+__all__ = [
+    "NonLocalBlock",
+    "NonLocalKeypointHead",
+    "add_nonlocal_config",
+    "build_nonlocal_backbone",
+    "insert_nonlocal_blocks",
+]

@@ -1,0 +1,252 @@
+"""The non-local block of "Non-local Neural Networks" (https://arxiv.org/abs/1711.07971)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from detectron2.layers import CNNBlockBase
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nl_detectron.layers.norm import Norm, build_norm
+from nl_detectron.layers.pairwise import (
+    concatenation_pairwise,
+    dot_product_pairwise,
+    softmax_pairwise,
+)
+from nl_detectron.validation import check_choice
+
+PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+SUBSAMPLE = ("none", "embeddings", "input")
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_MAX_POOL = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+
+
+class NonLocalBlock(CNNBlockBase):
+    """
+    z = W_z y + x with the non-local operation y of Eq. 1 (Eq. 6 and Figure 2 of the paper), as a
+    Detectron2 block: input and output have the same shape, so that it fits between any two others.
+
+    The block's children are the paper's ``theta``, ``phi``, ``g`` (1x1 convolutions to
+    ``in_channels // reduction`` channels; the plain Gaussian has neither theta nor phi), for the
+    concatenation ``concat`` (w_f, whose first half belongs to theta), ``out`` (W_z) and ``norm``.
+    Convolutions start at N(0, 0.01^2) with zero bias, as in the released code; w_f has no bias.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        dims: int = 2,
+        pairwise: str = "embedded_gaussian",
+        reduction: int = 2,
+        scale: bool = True,
+        subsample: str = "none",
+        norm: Norm = "BN",
+        zero_init: bool = True,
+    ) -> None:
+        """
+        Args:
+            in_channels: C, channels of input and output.
+            dims: 1 for sequences (B, C, L), 2 for images (B, C, H, W), 3 for video (B, C, T, H, W).
+            pairwise: the pairwise function f of Section 3.2: "gaussian", "embedded_gaussian",
+                "dot_product" or "concatenation".
+            reduction: the embeddings have C // reduction channels; the paper halves (Section 3.3).
+            scale: for the two Gaussians, multiply the logits by d ** -0.5, d being the channels of
+                theta (the released code). False is the paper's equation to the letter.
+            subsample: "embeddings" max-pools after phi and g, with kernel and stride 2 in space
+                (Section 3.3); "input" pools x before them (the released code); "none" does not
+                pool. The keys of the plain Gaussian, which has no phi, are the pooled x in both
+                cases. A spatial dimension of size 1 is left alone, and time (dims=3) always is.
+            norm: normalisation after W_z, as Detectron2's ``get_norm`` takes it: "BN", "SyncBN",
+                "FrozenBN", "GN", "LN", "" or a callable from channels to a module.
+            zero_init: start as the identity: the norm's scale (gamma) is zero; where there is no
+                trainable scale ("", "FrozenBN") it is W_z, since with both at zero, or a frozen
+                zero, the block could never learn.
+
+        Raises:
+            ValueError: an argument is not among the legal values, or C // reduction is 0.
+        """
+        super().__init__(in_channels, in_channels, stride=1)
+        check_choice("pairwise", pairwise, PAIRWISE)
+        check_choice("subsample", subsample, SUBSAMPLE)
+        check_choice("dims", dims, tuple(_CONV))
+        if not 1 <= reduction <= in_channels:
+            raise ValueError(
+                f"reduction is {reduction!r}, but must be between 1 and in_channels={in_channels}"
+            )
+        inner_channels = in_channels // reduction
+        self.dims = dims
+        self.pairwise = pairwise
+        self.subsample = subsample
+
+        conv: Any = _CONV[dims]
+        self.theta: nn.Module | None = None
+        self.phi: nn.Module | None = None
+        if pairwise != "gaussian":
+            self.theta = conv(in_channels, inner_channels, kernel_size=1)
+            self.phi = conv(in_channels, inner_channels, kernel_size=1)
+        self.g = conv(in_channels, inner_channels, kernel_size=1)
+        if pairwise == "concatenation":
+            self.concat = conv(2 * inner_channels, 1, kernel_size=1, bias=False)
+        self.out = conv(inner_channels, in_channels, kernel_size=1)
+        self.norm = build_norm(norm, in_channels)
+        # Detectron2's norms are made for images; they can't tell the positions of a sequence or
+        # a video from those of an image one pixel wide.
+        self._norm_as_image = dims != 2 and isinstance(norm, str)
+
+        embedding_channels = in_channels if pairwise == "gaussian" else inner_channels
+        self.logit_scale = embedding_channels**-0.5 if scale else 1.0
+        self._init_weights(zero_init)
+
+    def _init_weights(self, zero_init: bool) -> None:
+        for module in self.children():
+            if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if zero_init:
+            gamma = getattr(self.norm, "weight", None)
+            # FrozenBN's scale is a buffer: zero, it would stay zero.
+            nn.init.zeros_(gamma if isinstance(gamma, nn.Parameter) else self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, C, *grid), floating point; grid is L, H x W or T x H x W. B may be 0.
+
+        Returns:
+            z, same shape and dtype.
+
+        Raises:
+            ValueError: x has another number of dimensions or channels than the block.
+        """
+        self._check_input(x)
+        theta, phi, g = self._embed(x)
+        if self.pairwise == "dot_product":
+            y = dot_product_pairwise(theta, _positions(phi), _positions(g))
+        elif self.pairwise == "concatenation":
+            y = concatenation_pairwise(*self._concat_terms(theta, _positions(phi)), _positions(g))
+        else:
+            y = softmax_pairwise(theta, _positions(phi), _positions(g), self.logit_scale)
+        return x + self._restore(y, x.shape[2:]).to(x.dtype)
+
+    def attention(self, x: Tensor, positions: Tensor | Sequence) -> Tensor:
+        """
+        What some positions attend to: the weights f(x_i, x_j) / C(x) of Eq. 1. Memory grows with
+        the number of chosen positions only.
+
+        Args:
+            x: (B, C, *grid) as in :meth:`forward`.
+            positions: the query positions, the same for each of the batch: integers (Q,), indices
+                into the flattened grid, or (Q, dims), coordinates in the order of the grid (row,
+                column for images).
+
+        Returns:
+            (B, Q, *key grid), float32 for half precision x. The key grid is the input's, halved in
+            space by ``subsample``. The weights of the Gaussians sum to 1 over it; those of the
+            others need not be positive or bounded.
+
+        Raises:
+            ValueError: x does not fit the block, or positions have the wrong shape or lie outside.
+        """
+        self._check_input(x)
+        index = _flat_index(torch.as_tensor(positions, device=x.device), x.shape[2:])
+        theta, phi, _ = self._embed(x)
+        key_grid = phi.shape[2:]
+        theta, phi = theta[:, index], _positions(phi)
+        if theta.dtype in (torch.float16, torch.bfloat16):
+            theta, phi = theta.float(), phi.float()
+        with torch.autocast(x.device.type, enabled=False):
+            if self.pairwise == "dot_product":
+                weights = theta @ phi.mT / phi.shape[1]
+            elif self.pairwise == "concatenation":
+                a, b = self._concat_terms(theta, phi)
+                weights = (a.unsqueeze(2) + b.unsqueeze(1)).relu() / phi.shape[1]
+            else:
+                weights = (self.logit_scale * theta @ phi.mT).softmax(2)
+        return weights.unflatten(2, key_grid)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}: a {self.dims}-D NonLocalBlock of "
+                f"{self.in_channels} channels needs (batch, {self.in_channels}"
+                + ", size" * self.dims
+                + ")"
+            )
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta as (B, N_q, d); phi (B, d, *key grid) and g (B, c, *key grid), subsampled."""
+        keys = self._max_pool(x) if self.subsample == "input" else x
+        g = self.g(keys)
+        if self.theta is None or self.phi is None:
+            theta, phi = x, keys
+        else:
+            theta, phi = self.theta(x), self.phi(keys)
+        if self.subsample == "embeddings":
+            phi, g = self._max_pool(phi), self._max_pool(g)
+        return _positions(theta), phi, g
+
+    def _max_pool(self, x: Tensor) -> Tensor:
+        grid = x.shape[2:]
+        kernel = [2 if size > 1 else 1 for size in grid]
+        if self.dims == 3:
+            kernel[0] = 1
+        return _MAX_POOL[self.dims](x, kernel, kernel)
+
+    def _concat_terms(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """w_theta^T theta_i, (B, N_q), and w_phi^T phi_j, (B, N_k)."""
+        weight = self.concat.weight.flatten().to(theta.dtype)
+        w_theta, w_phi = weight.chunk(2)
+        return theta @ w_theta, phi @ w_phi
+
+    def _restore(self, y: Tensor, grid: torch.Size) -> Tensor:
+        """W_z y and its norm: (B, N_q, c) to (B, C, *grid)."""
+        if y.dtype == torch.float32 and self.out.weight.dtype == torch.float16:
+            # y was kept in float32 because it may not fit (see pairwise.py); nor may W_z y.
+            z = functional.linear(y, self.out.weight.flatten(1).float(), self.out.bias.float())
+            limit = torch.finfo(torch.float16).max
+            return self._normalize(z.clamp(-limit, limit).half().mT.unflatten(2, grid))
+        # Autocast, which would take such a y back to float16, has nothing to do for a y that has
+        # the weights' dtype.
+        fits = y.dtype == self.out.weight.dtype
+        with torch.autocast(y.device.type, enabled=False) if fits else nullcontext():
+            return self._normalize(self.out(y.mT.unflatten(2, grid)))
+
+    def _normalize(self, z: Tensor) -> Tensor:
+        if self.norm is None:
+            return z
+        if self._norm_as_image:
+            return self.norm(z.flatten(2).unsqueeze(3)).reshape(z.shape)
+        return self.norm(z)
+
+
+def _positions(x: Tensor) -> Tensor:
+    """(B, C, *grid) to (B, N, C)."""
+    return x.flatten(2).mT
+
+
+def _flat_index(positions: Tensor, grid: torch.Size) -> Tensor:
+    """(Q,) indices into the flattened grid, or (Q, dims) coordinates, to checked (Q,) indices."""
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise ValueError(f"positions are {positions.dtype}, but must be integers")
+    if positions.dim() == 1:
+        sizes = [grid.numel()]
+    elif positions.dim() == 2 and positions.shape[1] == len(grid):
+        sizes = list(grid)
+    else:
+        raise ValueError(
+            f"positions have shape {tuple(positions.shape)}, but must have shape (Q,), indices "
+            f"into the flattened grid, or (Q, {len(grid)}), coordinates"
+        )
+    index = positions.new_zeros(positions.shape[0], dtype=torch.long)
+    for size, coordinate in zip(sizes, positions.reshape(-1, len(sizes)).unbind(1)):
+        if ((coordinate < 0) | (coordinate >= size)).any():
+            raise ValueError(f"positions {positions.tolist()} leave the grid {tuple(grid)}")
+        index = index * size + coordinate
+    return index

@@ -1,0 +1,42 @@
+"""Detectron2's normalisation layers by name, the same for every version of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Union
+
+from detectron2.layers import get_norm
+from torch import Tensor, nn
+
+from nl_detectron.validation import check_choice
+
+NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "")
+Norm = Union[str, Callable[[int], nn.Module], None]
+
+
+def build_norm(norm: Norm, channels: int) -> nn.Module | None:
+    """
+    Args:
+        norm: a name that Detectron2's ``get_norm`` knows (the module takes (B, channels, H, W)), a
+            callable from channels to a module, or ``""`` or None for no normalisation.
+        channels: channels of the input.
+
+    Raises:
+        ValueError: the name is unknown, or "GN" (32 groups) does not divide the channels.
+    """
+    if norm is None or norm == "":
+        return None
+    if callable(norm):
+        return norm(channels)
+    check_choice("norm", norm, NORMS)
+    if norm == "GN" and channels % 32:
+        raise ValueError(f'norm "GN" has 32 groups, which do not divide {channels} channels')
+    # Detectron2 0.6 has no "LN".
+    return ChannelLayerNorm(channels) if norm == "LN" else get_norm(norm, channels)
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

@@ -1,0 +1,219 @@
+"""
+The non-local operation of "Non-local Neural Networks" (https://arxiv.org/abs/1711.07971, Eq. 1),
+
+    y_i = 1 / C(x) * sum_j f(x_i, x_j) g(x_j),
+
+for the four pairwise functions f of Section 3.2, on tensors whose positions are already flattened.
+All are exact, and none of them holds a tensor with an entry for every pair (i, j) of a large input:
+
+=================== ============================== ======= ======================================
+pairwise function   f(x_i, x_j)                    C(x)    cost (N positions, d = c channels)
+=================== ============================== ======= ======================================
+(embedded) Gaussian exp(scale * theta_i^T phi_j)   sum f   O(N^2 d) time, O(N) memory
+dot product         theta_i^T phi_j                N_k     O(min(N^2 d, N d^2)) time
+concatenation       ReLU(a_i + b_j)                N_k     O(N log N + N d) time
+=================== ============================== ======= ======================================
+
+Shapes, here and below: B is the batch, N_q the number of positions y is computed at (the queries),
+N_k the number of positions that are summed over (the keys; fewer than N_q when they are
+subsampled), d the channels of theta and phi, c those of g. B and N_q may be 0.
+
+Half precision inputs are accumulated in float32. The softmax kinds return the dtype of ``g``: their
+y is an average of g, so it fits. The 1 / N_k kinds return float32 for float16 inputs: their y is a
+product of three embeddings and may well not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# Queries are taken this many at a time, and fewer when a block of logits (B, queries, N_k) would
+# exceed the number of elements below (16 MiB in float32).
+_MAX_QUERIES_PER_BLOCK = 512
+_MAX_LOGITS_PER_BLOCK = 2**22
+
+
+def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
+    """
+    The operation with f = exp(scale * theta_i^T phi_j): Gaussian (theta = phi = x, Eq. 2) and
+    embedded Gaussian (Eq. 3). f / C is a softmax over j.
+
+    Args:
+        theta: (B, N_q, d), floating point.
+        phi: (B, N_k, d), same dtype.
+        g: (B, N_k, c), same dtype.
+        scale: multiplies the logits; 1 is the paper's equation, d ** -0.5 its released code.
+
+    Returns:
+        (B, N_q, c), same dtype.
+    """
+    if g.is_cuda and theta.dtype == g.dtype in _HALF and theta.shape[2] == g.shape[2]:
+        # CUDA's fused kernels accumulate in float32, and are used for d = c only.
+        return functional.scaled_dot_product_attention(theta, phi, g, scale=scale)
+    return _BlockwiseSoftmax.apply(theta, phi, g, scale)
+
+
+def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    """
+    The operation with f = theta_i^T phi_j and C = N_k (Eq. 4).
+
+    It is a product of three matrices; multiplying the cheaper pair first is exact, and for large
+    inputs that is theta (phi^T g): no N_q x N_k matrix appears.
+
+    Args:
+        theta: (B, N_q, d), floating point.
+        phi: (B, N_k, d), same dtype.
+        g: (B, N_k, c), same dtype.
+
+    Returns:
+        (B, N_q, c), same dtype; float32 if that is float16.
+    """
+    output_dtype = _sum_dtype(theta.dtype)
+    (queries, d), (keys, c) = theta.shape[1:], g.shape[1:]
+    with torch.autocast(theta.device.type, enabled=False):
+        theta, phi, g = _accumulable(theta), _accumulable(phi), _accumulable(g)
+        if queries * keys * (d + c) < (queries + keys) * d * c:
+            y = (theta @ phi.mT / keys) @ g
+        else:
+            y = theta @ (phi.mT @ (g / keys))
+    return y.to(output_dtype)
+
+
+def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+    """
+    The operation with f = ReLU(w_f^T [theta_i, phi_j]) and C = N_k (Eq. 5).
+
+    w_f^T [theta_i, phi_j] is the sum of a query's part a_i = w_theta^T theta_i and a key's part
+    b_j = w_phi^T phi_j. In the order of b, the keys on which the ReLU is active for a query are a
+    suffix, so that prefix sums of g and of b * g give y without looking at any pair.
+
+    Args:
+        a: (B, N_q), floating point.
+        b: (B, N_k), same dtype.
+        g: (B, N_k, c), same dtype.
+
+    Returns:
+        (B, N_q, c), same dtype; float32 if that is float16.
+    """
+    output_dtype = _sum_dtype(g.dtype)
+    with torch.autocast(g.device.type, enabled=False):
+        y = _RampSum.apply(_accumulable(a), _accumulable(b), _accumulable(g))
+        return (y / b.shape[1]).to(output_dtype)
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _accumulable(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in _HALF else x
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a product of three embeddings: bfloat16 has the range for it, float16 not."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+class _BlockwiseSoftmax(torch.autograd.Function):
+    """
+    softmax(scale * theta phi^T) g, a block of queries at a time. The backward pass computes the
+    softmax again from the saved log-sum-exp, so that both passes need memory linear in N_q + N_k.
+
+    phi and g are centred first. The softmax does not see a constant in phi, and one in g passes
+    through it, but in float32 both would cost digits, above all in the gradients, whose sums over
+    the keys cancel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
+        with torch.autocast(theta.device.type, enabled=False):
+            keys, _ = _centred(phi)
+            values, mean = _centred(g)
+            y = values.new_empty(*theta.shape[:2], g.shape[2])
+            logsumexp = values.new_empty(*theta.shape[:2], 1)
+            for block in _query_blocks(theta, phi):
+                logits = (_accumulable(theta[:, block]) * scale) @ keys.mT
+                logsumexp[:, block] = logits.logsumexp(2, keepdim=True)
+                y[:, block] = logits.sub_(logsumexp[:, block]).exp_() @ values
+        ctx.save_for_backward(theta, phi, g, y, logsumexp)
+        ctx.scale = scale
+        return (y + mean).to(g.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        theta, phi, g, y, logsumexp = ctx.saved_tensors
+        with torch.autocast(theta.device.type, enabled=False):
+            keys, values = _centred(phi)[0], _centred(g)[0]
+            grad_theta = torch.empty_like(theta)
+            grad_phi, grad_g = torch.zeros_like(keys), torch.zeros_like(values)
+            for block in _query_blocks(theta, phi):
+                queries = _accumulable(theta[:, block]) * ctx.scale
+                grad = _accumulable(grad_y[:, block])
+                weights = (queries @ keys.mT).sub_(logsumexp[:, block]).exp_()
+                grad_g += weights.mT @ grad
+                # The softmax's Jacobian: dlogits = weights * (dweights - sum_j weights dweights),
+                # and that sum is y . dy.
+                grad_logits = grad @ values.mT
+                grad_logits -= (grad * y[:, block]).sum(2, keepdim=True)
+                grad_logits *= weights
+                grad_theta[:, block] = (grad_logits @ keys) * ctx.scale
+                grad_phi += grad_logits.mT @ queries
+        return grad_theta, grad_phi.to(phi.dtype), grad_g.to(g.dtype), None
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x less its mean over the positions, and that mean."""
+    x = _accumulable(x)
+    mean = x.mean(1, keepdim=True)
+    return x - mean, mean
+
+
+def _query_blocks(theta: Tensor, phi: Tensor) -> list[slice]:
+    (batch, queries), keys = theta.shape[:2], phi.shape[1]
+    size = _MAX_LOGITS_PER_BLOCK // max(1, batch * keys)
+    size = min(max(size, 1), _MAX_QUERIES_PER_BLOCK)
+    return [slice(start, start + size) for start in range(0, queries, size)]
+
+
+class _RampSum(torch.autograd.Function):
+    """
+    y_i = sum_j ReLU(a_i + b_j) g_j. Its gradients are sums of the same kind over the same active
+    pairs, with the roles of queries and keys exchanged.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b, g)
+        return _sums_over_active(a, b, g)[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
+        a, b, g = ctx.saved_tensors
+        grad_a = (_sums_over_active(a, b, g)[0] * grad_y).sum(2)
+        step_sum, grad_g = _sums_over_active(b, a, grad_y)
+        return grad_a, (step_sum * g).sum(2), grad_g
+
+
+def _sums_over_active(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j g_j and sum_j (a_i + b_j) g_j over the j with a_i + b_j > 0; (B, N_a, c) each."""
+    # Only a + b matters: centring b keeps a * sum g and sum b g from being large numbers that
+    # cancel.
+    centre = b.sum(1, keepdim=True) / max(b.shape[1], 1)
+    a, b = a + centre, b - centre
+    # In descending order of b the active keys are a prefix, whose length is the number of
+    # -b_j < a_i.
+    b, order = b.sort(1, descending=True)
+    g = g.gather(1, order.unsqueeze(2).expand_as(g))
+    active = torch.searchsorted(-b, a).unsqueeze(2).expand(-1, -1, g.shape[2])
+
+    def sum_of_active(values: Tensor) -> Tensor:
+        return functional.pad(values, (0, 0, 1, 0)).cumsum_(1).gather(1, active)
+
+    step_sum = sum_of_active(g)
+    return step_sum, a.unsqueeze(2) * step_sum + sum_of_active(b.unsqueeze(2) * g)

@@ -1,0 +1,26 @@
+"""Errors that name the thing, the offending value, the legal ones and the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+
+def check_choice(name: str, value: object, legal: Collection[object]) -> None:
+    """
+    Raises:
+        ValueError: ``value`` is not among ``legal``.
+    """
+    # "1 == True" must not let a bool through where a number is meant, nor the reverse.
+    if any(value == choice and type(value) is type(choice) for choice in legal):
+        return
+    choices = ", ".join(repr(choice) for choice in legal)
+    raise ValueError(
+        f"{name} is {value!r}, but must be one of {choices}{did_you_mean(value, legal)}"
+    )
+
+
+def did_you_mean(value: object, legal: Collection[object]) -> str:
+    """``; did you mean 'res4'?`` for a value close to a legal one, else the empty string."""
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in legal], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,67 @@
+"""The non-local operation and block in float64, written straight from the paper's equations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+POOL = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+
+
+def weights(
+    pairwise: str, theta: Tensor, phi: Tensor, scale: float = 1.0, w_f: Tensor | None = None
+) -> Tensor:
+    """f(x_i, x_j) / C(x) for all pairs, (B, N_q, N_k), from (B, N_q, d) and (B, N_k, d)."""
+    num_keys = phi.shape[1]
+    products = torch.einsum("bid,bjd->bij", theta, phi)
+    if pairwise in ("gaussian", "embedded_gaussian"):
+        # The largest logit is taken off for the exponential to stay finite; it cancels.
+        f = torch.exp(scale * products - (scale * products).amax(2, keepdim=True))
+        return f / f.sum(2, keepdim=True)
+    if pairwise == "dot_product":
+        return products / num_keys
+    pairs = torch.cat(
+        [
+            theta.unsqueeze(2).expand(-1, -1, num_keys, -1),
+            phi.unsqueeze(1).expand(-1, theta.shape[1], -1, -1),
+        ],
+        dim=3,
+    )
+    return torch.relu(pairs @ w_f) / num_keys
+
+
+def pool(x: Tensor) -> Tensor:
+    dims = x.dim() - 2
+    kernel = [2 if size > 1 else 1 for size in x.shape[2:]]
+    if dims == 3:
+        kernel[0] = 1
+    return POOL[dims](x, kernel, kernel)
+
+
+def block(x: Tensor, tensors: dict, pairwise: str, subsample: str, scale: bool) -> Tensor:
+    """z of a NonLocalBlock without norm, whose state_dict is ``tensors``."""
+
+    def embed(name: str, x: Tensor) -> Tensor:
+        weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        return CONV[x.dim() - 2](x, weight, bias)
+
+    keys = pool(x) if subsample == "input" else x
+    g = embed("g", keys)
+    if pairwise == "gaussian":
+        theta, phi = x, keys
+    else:
+        theta, phi = embed("theta", x), embed("phi", keys)
+    if subsample == "embeddings":
+        phi, g = pool(phi), pool(g)
+    f = weights(
+        pairwise,
+        theta.flatten(2).transpose(1, 2),
+        phi.flatten(2).transpose(1, 2),
+        theta.shape[1] ** -0.5 if scale else 1.0,
+        tensors["concat.weight"].flatten() if pairwise == "concatenation" else None,
+    )
+    y = torch.einsum("bij,bcj->bci", f, g.flatten(2)).reshape(x.shape[0], -1, *x.shape[2:])
+    return x + embed("out", y)

@@ -1,0 +1,144 @@
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nl_detectron.layers import concatenation_pairwise, dot_product_pairwise, softmax_pairwise
+from tests.layers import reference
+
+D, C = 5, 3
+
+
+def fast(kind, theta, phi, g, w_f=None, scale=0.7):
+    if kind == "softmax":
+        return softmax_pairwise(theta, phi, g, scale)
+    if kind == "dot_product":
+        return dot_product_pairwise(theta, phi, g)
+    w_theta, w_phi = w_f.chunk(2)
+    return concatenation_pairwise(theta @ w_theta, phi @ w_phi, g)
+
+
+def exact(kind, theta, phi, g, w_f=None, scale=0.7):
+    theta, phi, g, w_f = (None if t is None else t.double() for t in (theta, phi, g, w_f))
+    pairwise = "embedded_gaussian" if kind == "softmax" else kind
+    return reference.weights(pairwise, theta, phi, scale, w_f) @ g
+
+
+def relative_error(actual, expected):
+    return float((actual.double() - expected).norm().detach() / expected.norm().detach())
+
+
+KINDS = ("softmax", "dot_product", "concatenation")
+
+
+def inputs(batch=2, queries=11, keys=7, d=D, c=C, dtype=torch.float64, mean=0.0):
+    torch.manual_seed(0)
+    shapes = [(batch, queries, d), (batch, keys, d), (batch, keys, c), (2 * d,)]
+    return [(torch.randn(shape) + mean).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("queries", "keys"), [(11, 7), (7, 11), (1, 9), (9, 1), (1, 1)])
+def test_equals_the_equation(kind, queries, keys):
+    arguments = inputs(queries=queries, keys=keys)
+    actual, expected = fast(kind, *arguments), exact(kind, *arguments)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(expected)
+    used = arguments if kind == "concatenation" else arguments[:3]
+    for a, e in zip(
+        torch.autograd.grad(actual, used, grad), torch.autograd.grad(expected, used, grad)
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    theta, phi, g, w_f = inputs()
+    assert torch.autograd.gradcheck(
+        lambda *tensors: fast(kind, *tensors, w_f.detach()), (theta, phi, g)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dot_products_other_order(kind):
+    # More channels than positions: the dot product multiplies theta phi^T first.
+    arguments = inputs(queries=4, keys=3, d=40, c=40)
+    torch.testing.assert_close(fast(kind, *arguments), exact(kind, *arguments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mean", [0.0, 3.0])
+def test_float32_is_accurate_over_many_positions(kind, mean):
+    # Sums of thousands of terms of one sign lose digits when they are done carelessly.
+    arguments = inputs(batch=1, queries=1500, keys=6000, d=8, c=8, dtype=torch.float32, mean=mean)
+    actual = fast(kind, *arguments, scale=8**-0.5)
+    expected = exact(kind, *arguments, scale=8**-0.5)
+    assert relative_error(actual, expected) < 5e-6
+    used = arguments[:3]
+    grad = torch.ones_like(actual) + torch.randn_like(actual)
+    gradients = zip(
+        torch.autograd.grad(actual, used, grad), torch.autograd.grad(expected, used, grad.double())
+    )
+    for a, e in gradients:
+        assert relative_error(a, e.double()) < 5e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0)])
+def test_empty(kind, batch, queries):
+    arguments = inputs(batch=batch, queries=queries)
+    y = fast(kind, *arguments)
+    assert y.shape == (batch, queries, C)
+    y.sum().backward()
+    for tensor in arguments[:3]:
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_overflow(kind, dtype):
+    # Logits reach 512 * 50 * 50 = 1.28e6, 20 times float16's largest number.
+    torch.manual_seed(0)
+    theta, phi, g = (50 * torch.sign(torch.randn(1, 40, 512)).to(dtype) for _ in range(3))
+    theta.requires_grad_()
+    w_f = torch.full((1024,), 0.1, dtype=dtype)
+    y = fast(kind, theta, phi, g, w_f, scale=1.0)
+    assert y.isfinite().all()
+    assert relative_error(y, exact(kind, theta, phi, g, w_f, scale=1.0)) < 1e-2
+    y.float().mean().backward()
+    assert theta.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_does_not_lower_the_precision(kind):
+    arguments = inputs(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        # The products that make a and b are the caller's.
+        w_theta, w_phi = (w.float() for w in arguments[3].chunk(2))
+        terms = [(arguments[0] * w_theta).sum(2), (arguments[1] * w_phi).sum(2), arguments[2]]
+        y = concatenation_pairwise(*terms) if kind == "concatenation" else fast(kind, *arguments)
+    assert relative_error(y, exact(kind, *arguments)) < 1e-6
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest number of elements of any tensor that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_holds_no_matrix_of_all_pairs(kind):
+    queries, keys = 3000, 6000
+    arguments = inputs(batch=1, queries=queries, keys=keys, dtype=torch.float32)
+    with LargestTensor() as largest:
+        fast(kind, *arguments).sum().backward()
+    assert largest.elements <= queries * keys / 4
