@@ -1,0 +1,64 @@
+"""The registered keypoint head with non-local blocks (Section 6.1 of the paper)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.roi_heads import ROI_KEYPOINT_HEAD_REGISTRY
+from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
+
+from nl_detectron.config import block_options
+from nl_detectron.layers import NonLocalBlock
+from nl_detectron.modeling.insertion import insert_child
+
+
+@ROI_KEYPOINT_HEAD_REGISTRY.register()
+class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
+    """
+    Detectron2's keypoint head with a non-local block after every few of its convolutions (and
+    their ReLU). The paper has 8 convolutions and a block after every 2. The head's own parameters
+    keep their names; the blocks are ``nonlocal2``, ``nonlocal4``, ... after ``conv_fcn2``, ...
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: ShapeSpec,
+        *,
+        conv_dims: list[int],
+        nonlocal_every: int,
+        nonlocal_options: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            input_shape: shape of the region features.
+            conv_dims: output channels of each convolution.
+            nonlocal_every: a block after every so many convolutions; 0 is none.
+            nonlocal_options: keyword arguments of :class:`NonLocalBlock`.
+            **kwargs: those of ``KRCNNConvDeconvUpsampleHead``.
+
+        Raises:
+            ValueError: ``nonlocal_every`` is negative or more than there are convolutions.
+        """
+        if not 0 <= nonlocal_every <= len(conv_dims):
+            raise ValueError(
+                f"MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY is {nonlocal_every}, but must be from 0 "
+                f"(no blocks) to {len(conv_dims)}, the number of convolutions in the head"
+            )
+        super().__init__(input_shape, conv_dims=conv_dims, **kwargs)
+        # Only now: the parent's own initialisation runs over every parameter it finds.
+        if nonlocal_every:
+            for number in range(nonlocal_every, len(conv_dims) + 1, nonlocal_every):
+                block = NonLocalBlock(conv_dims[number - 1], **nonlocal_options)
+                insert_child(self, f"conv_fcn_relu{number}", f"nonlocal{number}", block)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        return {
+            **super().from_config(cfg, input_shape),
+            "nonlocal_every": cfg.MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY,
+            "nonlocal_options": block_options(cfg),
+        }
