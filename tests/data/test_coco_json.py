@@ -1,0 +1,327 @@
+import json
+import logging
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    get_detection_dataset_dicts,
+)
+from PIL import Image
+
+from nl_detectron.data import configure_for_dataset, register_coco_json
+
+PERSON = {
+    "id": 7,
+    "name": "person",
+    "keypoints": ["nose", "left_hand", "right_hand"],
+    "skeleton": [[1, 2], [1, 3]],
+}
+TRIANGLE = [[10, 10, 30, 10, 30, 30]]
+
+
+def hand_made_coco():
+    """As people write it: ids from 0 and with gaps, no area or iscrowd, keypoints on some."""
+    return {
+        "images": [
+            {"id": 0, "file_name": "a.png", "height": 48, "width": 64},
+            {"id": 5, "file_name": "sub/folder/b.png", "height": 48, "width": 64},
+            {"id": 6, "file_name": "unlabelled.png", "height": 48, "width": 64},
+        ],
+        "annotations": [
+            {
+                "id": 0,
+                "image_id": 0,
+                "category_id": 7,
+                "bbox": [10, 10, 20, 20],
+                "segmentation": TRIANGLE,
+                "keypoints": [12, 11, 2, 20, 15, 2, 28, 25, 1],
+            },
+            {
+                "id": 1,
+                "image_id": 0,
+                "category_id": 3,
+                "bbox": [40, 5, 10, 30],
+                "segmentation": [[40, 5, 50, 5, 50, 35, 40, 35]],
+            },
+            {
+                "id": 2,
+                "image_id": 5,
+                "category_id": 3,
+                "bbox": [0, 0, 20, 10],
+                "segmentation": [[0, 0, 20, 0, 20, 10, 0, 10]],
+            },
+        ],
+        "categories": [deepcopy(PERSON), {"id": 3, "name": "dog"}],
+    }
+
+
+def rle_of(top, left, bottom, right, compressed):
+    mask = np.zeros((48, 64), np.uint8, order="F")
+    mask[top:bottom, left:right] = 1
+    if compressed:
+        rle = mask_util.encode(mask)
+        return {"size": rle["size"], "counts": rle["counts"].decode()}
+    flat = mask.ravel(order="F")
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    return {"size": [48, 64], "counts": np.diff([0, *changes, flat.size]).tolist()}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a dataset and its images; return the JSON file and the image folder."""
+
+    def write(coco, name="mine"):
+        for image in coco["images"]:
+            path = tmp_path / "images" / image["file_name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (image["width"], image["height"])).save(path)
+        json_file = tmp_path / f"{name}.json"
+        json_file.write_text(json.dumps(coco))
+        return json_file, tmp_path / "images"
+
+    return write
+
+
+@pytest.fixture
+def register(write):
+    def register(coco, name="mine"):
+        register_coco_json(name, *write(coco, name))
+
+    yield register
+    for name in ("mine", "mine_val"):
+        DatasetCatalog.pop(name, None)
+        MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def cfg():
+    cfg = get_cfg()
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
+    return cfg
+
+
+def test_registers_metadata_and_records(register):
+    register(hand_made_coco())
+    metadata = MetadataCatalog.get("mine")
+    assert metadata.thing_classes == ["dog", "person"]
+    assert metadata.keypoint_names == PERSON["keypoints"]
+    assert metadata.keypoint_flip_map == [("left_hand", "right_hand")]
+    assert [rule[:2] for rule in metadata.keypoint_connection_rules] == [
+        ("nose", "left_hand"),
+        ("nose", "right_hand"),
+    ]
+    records = DatasetCatalog.get("mine")
+    assert [len(record["annotations"]) for record in records] == [2, 1, 0]
+    assert [a["category_id"] for a in records[0]["annotations"]] == [1, 0]
+    assert records[1]["file_name"].endswith("images/sub/folder/b.png")
+    assert all(len(a["keypoints"]) == 9 for r in records for a in r["annotations"])
+
+
+def test_fills_in_what_evaluation_reads(register, tmp_path, caplog):
+    coco = hand_made_coco()
+    with caplog.at_level(logging.INFO):
+        register(coco)
+    assert "area, distinct ids from 1, info, iscrowd, keypoints, num_keypoints" in caplog.text
+    assert json.loads((tmp_path / "mine.json").read_text()) == coco  # the user's file stays
+    completed = json.loads(Path(MetadataCatalog.get("mine").json_file).read_text())
+    assert [a["id"] for a in completed["annotations"]] == [1, 2, 3]
+    assert [a["num_keypoints"] for a in completed["annotations"]] == [3, 0, 0]
+    assert [a["area"] for a in completed["annotations"]] == pytest.approx([200, 300, 200], abs=15)
+
+
+def test_complete_file_is_used_as_it_is(register, tmp_path):
+    register(hand_made_coco())
+    completed = json.loads(Path(MetadataCatalog.get("mine").json_file).read_text())
+    register(completed)
+    assert MetadataCatalog.get("mine").json_file == str(tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize("with_keypoints", [True, False])
+@pytest.mark.parametrize("segmentation", ["polygons", "compressed", "uncompressed", None])
+def test_ground_truth_scores_one(register, evaluate_ground_truth, with_keypoints, segmentation):
+    coco = hand_made_coco()
+    if not with_keypoints:
+        coco["categories"][0] = {"id": 7, "name": "person"}
+        del coco["annotations"][0]["keypoints"]
+    for annotation in coco["annotations"]:
+        if segmentation is None:
+            del annotation["segmentation"]
+        elif segmentation != "polygons":
+            x, y, width, height = annotation["bbox"]
+            annotation["segmentation"] = rle_of(
+                y, x, y + height, x + width, compressed=segmentation == "compressed"
+            )
+    register(coco)
+    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
+    assert ("segm" in results) == (segmentation is not None)
+    assert ("keypoints" in results) == with_keypoints
+    assert [results[task]["AP"] for task in results] == pytest.approx([100] * len(results))
+
+
+def test_registering_again_replaces(register):
+    register(hand_made_coco())
+    assert len(DatasetCatalog.get("mine")) == 3
+    coco = hand_made_coco()
+    coco["categories"][0]["name"] = "human"
+    coco["images"].pop()
+    register(coco)
+    assert len(DatasetCatalog.get("mine")) == 2
+    assert MetadataCatalog.get("mine").thing_classes == ["dog", "human"]
+
+
+def change(section, i, **values):
+    def apply(coco):
+        coco[section][i].update(values)
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda coco: coco.pop("categories"), "no list 'categories'"),
+        (lambda coco: coco.update(images={}), "no list 'images'"),
+        (lambda coco: coco["annotations"].clear(), "has no annotations"),
+        (lambda coco: coco["images"][1].pop("height"), r"images\[1\] has no 'height'"),
+        (lambda coco: coco["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
+        (change("annotations", 1, category_id=4), "category_id 4, not among the categories"),
+        (change("annotations", 1, image_id="0"), "image_id '0', not among the images"),
+        (change("annotations", 1, bbox=[1, 2]), r"bbox \[1, 2\], not \[x, y, width, height\]"),
+        (change("annotations", 1, segmentation=TRIANGLE[0]), "nor a list of polygons"),
+        (change("annotations", 1, segmentation=[[1, 1, 5, 5]]), "nor a list of polygons"),
+        (change("annotations", 0, keypoints=[1, 1, 2]), "has 3 numbers in 'keypoints'"),
+        (change("categories", 1, keypoints=["tail"]), "'person' and 'dog' have different lists"),
+        (change("categories", 0, skeleton=[[0, 1]]), r"skeleton's \[0, 1\]"),
+        (
+            lambda coco: [a.update(bbox=[0.1, 0.2, 0.5, 0.5]) for a in coco["annotations"]],
+            "COCO's are in pixels",
+        ),
+    ],
+)
+def test_explains_what_is_wrong_with_a_file(write, spoil, message):
+    json_file, image_root = write(hand_made_coco())
+    coco = hand_made_coco()
+    spoil(coco)
+    json_file.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match=message) as error:
+        register_coco_json("mine", json_file, image_root)
+    assert str(json_file) in str(error.value)
+    assert "mine" not in DatasetCatalog
+
+
+@pytest.mark.parametrize("text", ["{images: []}", "", "[1, 2]"])
+def test_explains_files_of_another_format(tmp_path, text):
+    (tmp_path / "mine.json").write_text(text)
+    with pytest.raises(ValueError, match=r"is not JSON|is not in COCO's format"):
+        register_coco_json("mine", tmp_path / "mine.json", tmp_path)
+
+
+def test_explains_missing_files(write, tmp_path):
+    json_file, image_root = write(hand_made_coco())
+    with pytest.raises(FileNotFoundError, match=r"annotation file .*other\.json does not exist"):
+        register_coco_json("mine", tmp_path / "other.json", image_root)
+    with pytest.raises(FileNotFoundError, match=r"image folder .*nowhere does not exist"):
+        register_coco_json("mine", json_file, tmp_path / "nowhere")
+    (image_root / "sub/folder/b.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"'sub/folder/b\.png' \(id 5\) is not in"):
+        register_coco_json("mine", json_file, image_root)
+
+
+def test_configure(register, cfg, caplog):
+    register(hand_made_coco())
+    register(hand_made_coco(), "mine_val")
+    with caplog.at_level(logging.INFO):
+        configure_for_dataset(cfg, "mine", "mine_val")
+    assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("mine",), ("mine_val",))
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 2
+    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 3
+    assert cfg.TEST.KEYPOINT_OKS_SIGMAS == [0.05] * 3
+    assert cfg.INPUT.MASK_FORMAT == "polygon"
+    assert "2 classes (dog, person), mask format polygon, 3 keypoints" in caplog.text
+
+
+def test_configure_keeps_fitting_sigmas(register, cfg):
+    register(hand_made_coco())
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.02, 0.07, 0.07]
+    configure_for_dataset(cfg, "mine", "mine")
+    assert cfg.TEST.KEYPOINT_OKS_SIGMAS == [0.02, 0.07, 0.07]
+
+
+def test_configure_leaves_seventeen_keypoints_to_coco(register, cfg):
+    coco = hand_made_coco()
+    coco["categories"][0]["keypoints"] = [f"point {i}" for i in range(17)]
+    coco["annotations"][0]["keypoints"] = [15, 12, 2] * 17
+    register(coco)
+    configure_for_dataset(cfg, "mine", "mine")
+    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 17
+    assert cfg.TEST.KEYPOINT_OKS_SIGMAS == []
+
+
+@pytest.mark.parametrize(("is_crowd", "mask_format"), [(0, "bitmask"), (1, "polygon")])
+def test_configured_training_data_load(register, cfg, is_crowd, mask_format):
+    """Also with keypoints in one category only, RLE masks and an image without annotations."""
+    coco = hand_made_coco()
+    rle = rle_of(5, 40, 35, 50, compressed=False)
+    coco["annotations"][1].update(segmentation=rle, iscrowd=is_crowd)
+    register(coco)
+    configure_for_dataset(cfg, "mine", "mine")
+    assert mask_format == cfg.INPUT.MASK_FORMAT
+    mapper = DatasetMapper(cfg, is_train=True)
+    records = get_detection_dataset_dicts("mine")
+    instances = [mapper(record)["instances"] for record in records]
+    assert [len(x) for x in instances] == [2 - is_crowd, 1]
+    assert [tuple(x.gt_keypoints.tensor.shape) for x in instances] == [
+        (2 - is_crowd, 3, 3),
+        (1, 3, 3),
+    ]
+    assert all(x.gt_masks.nonempty().all() for x in instances)
+
+
+def without_person_keypoints(coco):
+    del coco["categories"][0]["keypoints"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_person_keypoints, "no category of 'mine' has a list 'keypoints'"),
+        (change("annotations", 0, keypoints=[0] * 9), "visibility above 0"),
+        (change("annotations", 1, segmentation=[]), "1 of 3 annotations of 'mine' have no segm"),
+    ],
+)
+def test_configure_explains_what_the_model_lacks(register, cfg, spoil, message):
+    coco = hand_made_coco()
+    spoil(coco)
+    register(coco)
+    with pytest.raises(ValueError, match=message):
+        configure_for_dataset(cfg, "mine", "mine")
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
+    configure_for_dataset(cfg, "mine", "mine")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "key"),
+    [
+        (change("categories", 1, name="cat"), "thing_classes"),
+        (change("categories", 0, keypoints=["nose", "tail", "hand"]), "keypoint_names"),
+    ],
+)
+def test_configure_refuses_different_categories(register, cfg, spoil, key):
+    register(hand_made_coco())
+    other = hand_made_coco()
+    spoil(other)
+    register(other, "mine_val")
+    with pytest.raises(ValueError, match=f"'mine' and 'mine_val' differ in their {key}"):
+        configure_for_dataset(cfg, "mine", "mine_val")
