@@ -1,0 +1,138 @@
+"""The command line of train_net.py, and the config that it asks for."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser
+
+from nl_detectron.config import add_nonlocal_config
+from nl_detectron.data import configure_for_dataset, register_coco_json
+from nl_detectron.validation import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+EPILOG = """
+Examples:
+
+Train a small model on built-in data, in minutes on a CPU:
+    $ train_net.py --config-file configs/quick_start.yaml
+
+Train Mask R-CNN with one non-local block on COCO (in $DETECTRON2_DATASETS/coco), on 8 GPUs:
+    $ train_net.py --num-gpus 8 \\
+        --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml
+
+On another number of GPUs, with batch size, learning rate and schedule scaled to it:
+    $ train_net.py --num-gpus 2 --config-file ... SOLVER.REFERENCE_WORLD_SIZE 8
+
+Go on with an interrupted run; evaluate what it has learnt:
+    $ train_net.py --config-file ... --resume
+    $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
+
+Your own data in COCO's format; the number of classes and keypoints is read from it:
+    $ train_net.py --config-file ... --train-json train.json --train-images train/ \\
+        --val-json val.json --val-images val/
+"""
+
+_OWN_DATA = ("train_json", "train_images", "val_json", "val_images")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """
+    Detectron2's own command line, with a user's data added. Options may also come after the
+    ``KEY VALUE`` overrides, where Detectron2's would take them for overrides.
+
+    Args:
+        arguments: the words of the command line; those of this process by default.
+
+    Returns:
+        Detectron2's ``config_file``, ``resume``, ``eval_only``, ``num_gpus``, ``num_machines``,
+        ``machine_rank``, ``dist_url``, ``opts``; and ``train_json``, ``train_images``,
+        ``val_json``, ``val_images`` (None where not given).
+    """
+    parser = default_argument_parser(epilog=EPILOG)
+    parser.description = "Train or evaluate a Detectron2 model with non-local blocks."
+    (overrides,) = (action for action in parser._actions if action.dest == "opts")
+    overrides.nargs = "*"
+    overrides.metavar = "KEY VALUE"
+    overrides.help = "config keys and their values, such as SOLVER.BASE_LR 0.01"
+    own = parser.add_argument_group("your own data, in COCO's format (all four together)")
+    own.add_argument("--train-json", metavar="FILE", help="annotations to train on")
+    own.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
+    own.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
+    own.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
+
+    args = parser.parse_intermixed_args(arguments)
+    if not args.config_file:
+        parser.error("--config-file is needed, such as configs/quick_start.yaml")
+    if not Path(args.config_file).is_file():
+        parser.error(f"--config-file {args.config_file} does not exist")
+    if len(args.opts) % 2:
+        parser.error(f"overrides come in pairs of KEY VALUE, but got {' '.join(args.opts)}")
+    if 0 < sum(getattr(args, name) is not None for name in _OWN_DATA) < len(_OWN_DATA):
+        parser.error(
+            "--train-json, --train-images, --val-json and --val-images are needed together"
+        )
+    num_gpus = torch.cuda.device_count()
+    if args.num_gpus > max(num_gpus, 1):
+        parser.error(f"--num-gpus is {args.num_gpus}, but this machine has {num_gpus}")
+    return args
+
+
+def build_config(args: argparse.Namespace) -> CfgNode:
+    """
+    The config that a command line asks for: Detectron2's defaults, ``MODEL.NONLOCAL``, the config
+    file (plain YAML only: a tag that would run Python is an error), the overrides.
+
+    Raises:
+        KeyError: an unknown config key; the message names the nearest one.
+    """
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    try:
+        cfg.merge_from_file(args.config_file, allow_unsafe=False)
+        cfg.merge_from_list(args.opts)
+    except KeyError as error:
+        raise _unknown_key(cfg, error) from None
+    return cfg
+
+
+def fit_config(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """
+    Fit a config, in place, to what there is: the user's data, if the command line names any, and
+    the device: without CUDA, ``MODEL.DEVICE`` becomes "cpu".
+
+    Raises:
+        FileNotFoundError, ValueError: see ``register_coco_json`` and ``configure_for_dataset``.
+    """
+    if args.train_json is not None:
+        register_coco_json("train", args.train_json, args.train_images)
+        register_coco_json("val", args.val_json, args.val_images)
+        configure_for_dataset(cfg, "train", "val")
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.info("There is no CUDA device: MODEL.DEVICE is set to cpu.")
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def _unknown_key(cfg: CfgNode, error: KeyError) -> KeyError:
+    """yacs' error for a key that does not exist, with the nearest one that does."""
+    message = str(error.args[0])
+    match = re.fullmatch(r"Non-existent (?:config )?key: (\S+)", message)
+    if match:
+        message += did_you_mean(match[1], _keys(cfg))
+    return KeyError(message)
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys.extend(_keys(value, f"{prefix}{key}."))
+    return keys

@@ -1,0 +1,43 @@
+"""Detectron2's default trainer, evaluating on COCO and loading with a report."""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.train_loop import HookBase
+from detectron2.evaluation import COCOEvaluator
+
+from nl_detectron.engine.checkpoint import NonLocalCheckpointer
+
+
+class Trainer(DefaultTrainer):
+    """Trains and evaluates what a config describes; see Detectron2's ``DefaultTrainer``."""
+
+    checkpointer: DetectionCheckpointer
+
+    def build_hooks(self) -> list[HookBase | None]:
+        # The parent has just made its own checkpointer; the hooks take this one.
+        self.checkpointer = NonLocalCheckpointer(
+            self.checkpointer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        return super().build_hooks()
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> COCOEvaluator:
+        """
+        COCO's box, mask and keypoint AP, for what the model predicts; the predictions are kept in
+        COCO's format in ``output_folder`` (default: ``inference`` in ``cfg.OUTPUT_DIR``).
+        """
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
+            # The official implementation; Detectron2's faster one says of itself that it is not.
+            use_fast_impl=False,
+            kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        )

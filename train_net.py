@@ -1,0 +1,57 @@
+#!/usr/bin/env python3
+"""Train or evaluate a Detectron2 model with non-local blocks. ``--help`` has examples."""
+
+from __future__ import annotations
+
+import argparse
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from nl_detectron.engine import (
+    NonLocalCheckpointer,
+    Trainer,
+    build_config,
+    fit_config,
+    parse_arguments,
+)
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    cfg = build_config(args)
+    setup_logger(cfg.OUTPUT_DIR, name="nl_detectron", distributed_rank=comm.get_rank())
+    fit_config(cfg, args)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict:
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = NonLocalCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
