@@ -114,12 +114,12 @@ def _sample_crowd(
 def _propose_objects(rng: np.random.Generator, size: Size) -> Iterator[SceneObject]:
     """Objects from the nearest to the farthest: small before large, and a crowd behind all."""
     colors = [(r, g, b) for r, g, b in rng.permutation(COLORS).tolist()]
-    radii = rng.uniform(10, 34, size=rng.integers(1, 6))
+    radii = rng.uniform(12, 38, size=rng.integers(1, 5))
     background = rng.choice(["empty", "large object", "crowd"], p=[0.8, 0.1, 0.1])
     if background == "large object":
         radii = radii[:2]
     for radius in sorted(radii):
-        yield _sample_object(rng, _sample_center(rng, size, margin=0.04), radius, colors.pop())
+        yield _sample_object(rng, _sample_center(rng, size, margin=0.1), radius, colors.pop())
     if background == "large object":
         center = _sample_center(rng, size, margin=0.4)
         yield _sample_object(rng, center, rng.uniform(66, 80), colors.pop())

@@ -98,8 +98,12 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     try:
         cfg.merge_from_file(args.config_file, allow_unsafe=False)
         cfg.merge_from_list(args.opts)
-    except KeyError as error:
-        raise _unknown_key(cfg, error) from None
+    except (KeyError, AssertionError) as error:
+        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+        if unknown is None:
+            raise
+        hint = did_you_mean(unknown[1], _keys(cfg))
+        raise KeyError(f"Unknown config key {unknown[1]}{hint}") from None
     return cfg
 
 
@@ -118,15 +122,6 @@ def fit_config(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.info("There is no CUDA device: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
-
-
-def _unknown_key(cfg: CfgNode, error: KeyError) -> KeyError:
-    """yacs' error for a key that does not exist, with the nearest one that does."""
-    message = str(error.args[0])
-    match = re.fullmatch(r"Non-existent (?:config )?key: (\S+)", message)
-    if match:
-        message += did_you_mean(match[1], _keys(cfg))
-    return KeyError(message)
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:

@@ -1,0 +1,120 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nl_detectron.data import default_root, make_shapes
+from nl_detectron.engine import build_config, fit_config, parse_arguments
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+QUICK_START = str(CONFIGS / "quick_start.yaml")
+MASK = str(CONFIGS / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_nl_1x.yaml")
+
+
+def config(*arguments, config_file=QUICK_START):
+    args = parse_arguments(["--config-file", config_file, *arguments])
+    cfg = build_config(args)
+    fit_config(cfg, args)
+    return cfg
+
+
+def test_config_file_then_overrides():
+    cfg = config("SOLVER.BASE_LR", "0.5", config_file=MASK)
+    assert cfg.MODEL.BACKBONE.NAME == "build_nonlocal_backbone"
+    assert cfg.SOLVER.BASE_LR == 0.5
+
+
+def test_lists_and_negative_numbers_as_overrides():
+    cfg = config("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[], [], [-1], []]", "SEED", "-1")
+    assert cfg.MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE == [[], [], [-1], []]
+    assert cfg.SEED == -1
+
+
+@pytest.mark.parametrize("resume_first", [True, False])
+def test_options_may_follow_the_overrides(resume_first):
+    overrides = ["SOLVER.BASE_LR", "0.5"]
+    words = ["--resume", *overrides] if resume_first else [*overrides, "--resume"]
+    args = parse_arguments(["--config-file", QUICK_START, *words])
+    assert args.resume
+    assert args.opts == overrides
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("overrides", [[], ["MODEL.DEVICE", "cuda"], ["MODEL.DEVICE", "cpu"]])
+def test_runs_on_the_cpu_without_cuda(overrides):
+    assert config(*overrides).MODEL.DEVICE == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--config-file is needed"),
+        (["--config-file", "no.yaml"], "no.yaml does not exist"),
+        (["--config-file", QUICK_START, "SOLVER.BASE_LR"], "pairs of KEY VALUE"),
+        (["--config-file", QUICK_START, "--train-json", "a.json"], "--val-images are needed"),
+        (["--config-file", QUICK_START, "--num-gpus", "99"], "--num-gpus is 99"),
+        (["--config-file", QUICK_START, "--resum-e"], "unrecognized arguments"),
+    ],
+)
+def test_bad_command_lines(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert message in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    for word in ("Examples", "--train-json", "--resume", "REFERENCE_WORLD_SIZE", "quick_start"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("MODEL.NONLOCAL.PAIRWSE", "MODEL.NONLOCAL.PAIRWISE"),
+        ("SOLVER.BASE_RL", "SOLVER.BASE_LR"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(key, nearest, tmp_path):
+    with pytest.raises(KeyError, match=f"{key}.*did you mean '{nearest}'"):
+        config(key, "1")
+    path = tmp_path / "config.yaml"
+    *sections, leaf = key.split(".")
+    text = "VERSION: 2\n"
+    for depth, section in enumerate(sections):
+        text += "  " * depth + f"{section}:\n"
+    path.write_text(text + "  " * len(sections) + f"{leaf}: 1\n")
+    with pytest.raises(KeyError, match=f"{key}.*did you mean '{nearest}'"):
+        config(config_file=str(path))
+
+
+def test_yaml_runs_no_python(tmp_path):
+    evidence = tmp_path / "evidence"
+    path = tmp_path / "config.yaml"
+    path.write_text(f"OUTPUT_DIR: !!python/object/apply:os.mkdir ['{evidence}']\nVERSION: 2\n")
+    with pytest.raises(Exception, match="python/object"):
+        config(config_file=str(path))
+    assert not evidence.exists()
+
+
+def test_own_data_sets_classes_and_keypoints(tmp_path):
+    root = make_shapes(default_root())
+    paths = {}
+    for split in ("train", "val"):
+        coco = json.loads((root / f"{split}.json").read_text())
+        coco["categories"] = [c for c in coco["categories"] if c["id"] <= 2]
+        coco["annotations"] = [a for a in coco["annotations"] if a["category_id"] <= 2]
+        paths[split] = tmp_path / f"{split}.json"
+        paths[split].write_text(json.dumps(coco))
+    cfg = config(
+        *("--train-json", str(paths["train"]), "--train-images", str(root / "train")),
+        *("--val-json", str(paths["val"]), "--val-images", str(root / "val")),
+        *("MODEL.KEYPOINT_ON", "True"),
+        config_file=MASK,
+    )
+    assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
+    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
+    assert len(cfg.TEST.KEYPOINT_OKS_SIGMAS) == 2

@@ -1,0 +1,163 @@
+"""train_net.py as a user runs it, and COCO evaluation against pycocotools."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+import train_net
+from nl_detectron import NonLocalBlock
+from nl_detectron.engine import Trainer, build_config, fit_config, parse_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
+SMALL = [
+    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "0", "SOLVER.STEPS", "()"),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "10"),
+]
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def run(folder, iterations, *words):
+    overrides = [*SMALL, "OUTPUT_DIR", str(folder), "SOLVER.MAX_ITER", str(iterations)]
+    train_net.main(parse_arguments([*QUICK_START, *words, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two iterations, then two more after --resume; and an evaluation after each."""
+    folder = tmp_path_factory.mktemp("trained")
+    run(folder, 2)
+    first = torch.load(folder / "model_final.pth", weights_only=False)
+    run(folder, 4, "--resume")
+    return folder, first
+
+
+def test_training_writes_what_detectron2_users_expect(trained):
+    folder, _ = trained
+    for name in ("metrics.json", "log.txt", "config.yaml", "model_final.pth", "last_checkpoint"):
+        assert (folder / name).is_file(), name
+    assert list(folder.glob("events.out.tfevents.*"))
+    losses = [r for r in metrics(folder) if "total_loss" in r]
+    assert losses
+    for record in losses:
+        for key in ("loss_cls", "loss_box_reg", "loss_mask", "loss_keypoint"):
+            assert math.isfinite(record[key])
+    assert any("bbox/AP" in record for record in metrics(folder))
+
+
+def test_resuming_goes_on_where_it_stopped(trained):
+    folder, first = trained
+    log = (folder / "log.txt").read_text()
+    assert "Starting training from iteration 2" in log
+    final = torch.load(folder / "model_final.pth", weights_only=False)
+    assert (first["iteration"], final["iteration"]) == (1, 3)
+    # The schedule and the optimizer's momentum come back too.
+    assert final["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 4
+    assert first["trainer"]["_trainer"]["optimizer"]["state"]
+
+
+def test_every_block_learns(trained):
+    folder, first = trained
+    args = parse_arguments([*QUICK_START, "OUTPUT_DIR", str(folder)])
+    cfg = build_config(args)
+    fit_config(cfg, args)
+    blocks = [
+        n for n, m in Trainer.build_model(cfg).named_modules() if isinstance(m, NonLocalBlock)
+    ]
+    assert len(blocks) == 3
+    final = torch.load(folder / "model_final.pth", weights_only=False)["model"]
+    for block in blocks:
+        for child in ("theta", "phi", "g", "out"):
+            key = f"{block}.{child}.weight"
+            assert not torch.equal(first["model"][key], final[key]), key
+
+
+def test_eval_only_gives_the_results_of_training(trained):
+    folder, _ = trained
+    weights = str(folder / "model_final.pth")
+    args = parse_arguments(
+        [*QUICK_START, "--eval-only", *SMALL, "OUTPUT_DIR", str(folder), "MODEL.WEIGHTS", weights]
+    )
+    results = train_net.main(args)
+    last = [record for record in metrics(folder) if "bbox/AP" in record][-1]
+    for task in ("bbox", "segm", "keypoints"):
+        np.testing.assert_equal(results[task]["AP"], last[f"{task}/AP"])
+
+
+def test_command_line(tmp_path):
+    """From another folder, and with an error that a user sees."""
+    command = [sys.executable, str(ROOT / "train_net.py")]
+    shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "Examples" in shown.stdout
+    words = [*QUICK_START, "MODEL.NONLOCAL.PAIRWISE", "dot", "OUTPUT_DIR", str(tmp_path)]
+    failed = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode != 0
+    assert "MODEL.NONLOCAL.PAIRWISE is 'dot'" in failed.stderr
+
+
+def noisy(record, rng):
+    """The ground truth of an image with errors of some pixels, and with scores."""
+    height, width = record["height"], record["width"]
+    annotations = [a for a in record["annotations"] if not a["iscrowd"]]
+    instances = Instances((height, width))
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    boxes = np.reshape(boxes, (-1, 4)) + rng.normal(0, 2, (len(annotations), 4))
+    instances.pred_boxes = Boxes(torch.from_numpy(boxes).float())
+    instances.scores = torch.from_numpy(rng.random(len(annotations)))
+    classes = [a["category_id"] if rng.random() < 0.8 else 0 for a in annotations]
+    instances.pred_classes = torch.tensor(classes, dtype=torch.long)
+    masks = [
+        np.roll(polygons_to_bitmask(a["segmentation"], height, width), rng.integers(-2, 3), 1)
+        for a in annotations
+    ]
+    instances.pred_masks = torch.from_numpy(np.reshape(masks, (-1, height, width))).bool()
+    keypoints = np.reshape([a["keypoints"] for a in annotations], (-1, 2, 3)).astype("float32")
+    keypoints[..., :2] += rng.normal(0, 1, keypoints[..., :2].shape)
+    instances.pred_keypoints = torch.from_numpy(keypoints)
+    return instances
+
+
+def test_evaluation_is_pycocotools(tmp_path):
+    args = parse_arguments([*QUICK_START, "OUTPUT_DIR", str(tmp_path)])
+    cfg = build_config(args)
+    records = DatasetCatalog.get("shapes_val")
+    evaluator = Trainer.build_evaluator(cfg, "shapes_val")
+    evaluator.reset()
+    rng = np.random.default_rng(0)
+    evaluator.process(records, [{"instances": noisy(record, rng)} for record in records])
+    results = evaluator.evaluate()
+
+    truth = COCO(MetadataCatalog.get("shapes_val").json_file)
+    written = json.loads((tmp_path / "inference" / "coco_instances_results.json").read_text())
+    for task in ("bbox", "segm", "keypoints"):
+        detections = [dict(d) for d in written]
+        for detection in detections:
+            if task == "segm":  # else pycocotools takes areas from boxes
+                del detection["bbox"]
+        ours = COCOeval(truth, truth.loadRes(detections), task)
+        if task == "keypoints":
+            ours.params.kpt_oks_sigmas = np.array(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+        ours.evaluate()
+        ours.accumulate()
+        ours.summarize()
+        names = ["AP", "AP50", "AP75"]
+        expected = [100 * ours.stats[i] for i in range(3)]
+        np.testing.assert_allclose([results[task][n] for n in names], expected, rtol=1e-12)
+        assert 20 < results[task]["AP"] < 99.9
+    assert all(mask_util.area(d["segmentation"]) > 0 for d in written)

@@ -1,0 +1,455 @@
+#!/usr/bin/env python3
+"""Build a pure-Python wheel of Detectron2 v0.6 that runs on today's PyTorch, NumPy and Pillow.
+
+Detectron2 is not on the package registry under its own name, and its GitHub source needs a C++
+compiler. The registry does hold v0.6's source archive (as pb1-detectron2). This tool fetches it,
+checks its hash, applies the mends listed below, puts a stand-in for the compiled operations in
+and zips the result as detectron2-0.6-py3-none-any.whl.
+
+Everything but the compiled operations works: rotated boxes, deformable convolution and the C++
+COCO evaluation (pycocotools evaluates instead) need a Detectron2 compiled from its source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import base64
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ARCHIVE_REQUIREMENT = "pb1-detectron2==0.6"
+ARCHIVE_NAME = "pb1-detectron2-0.6.tar.gz"
+ARCHIVE_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
+WHEEL_NAME = "detectron2-0.6-py3-none-any.whl"
+DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "build" / "detectron2"
+
+# What Detectron2's main branch asks for today, except that iopath 0.1.10 is let in:
+# v0.6's pins (black==21.4b2, future, pydot) no longer install or are no longer used.
+REQUIREMENTS = (
+    "Pillow>=7.1",
+    "matplotlib",
+    "pycocotools>=2.0.2",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+    "tabulate",
+    "cloudpickle",
+    "tqdm>4.29.0",
+    "tensorboard",
+    "fvcore>=0.1.5,<0.1.6",
+    "iopath>=0.1.7,<0.2",
+    "omegaconf>=2.1,<2.4",
+    "hydra-core>=1.1",
+    "black",
+    "packaging",
+)
+
+# Small projects that Detectron2's own setup.py installs as part of the package.
+PROJECTS = {
+    "projects/PointRend/point_rend": "detectron2/projects/point_rend",
+    "projects/DeepLab/deeplab": "detectron2/projects/deeplab",
+    "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
+}
+
+
+class BuildError(Exception):
+    """The wheel cannot be built; the message says what is wrong and what to do."""
+
+
+@dataclass(frozen=True)
+class Mend:
+    """Replace `old`, which `file` holds exactly `count` times, with `new`."""
+
+    file: str
+    old: str
+    new: str
+    reason: str
+    count: int = 1
+
+
+NUMPY = "NumPy 1.24 removed its aliases of the builtin types"
+PYCOCOTOOLS = "the C++ evaluation is not compiled; pycocotools computes the same AP"
+SCHEDULER = "torch 2's schedulers are LRSchedulers: their state was silently not saved"
+MESHGRID = "torch warns when `indexing` is not given"
+MISSING_OPERATION = "the error of a missing operation should say how to get it"
+AMP = "torch.cuda.amp is deprecated and warns"
+
+MENDS = (
+    Mend("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", NUMPY),
+    Mend("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", NUMPY),
+    Mend("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", NUMPY),
+    Mend("detectron2/evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", NUMPY, count=2),
+    Mend("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", NUMPY, 2),
+    Mend("detectron2/evaluation/sem_seg_evaluation.py", "np.float)", "float)", NUMPY, count=5),
+    Mend(
+        "detectron2/layers/mask_ops.py",
+        "np.array(mask, copy=False)",
+        "np.asarray(mask)",
+        "NumPy 2 raises where copy=False cannot be kept",
+    ),
+    Mend("detectron2/structures/masks.py", "np.bool)", "bool)", NUMPY, count=3),
+    Mend("detectron2/utils/video_visualizer.py", "dtype=np.bool)", "dtype=bool)", NUMPY),
+    Mend("detectron2/utils/visualizer.py", "astype(np.bool)", "astype(bool)", NUMPY, count=3),
+    Mend(
+        "detectron2/data/transforms/transform.py",
+        "Image.LINEAR",
+        "Image.BILINEAR",
+        "Pillow 10 removed the alias",
+    ),
+    Mend(
+        "detectron2/data/common.py",
+        "self._rng.sample(self._fallback_candidates, k=1)",
+        "self._rng.sample(tuple(self._fallback_candidates), k=1)",
+        "Python 3.11 no longer samples from a set",
+    ),
+    Mend(
+        "detectron2/engine/hooks.py",
+        "lr_scheduler._LRScheduler",
+        "lr_scheduler.LRScheduler",
+        SCHEDULER,
+        count=2,
+    ),
+    Mend(
+        "detectron2/engine/train_loop.py",
+        "from torch.cuda.amp import GradScaler",
+        "from torch.amp import GradScaler",
+        AMP,
+    ),
+    Mend(
+        "detectron2/engine/train_loop.py",
+        "grad_scaler = GradScaler()",
+        'grad_scaler = GradScaler("cuda")',
+        AMP,
+    ),
+    Mend(
+        "detectron2/engine/train_loop.py",
+        "from torch.cuda.amp import autocast",
+        "from torch import autocast",
+        AMP,
+    ),
+    Mend("detectron2/engine/train_loop.py", "with autocast():", 'with autocast("cuda"):', AMP),
+    Mend(
+        "detectron2/modeling/anchor_generator.py",
+        "torch.meshgrid(shifts_y, shifts_x)",
+        'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
+        MESHGRID,
+    ),
+    Mend(
+        "projects/Panoptic-DeepLab/panoptic_deeplab/post_processing.py",
+        "        torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n",
+        "        torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n"
+        '        indexing="ij",\n',
+        MESHGRID,
+    ),
+    Mend(
+        "detectron2/export/__init__.py",
+        "from .api import *\n",
+        "try:\n    from .api import *\nexcept ImportError:  # without caffe2\n    pass\n",
+        "torch no longer has caffe2, which took TracingAdapter and scripting down with it",
+    ),
+    Mend(
+        "detectron2/model_zoo/model_zoo.py",
+        "import pkg_resources\n",
+        "",
+        "setuptools removed pkg_resources",
+    ),
+    Mend(
+        "detectron2/model_zoo/model_zoo.py",
+        "pkg_resources.resource_filename(\n"
+        '        "detectron2.model_zoo", os.path.join("configs", config_path)\n'
+        "    )",
+        'os.path.join(os.path.dirname(__file__), "configs", config_path)',
+        "setuptools removed pkg_resources",
+    ),
+    Mend(
+        "detectron2/evaluation/fast_eval_api.py",
+        "class COCOeval_opt(COCOeval):",
+        "class _CompiledCOCOeval(COCOeval):",
+        PYCOCOTOOLS,
+    ),
+    Mend(
+        "detectron2/evaluation/fast_eval_api.py",
+        "logger = logging.getLogger(__name__)\n",
+        "logger = logging.getLogger(__name__)\n\nCOCOeval_opt = COCOeval\n",
+        PYCOCOTOOLS,
+    ),
+    Mend(
+        "detectron2/evaluation/coco_evaluation.py",
+        "self._use_fast_impl = use_fast_impl",
+        "self._use_fast_impl = False",
+        PYCOCOTOOLS,
+    ),
+    Mend(
+        "detectron2/layers/nms.py",
+        "from torchvision.ops import nms  # BC-compat\n",
+        "from torchvision.ops import nms  # BC-compat\n\nfrom detectron2 import _C\n",
+        MISSING_OPERATION,
+    ),
+    Mend(
+        "detectron2/layers/nms.py",
+        "torch.ops.detectron2.nms_rotated(",
+        "_C.nms_rotated(",
+        MISSING_OPERATION,
+    ),
+    Mend(
+        "detectron2/utils/collect_env.py",
+        "        # print compilers that are used to build extension\n"
+        '        data.append(("Compiler", _C.get_compiler_version()))\n'
+        '        data.append(("CUDA compiler", _C.get_cuda_version()))  # cuda or hip\n'
+        '        if has_cuda and getattr(_C, "has_cuda", lambda: True)():\n'
+        "            data.append(\n"
+        '                ("detectron2 arch flags", '
+        "detect_compute_compatibility(CUDA_HOME, _C.__file__))\n"
+        "            )\n",
+        '        data.append(("detectron2._C", "not compiled"))\n',
+        "the stand-in can be imported but has no compiler to report",
+    ),
+)
+
+STAND_IN = '''\
+"""Stands in for Detectron2's compiled operations, which this pure-Python build does not have."""
+
+_OPERATIONS = {
+    "COCOevalAccumulate",
+    "COCOevalEvaluateImages",
+    "ImageEvaluation",
+    "InstanceAnnotation",
+    "box_iou_rotated",
+    "deform_conv_backward_filter",
+    "deform_conv_backward_input",
+    "deform_conv_forward",
+    "get_compiler_version",
+    "get_cuda_version",
+    "has_cuda",
+    "modulated_deform_conv_backward",
+    "modulated_deform_conv_forward",
+    "nms_rotated",
+    "roi_align_rotated_backward",
+    "roi_align_rotated_forward",
+}
+
+
+def __getattr__(name):
+    # Only the operations raise ImportError: pickle, inspect and doctest look for all kinds of
+    # names in every module and expect AttributeError.
+    if name not in _OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise ImportError(
+        f"{__name__}.{name} is a compiled operation, and this is a pure-Python build of "
+        "Detectron2. To have it, compile Detectron2 from its source: "
+        "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2.git"
+    )
+'''
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        metavar="DIR",
+        help="where the archive is kept and the wheel is put (default: build/detectron2)",
+    )
+    parser.add_argument(
+        "--install",
+        action="store_true",
+        help="also install the wheel with pip; a Detectron2 that is already there is left alone",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.install:
+            build_and_install(options.output)
+        else:
+            print(build(options.output))
+    except BuildError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")
+
+
+def build_and_install(output: Path) -> None:
+    """Install the wheel into the running Python, unless that has a Detectron2 of its own."""
+    package = installed_package()
+    if package and not is_our_build(package):
+        print(f"Detectron2 is already installed in {package}: it is used as it is.")
+        return
+    wheel = build(output)
+    # A wheel of the same version only replaces an older build of ours when it is forced to.
+    replace = ["--force-reinstall", "--no-deps"] if package else []
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", *replace, str(wheel))
+    print(f"Detectron2 0.6 (pure Python) is installed in {sys.prefix}.")
+
+
+def installed_package() -> Path | None:
+    spec = importlib.util.find_spec("detectron2")
+    return Path(spec.origin).resolve().parent if spec and spec.origin else None
+
+
+def is_our_build(package: Path) -> bool:
+    """Is it this tool's wheel, installed in this very environment?"""
+    return (package / "_C.py").is_file() and Path(sys.prefix).resolve() in package.parents
+
+
+def build(output: Path) -> Path:
+    """Return the wheel in `output`, made first if it is not there or older than this file."""
+    wheel = output / WHEEL_NAME
+    if wheel.is_file() and wheel.stat().st_mtime >= Path(__file__).stat().st_mtime:
+        return wheel
+    output.mkdir(parents=True, exist_ok=True)
+    archive = output / ARCHIVE_NAME
+    if not archive.is_file():
+        download(archive)
+    check_hash(archive)
+    with tempfile.TemporaryDirectory(dir=output) as scratch:
+        tree = unpack(archive, Path(scratch))
+        apply_mends(tree, MENDS)
+        (tree / "detectron2" / "_C.py").write_text(STAND_IN, encoding="utf-8")
+        unfinished = Path(scratch, WHEEL_NAME)
+        write_wheel(tree, unfinished)
+        os.replace(unfinished, wheel)  # atomic: an interrupted build leaves no half wheel
+    return wheel
+
+
+def download(archive: Path) -> None:
+    """Fetch the source archive from the registry that pip is configured to use.
+
+    `pip download` runs the archive's setup.py, which needs torch and a name it does not have;
+    unearth only downloads.
+    """
+    if importlib.util.find_spec("unearth") is None:
+        raise BuildError(
+            f"the package 'unearth' fetches {ARCHIVE_REQUIREMENT} and is not installed: "
+            f"run '{sys.executable} -m pip install unearth'"
+        )
+    config = pip_config()
+    command = [sys.executable, "-m", "unearth", ARCHIVE_REQUIREMENT, "--no-binary"]
+    if config.get("index-url"):  # else unearth's own default, which is pip's, too
+        for url in (config["index-url"] + " " + config.get("extra-index-url", "")).split():
+            command += ["--index-url", url]
+    for host in config.get("trusted-host", "").split():
+        command += ["--trusted-host", host]
+    environment = dict(os.environ)
+    if config.get("cert"):
+        environment.setdefault("SSL_CERT_FILE", config["cert"])
+    with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
+        run(*command, "--download", scratch, env=environment)
+        downloaded = Path(scratch, ARCHIVE_NAME)
+        if not downloaded.is_file():
+            raise BuildError(f"unearth downloaded no {ARCHIVE_NAME} for {ARCHIVE_REQUIREMENT}")
+        check_hash(downloaded)
+        os.replace(downloaded, archive)
+
+
+def pip_config() -> dict[str, str]:
+    """pip's settings for installing, by option name; its own order of precedence applies."""
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    ).stdout
+    settings = dict(line.split("=", 1) for line in listing.splitlines() if "=" in line)
+    return {
+        key.split(".", 1)[1]: ast.literal_eval(value)
+        for section in ("global.", "install.", ":env:.")
+        for key, value in settings.items()
+        if key.startswith(section)
+    }
+
+
+def check_hash(archive: Path) -> None:
+    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if actual != ARCHIVE_SHA256:
+        raise BuildError(
+            f"{archive} has the SHA-256 {actual}, not {ARCHIVE_SHA256}: "
+            "it is not the archive this tool knows. Delete it and try again."
+        )
+
+
+def unpack(archive: Path, directory: Path) -> Path:
+    with tarfile.open(archive) as tar:
+        # The content is known by its hash, so an older Python without `filter` is safe, too.
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        tar.extractall(directory, **safely)
+    return directory / ARCHIVE_NAME[: -len(".tar.gz")]
+
+
+def apply_mends(tree: Path, mends: tuple[Mend, ...]) -> None:
+    for mend in mends:
+        path = tree / mend.file
+        if not path.is_file():
+            raise BuildError(f"{mend.file} is not there to be mended ({mend.reason})")
+        text = path.read_text(encoding="utf-8")
+        found = text.count(mend.old)
+        if found != mend.count:
+            raise BuildError(
+                f"{mend.file} holds {mend.old!r} {found} times, not {mend.count}: "
+                f"its mend ({mend.reason}) no longer applies and has to be revised"
+            )
+        path.write_text(text.replace(mend.old, mend.new), encoding="utf-8")
+
+
+def write_wheel(tree: Path, wheel: Path) -> None:
+    """Zip the package with its metadata; the same tree always gives the same bytes."""
+    metadata = "detectron2-0.6.dist-info"
+    contents = {
+        f"{target}/{path.relative_to(tree / source).as_posix()}": path.read_bytes()
+        for source, target in {"detectron2": "detectron2", **PROJECTS}.items()
+        for path in sorted((tree / source).rglob("*"))
+        if path.is_file()
+    }
+    contents[f"{metadata}/licenses/LICENSE"] = (tree / "LICENSE").read_bytes()
+    contents[f"{metadata}/METADATA"] = "\n".join(
+        [
+            "Metadata-Version: 2.1",
+            "Name: detectron2",
+            "Version: 0.6",
+            "Summary: Detectron2 v0.6 without its compiled operations, for current libraries",
+            "Home-page: https://github.com/facebookresearch/detectron2",
+            "Author: FAIR",
+            "License: Apache-2.0",
+            "Requires-Python: >=3.7",
+            *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
+            "",
+        ]
+    ).encode()
+    contents[f"{metadata}/WHEEL"] = (
+        b"Wheel-Version: 1.0\nGenerator: build_detectron2\n"
+        b"Root-Is-Purelib: true\nTag: py3-none-any\n"
+    )
+    record = [
+        f"{name},sha256={urlsafe_sha256(data)},{len(data)}" for name, data in contents.items()
+    ]
+    contents[f"{metadata}/RECORD"] = "\n".join([*record, f"{metadata}/RECORD,,\n"]).encode()
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in contents.items():
+            entry = zipfile.ZipInfo(name)  # its date is always 1980-01-01
+            entry.external_attr = 0o644 << 16
+            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+
+
+def urlsafe_sha256(data: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+
+
+def run(*command: str, env: dict[str, str] | None = None) -> None:
+    """Run a command whose output only matters when it fails."""
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, check=False
+    )
+    if done.returncode:
+        raise BuildError(f"'{' '.join(command)}' failed:\n{done.stdout}")
+
+
+if __name__ == "__main__":
+    main()
