@@ -1,0 +1,37 @@
+# Every target does all the set-up it needs, in .venv. `make help` lists them.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "PYTHON=/path/to/python3 chooses the Python; a Detectron2 installed there is used."
+	@echo "ARGS='...' is passed on: make test ARGS='-k insertion'."
+
+setup: $(READY) ## Install everything into .venv
+
+demo: $(READY) ## Train and evaluate a small model with non-local blocks
+	$(VENV)/bin/python tools/demo.py $(ARGS)
+
+test: $(READY) ## Run the tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(READY) ## Check style and types
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
+
+clean: ## Remove .venv and all that was built
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# The stamp comes last: an interrupted set-up leaves none, and the next call repairs it.
+$(READY): requirements.txt setup.py tools/setup_environment.py tools/build_detectron2.py
+	$(PYTHON) tools/setup_environment.py $(VENV)
+	@touch $@
