@@ -1,0 +1,38 @@
+#!/usr/bin/env python3
+"""Write the first images of a COCO JSON file, and the annotations of these, as a file of their own.
+
+    python tools/subset_coco_json.py instances_train2017.json first_16.json --images 16
+
+Good for seeing whether a model can learn a few images by heart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="annotations in COCO's format")
+    parser.add_argument("target", type=Path, help="the file to write")
+    parser.add_argument("--images", type=int, required=True, help="how many images to take")
+    args = parser.parse_args()
+    coco = first_images(json.loads(args.source.read_text()), args.images)
+    args.target.write_text(json.dumps(coco))
+    print(f"{args.target}: {len(coco['images'])} images, {len(coco['annotations'])} annotations")
+
+
+def first_images(coco: dict, count: int) -> dict:
+    """The dataset with its first ``count`` images and their annotations; all categories stay."""
+    images = coco["images"][:count]
+    ids = {image["id"] for image in images}
+    annotations = [a for a in coco["annotations"] if a["image_id"] in ids]
+    return {**coco, "images": images, "annotations": annotations}
+
+
+if __name__ == "__main__":
+    main()
