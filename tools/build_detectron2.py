@@ -80,7 +80,6 @@ PYCOCOTOOLS = "the C++ evaluation is not compiled; pycocotools computes the same
 SCHEDULER = "torch 2's schedulers are LRSchedulers: their state was silently not saved"
 MESHGRID = "torch warns when `indexing` is not given"
 MISSING_OPERATION = "the error of a missing operation should say how to get it"
-AMP = "torch.cuda.amp is deprecated and warns"
 
 MENDS = (
     Mend("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", NUMPY),
@@ -117,25 +116,6 @@ MENDS = (
         SCHEDULER,
         count=2,
     ),
-    Mend(
-        "detectron2/engine/train_loop.py",
-        "from torch.cuda.amp import GradScaler",
-        "from torch.amp import GradScaler",
-        AMP,
-    ),
-    Mend(
-        "detectron2/engine/train_loop.py",
-        "grad_scaler = GradScaler()",
-        'grad_scaler = GradScaler("cuda")',
-        AMP,
-    ),
-    Mend(
-        "detectron2/engine/train_loop.py",
-        "from torch.cuda.amp import autocast",
-        "from torch import autocast",
-        AMP,
-    ),
-    Mend("detectron2/engine/train_loop.py", "with autocast():", 'with autocast("cuda"):', AMP),
     Mend(
         "detectron2/modeling/anchor_generator.py",
         "torch.meshgrid(shifts_y, shifts_x)",

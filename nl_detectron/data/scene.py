@@ -91,7 +91,7 @@ def _sample_object(
     rng: np.random.Generator, center: tuple[float, float], radius: float, color: Color
 ) -> SceneObject:
     class_name = str(rng.choice(list(SHAPES)))
-    degrees = rng.uniform(0, 360)
+    degrees = rng.uniform(-60, 60)
     outline, axis = (_place(unit, radius, degrees, *center) for unit in SHAPES[class_name])
     return SceneObject(class_name, color, outline, axis, mark_radius=max(1.7, 0.15 * radius))
 
@@ -114,15 +114,15 @@ def _sample_crowd(
 def _propose_objects(rng: np.random.Generator, size: Size) -> Iterator[SceneObject]:
     """Objects from the nearest to the farthest: small before large, and a crowd behind all."""
     colors = [(r, g, b) for r, g, b in rng.permutation(COLORS).tolist()]
-    radii = rng.uniform(12, 38, size=rng.integers(1, 5))
+    radii = rng.uniform(15, 38, size=rng.integers(1, 5))
     background = rng.choice(["empty", "large object", "crowd"], p=[0.8, 0.1, 0.1])
     if background == "large object":
-        radii = radii[:2]
+        radii = radii[:1]
     for radius in sorted(radii):
-        yield _sample_object(rng, _sample_center(rng, size, margin=0.1), radius, colors.pop())
+        yield _sample_object(rng, _sample_center(rng, size, margin=0.12), radius, colors.pop())
     if background == "large object":
-        center = _sample_center(rng, size, margin=0.4)
-        yield _sample_object(rng, center, rng.uniform(66, 80), colors.pop())
+        center = _sample_center(rng, size, margin=0.45)
+        yield _sample_object(rng, center, rng.uniform(70, 84), colors.pop())
     elif background == "crowd":
         yield _sample_crowd(rng, _sample_center(rng, size, margin=0.2), colors.pop())
 
