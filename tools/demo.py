@@ -17,7 +17,7 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import ColorMode, Visualizer
 
 from nl_detectron import add_nonlocal_config
 
@@ -84,25 +84,31 @@ def draw_predictions(cfg: CfgNode, folder: Path) -> Path:
         image = cv2.imread(record["file_name"])
         found = predict(image)["instances"].to("cpu")
         found = found[found.scores > MIN_SCORE]
-        rgb = image[:, :, ::-1]
-        truth = Visualizer(rgb, metadata, scale=SCALE).draw_dataset_dict(record)
-        prediction = Visualizer(rgb, metadata, scale=SCALE).draw_instance_predictions(found)
-        both = np.hstack([truth.get_image(), prediction.get_image()])
-        pictures.append(both[:, :, ::-1])
-        cv2.imwrite(str(folder / f"{Path(record['file_name']).stem}.png"), pictures[-1])
-    cv2.imwrite(str(folder / "all.png"), in_columns(pictures, columns=2))
+        canvases = [
+            Visualizer(image[:, :, ::-1], metadata, SCALE, ColorMode.SEGMENTATION) for _ in "12"
+        ]
+        truth = canvases[0].draw_dataset_dict(record)
+        prediction = canvases[1].draw_instance_predictions(found)
+        picture = side_by_side([truth.get_image()[:, :, ::-1], prediction.get_image()[:, :, ::-1]])
+        cv2.imwrite(str(folder / f"{Path(record['file_name']).stem}.png"), picture)
+        pictures.append(picture)
+    rows = [side_by_side(pictures[i : i + 2], gap=32) for i in range(0, len(pictures), 2)]
+    cv2.imwrite(
+        str(folder / "all.png"),
+        side_by_side([r.swapaxes(0, 1) for r in rows], gap=16).swapaxes(0, 1),
+    )
     return folder / "all.png"
 
 
-def in_columns(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """A sheet of pictures of different sizes, on white."""
-    height = max(p.shape[0] for p in pictures)
-    width = max(p.shape[1] for p in pictures)
-    sheet = np.full((-(-len(pictures) // columns) * height, columns * width, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = i // columns * height, i % columns * width
-        sheet[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
-    return sheet
+def side_by_side(pictures: list[np.ndarray], gap: int = 4) -> np.ndarray:
+    """Pictures (height, width, 3) of any sizes, from left to right on white."""
+    height = max(picture.shape[0] for picture in pictures)
+    columns = [np.full((height, gap, 3), 255, np.uint8)]
+    for picture in pictures:
+        below = height - picture.shape[0]
+        column = np.pad(picture, ((0, below), (0, 0), (0, 0)), constant_values=255)
+        columns += [column, columns[0]]
+    return np.hstack(columns[1:-1])
 
 
 if __name__ == "__main__":

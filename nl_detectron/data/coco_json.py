@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from iopath.common.file_io import get_cache_dir
 
+from nl_detectron.data.coco_format import Record, read_coco
+
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
-
-REQUIRED_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
 NUM_PERSON_KEYPOINTS = 17  # COCO's persons, the only ones with measured OKS sigmas
 UNIFORM_OKS_SIGMA = 0.05  # for all others; COCO's run from 0.025 (eyes) to 0.107 (hips)
 SKELETON_COLOR = (255, 255, 255)
@@ -49,14 +45,14 @@ def register_coco_json(name: str, json_file: str | Path, image_root: str | Path)
         FileNotFoundError: the JSON file, the image folder or an image does not exist.
         ValueError: the file is not JSON, not in COCO's format, or contradicts itself.
     """
-    coco = _read(Path(json_file))
+    coco = read_coco(Path(json_file))
     try:
         _check_annotations(coco)
         keypoint_metadata = _keypoint_metadata(coco["categories"])
         filled_in = _fill_in(coco, num_keypoints=len(keypoint_metadata.get("keypoint_names", [])))
     except ValueError as error:
         raise ValueError(f"{json_file}: {error}") from error
-    _check_images(coco["images"], Path(image_root))
+    _check_images(coco["images"], Path(image_root), json_file)
     if filled_in:
         complete_file = _write_to_cache(coco)
         logger.info(f"{json_file} lacks {', '.join(filled_in)}: completed in {complete_file}")
@@ -142,35 +138,15 @@ def _configure_keypoints(
         cfg.TEST.KEYPOINT_OKS_SIGMAS = [] if is_person else [UNIFORM_OKS_SIGMA] * num_keypoints
 
 
-def _read(json_file: Path) -> Record:
-    if not json_file.is_file():
-        raise FileNotFoundError(f"The annotation file {json_file} does not exist")
-    try:
-        coco = json.loads(json_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{json_file} is not JSON: {error}") from error
-    for section, keys in REQUIRED_KEYS.items():
-        entries = coco.get(section) if isinstance(coco, dict) else None
-        if not isinstance(entries, list):
-            raise ValueError(f"{json_file} is not in COCO's format: it has no list {section!r}")
-        if not entries:
-            raise ValueError(f"{json_file} has no {section}: its list {section!r} is empty")
-        for i, entry in enumerate(entries):
-            missing = [key for key in keys if key not in entry]
-            if missing:
-                raise ValueError(
-                    f"{json_file} is not in COCO's format: {section}[{i}] has no {missing[0]!r}"
-                )
-    return coco
-
-
-def _check_images(images: list[Record], image_root: Path) -> None:
+def _check_images(images: list[Record], image_root: Path, json_file: str | Path) -> None:
     if not image_root.is_dir():
         raise FileNotFoundError(f"The image folder {image_root} does not exist")
     for image in images:
-        if not (image_root / image["file_name"]).is_file():
+        # Unlike pathlib's, this takes any text for a name.
+        if not os.path.isfile(image_root / image["file_name"]):
             raise FileNotFoundError(
-                f"The image {image['file_name']!r} (id {image['id']}) is not in {image_root}"
+                f"The image {image['file_name']!r} (id {image['id']}) is not in {image_root}, "
+                f"though {json_file} lists it"
             )
 
 
@@ -182,20 +158,8 @@ def _check_annotations(coco: Record) -> None:
         for key, section in (("category_id", "categories"), ("image_id", "images")):
             if annotation[key] not in known[section]:
                 raise ValueError(f"{where} has {key} {annotation[key]!r}, not among the {section}")
-        if not isinstance(annotation["bbox"], list) or len(annotation["bbox"]) != 4:
-            raise ValueError(f"{where} has bbox {annotation['bbox']}, not [x, y, width, height]")
-        segmentation = annotation.get("segmentation") or []
-        if isinstance(segmentation, list) and not all(map(_is_polygon, segmentation)):
-            raise ValueError(
-                f"{where} has a segmentation that is neither an RLE nor a list of polygons "
-                "[x1, y1, x2, y2, x3, y3, ...] of three or more points"
-            )
     if all(max(annotation["bbox"]) <= 1 for annotation in annotations):
         raise ValueError("every bbox lies within [0, 1]; COCO's are in pixels: x, y, width, height")
-
-
-def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and len(value) >= 6 and len(value) % 2 == 0
 
 
 def _keypoint_metadata(categories: list[Record]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from shapely.geometry.base import BaseGeometry
 Color = tuple[int, int, int]
 Size = tuple[int, int]  # (height, width)
 
-MIN_VISIBLE = 0.35  # of an object's area; what shows less is left out of the picture
+MIN_VISIBLE = 0.6  # of an object's area; what shows less is left out of the picture
 SUPERSAMPLING = 4
 NOTHING: BaseGeometry = Polygon()
 
@@ -44,17 +44,11 @@ def _circle(radius: float, num_points: int, start: float = -90) -> list[tuple[fl
     return [(radius * math.cos(a), radius * math.sin(a)) for a in angles]
 
 
-def _star() -> list[tuple[float, float]]:
-    tips, notches = _circle(1, 5), _circle(0.5, 5, start=-54)
-    return [point for pair in zip(tips, notches) for point in pair]
-
-
 # Per class, for an object of radius 1: the outline, and the axis from head to tail.
 SHAPES = {
-    "ring": (Polygon(_circle(0.9, 48), [_circle(0.4, 32)]), LineString([(0, -0.65), (0, 0.65)])),
+    "ring": (Polygon(_circle(0.9, 48), [_circle(0.45, 32)]), LineString([(0, -0.67), (0, 0.67)])),
     "triangle": (Polygon(_circle(1.1, 3)), LineString([(0, -0.55), (0, 0.25)])),
     "square": (Polygon(_circle(1, 4, start=45)), LineString([(0, -0.42), (0, 0.42)])),
-    "star": (Polygon(_star()), LineString([(0, -0.52), (0, 0.25)])),
 }
 
 
@@ -114,12 +108,12 @@ def _sample_crowd(
 def _propose_objects(rng: np.random.Generator, size: Size) -> Iterator[SceneObject]:
     """Objects from the nearest to the farthest: small before large, and a crowd behind all."""
     colors = [(r, g, b) for r, g, b in rng.permutation(COLORS).tolist()]
-    radii = rng.uniform(15, 38, size=rng.integers(1, 5))
+    radii = rng.uniform(16, 40, size=rng.integers(1, 5))
     background = rng.choice(["empty", "large object", "crowd"], p=[0.8, 0.1, 0.1])
     if background == "large object":
         radii = radii[:1]
     for radius in sorted(radii):
-        yield _sample_object(rng, _sample_center(rng, size, margin=0.12), radius, colors.pop())
+        yield _sample_object(rng, _sample_center(rng, size, margin=0.08), radius, colors.pop())
     if background == "large object":
         center = _sample_center(rng, size, margin=0.45)
         yield _sample_object(rng, center, rng.uniform(70, 84), colors.pop())

@@ -1,6 +1,6 @@
 """The built-in datasets ``shapes_train`` and ``shapes_val``, drawn when they are first used.
 
-Small pictures of rings, triangles, squares and stars in COCO's format: boxes, masks (with holes,
+Small pictures of rings, triangles and squares in COCO's format: boxes, masks (with holes,
 or cut up by nearer objects), crowd regions, and two keypoints on every object, a light dot at its
 head and a dark dot at its tail. Picture i of a split is the same on every machine.
 """
@@ -34,6 +34,8 @@ from nl_detectron.data.scene import (
 logger = logging.getLogger(__name__)
 
 KEYPOINT_NAMES = ["head", "tail"]
+# For drawing annotations and predictions, in the order of SHAPES; the colour-blind can tell them.
+CLASS_COLORS = [(230, 159, 0), (86, 180, 233), (204, 121, 167)]
 IMAGE_SIZES = [(128, 128)] * 8 + [(96, 128), (128, 96), (128, 160), (160, 128)]  # height, width
 
 
@@ -170,6 +172,7 @@ def _register_split(name: str, root: Path, split: str) -> None:
     MetadataCatalog.pop(name, None)
     MetadataCatalog.get(name).set(
         thing_classes=list(SHAPES),
+        thing_colors=CLASS_COLORS,
         thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(SHAPES))},
         keypoint_names=KEYPOINT_NAMES,
         keypoint_flip_map=[],  # neither is the other's mirror image

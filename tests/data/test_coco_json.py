@@ -16,6 +16,7 @@ from detectron2.data import (
 from PIL import Image
 
 from nl_detectron.data import configure_for_dataset, register_coco_json
+from tests.corruption import read_corrupted
 
 PERSON = {
     "id": 7,
@@ -192,6 +193,24 @@ def change(section, i, **values):
     ("spoil", "message"),
     [
         (lambda coco: coco.pop("categories"), "no list 'categories'"),
+        (lambda coco: coco["images"].append(3), r"images\[3\] is 3, not an object"),
+        (change("images", 0, file_name=None), "file_name None, not a text"),
+        (change("images", 0, height=0), "height 0, not an integer from 1 to"),
+        (change("annotations", 0, bbox=[1, 2, "3", 4]), r"bbox \[1, 2, '3', 4\], not"),
+        (change("annotations", 0, area="x"), "area 'x', not a number"),
+        (change("annotations", 0, iscrowd=7), "iscrowd 7, not 0 or 1"),
+        (change("annotations", 0, keypoints=["x"]), r"keypoints \['x'\], not a list of numbers"),
+        (change("annotations", 0, segmentation=[[1e9] * 6]), "nor a list of polygons"),
+        (change("annotations", 0, segmentation={"counts": [5]}), "not an RLE"),
+        (
+            change("annotations", 0, segmentation={"size": [48, 64], "counts": [5]}),
+            "not an RLE",
+        ),
+        (
+            change("annotations", 0, segmentation={"size": [48, 64], "counts": "oo"}),
+            "not an RLE",
+        ),
+        (change("categories", 0, name=7), "name 7, not a text"),
         (lambda coco: coco.update(images={}), "no list 'images'"),
         (lambda coco: coco["annotations"].clear(), "has no annotations"),
         (lambda coco: coco["images"][1].pop("height"), r"images\[1\] has no 'height'"),
@@ -226,6 +245,21 @@ def test_explains_files_of_another_format(tmp_path, text):
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(ValueError, match=r"is not JSON|is not in COCO's format"):
         register_coco_json("mine", tmp_path / "mine.json", tmp_path)
+
+
+def test_corrupt_files(write, cfg, tmp_path):
+    json_file, image_root = write(hand_made_coco())
+    folder = tmp_path / "corrupt"
+    folder.mkdir()
+
+    def read(path):
+        register_coco_json(str(path), path, image_root)  # the name, for configure_for_dataset
+        configure_for_dataset(cfg, str(path), str(path))
+
+    content = json_file.read_bytes()
+    errors = (ValueError, FileNotFoundError)
+    num_refused = read_corrupted(content, folder / "mine.json", read, errors)
+    assert num_refused > 100
 
 
 def test_explains_missing_files(write, tmp_path):
