@@ -12,7 +12,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"', (ROOT / "nl_detectron" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-TEST = ["pytest>=7", "pytorchvideo"]
+TEST = ["pytest>=7"]
 
 setup(
     name="nl_detectron",
@@ -25,12 +25,14 @@ setup(
     # The configs lie beside the package, as in Detectron2, and are installed inside it.
     packages=[*find_packages(include=["nl_detectron", "nl_detectron.*"]), "nl_detectron.configs"],
     package_dir={"nl_detectron.configs": "configs"},
-    package_data={"nl_detectron.configs": ["*.yaml", "**/*.yaml"]},
+    package_data={"nl_detectron.configs": ["*.yaml", "**/*.yaml", "**/*.py"]},
     # Detectron2 itself is missing here because it is not on the package registry.
     install_requires=[
         "torch>=2.1",
         "torchvision>=0.16",
         "numpy",
+        "safetensors>=0.4",
+        "tabulate",
         "fvcore",
         "iopath",
         "pycocotools>=2.0.6",

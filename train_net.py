@@ -33,7 +33,9 @@ def main(args: argparse.Namespace) -> dict | None:
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        checkpointer = NonLocalCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = NonLocalCheckpointer(
+            model, cfg.OUTPUT_DIR, strict=args.strict_weights, report=args.weights_report
+        )
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
@@ -41,6 +43,8 @@ def main(args: argparse.Namespace) -> dict | None:
         return results
 
     trainer = Trainer(cfg)
+    trainer.checkpointer.strict = args.strict_weights
+    trainer.checkpointer.report = args.weights_report
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
 

@@ -42,7 +42,8 @@ def test_configs_are_installed_with_the_package(tmp_path):
     folders = ["--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
     result = python("setup.py", "--quiet", "build", *folders, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    installed = {p.relative_to(tmp_path / "lib") for p in (tmp_path / "lib").rglob("*.yaml")}
-    expected = {Path("nl_detectron") / p.relative_to(ROOT) for p in ROOT.glob("configs/**/*.yaml")}
-    assert installed == expected
+    library = tmp_path / "lib"
+    files = [p for suffix in ("yaml", "py") for p in ROOT.glob(f"configs/**/*.{suffix}")]
+    installed = {p for p in (library / "nl_detectron" / "configs").rglob("*") if p.is_file()}
+    assert installed == {library / "nl_detectron" / p.relative_to(ROOT) for p in files}
     assert {p.name for p in (tmp_path / "lib").iterdir()} == {"nl_detectron"}

@@ -10,7 +10,7 @@ def test_legal(value):
 
 @pytest.mark.parametrize("value", ["res6", "RES4", "", None, 4, True])
 def test_illegal(value):
-    with pytest.raises(ValueError, match="stage is .* but must be one of 'res4', 'res5', 1") as e:
+    with pytest.raises(ValueError, match=r"stage is .* but must be one of 'res4', 'res5', 1") as e:
         check_choice("stage", value, ["res4", "res5", 1])
     assert repr(value) in str(e.value)
 

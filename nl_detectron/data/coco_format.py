@@ -76,7 +76,7 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MAX_PIXELS
+    return type(value) in (int, float) and 0 < value <= MAX_PIXELS and value == int(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -143,7 +143,7 @@ _KINDS: dict[str, dict[str, Kind]] = {
             "[x1, y1, x2, y2, x3, y3, ...] of three or more points",
         ),
         "keypoints": (_are_coordinates, "a list of numbers"),
-        "num_keypoints": (_is_integer, "an integer"),
+        "num_keypoints": (_is_number, "a number"),
         "iscrowd": (lambda value: value in (0, 1), "0 or 1"),
         "area": (_is_number, "a number"),
     },

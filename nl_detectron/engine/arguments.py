@@ -35,6 +35,9 @@ Go on with an interrupted run; evaluate what it has learnt:
     $ train_net.py --config-file ... --resume
     $ train_net.py --config-file ... --eval-only MODEL.WEIGHTS output/model_final.pth
 
+What became of every tensor of some weights; an error if anything but new blocks starts fresh:
+    $ train_net.py --config-file ... --weights-report --strict-weights MODEL.WEIGHTS model.pth
+
 Your own data in COCO's format; the number of classes and keypoints is read from it:
     $ train_net.py --config-file ... --train-json train.json --train-images train/ \\
         --val-json val.json --val-images val/
@@ -54,7 +57,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     Returns:
         Detectron2's ``config_file``, ``resume``, ``eval_only``, ``num_gpus``, ``num_machines``,
         ``machine_rank``, ``dist_url``, ``opts``; and ``train_json``, ``train_images``,
-        ``val_json``, ``val_images`` (None where not given).
+        ``val_json``, ``val_images`` (None where not given), ``weights_report`` and
+        ``strict_weights``.
     """
     parser = default_argument_parser(epilog=EPILOG)
     parser.description = "Train or evaluate a Detectron2 model with non-local blocks."
@@ -62,6 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     overrides.nargs = "*"
     overrides.metavar = "KEY VALUE"
     overrides.help = "config keys and their values, such as SOLVER.BASE_LR 0.01"
+    add_weights_options(parser)
     own = parser.add_argument_group("your own data, in COCO's format (all four together)")
     own.add_argument("--train-json", metavar="FILE", help="annotations to train on")
     own.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
@@ -85,6 +90,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return args
 
 
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--weights-report`` and ``--strict-weights``, which NonLocalCheckpointer explains."""
+    weights = parser.add_argument_group("loading MODEL.WEIGHTS, or what --resume goes on from")
+    weights.add_argument(
+        "--weights-report", action="store_true", help="log every tensor and what became of it"
+    )
+    weights.add_argument(
+        "--strict-weights",
+        action="store_true",
+        help="stop if anything but new non-local blocks starts fresh, or if any weights are unused",
+    )
+
+
 def build_config(args: argparse.Namespace) -> CfgNode:
     """
     The config that a command line asks for: Detectron2's defaults, ``MODEL.NONLOCAL``, the config
@@ -92,18 +110,25 @@ def build_config(args: argparse.Namespace) -> CfgNode:
 
     Raises:
         KeyError: an unknown config key; the message names the nearest one.
+        ValueError: the file cannot be read as a config; the message names it.
     """
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     try:
         cfg.merge_from_file(args.config_file, allow_unsafe=False)
+    # The parsers know only sound files: on others they fail with any error at all.
+    except Exception as error:
+        if message := _unknown_key(cfg, error):
+            raise KeyError(f"{args.config_file}: {message}") from None
+        raise ValueError(
+            f"{args.config_file} cannot be read as a config: {type(error).__name__}: {error}"
+        ) from error
+    try:
         cfg.merge_from_list(args.opts)
     except (KeyError, AssertionError) as error:
-        unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
-        if unknown is None:
-            raise
-        hint = did_you_mean(unknown[1], _keys(cfg))
-        raise KeyError(f"Unknown config key {unknown[1]}{hint}") from None
+        if message := _unknown_key(cfg, error):
+            raise KeyError(message) from None
+        raise
     return cfg
 
 
@@ -118,10 +143,21 @@ def fit_config(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.train_json is not None:
         register_coco_json("train", args.train_json, args.train_images)
         register_coco_json("val", args.val_json, args.val_images)
-        configure_for_dataset(cfg, "train", "val")
+        try:
+            configure_for_dataset(cfg, "train", "val")
+        except ValueError as error:
+            raise ValueError(f"{args.train_json}, {args.val_json}: {error}") from error
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.info("There is no CUDA device: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
+
+
+def _unknown_key(cfg: CfgNode, error: Exception) -> str | None:
+    """What to say of an error of yacs, if it is about an unknown key."""
+    unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+    if unknown is None:
+        return None
+    return f"Unknown config key {unknown[1]}{did_you_mean(unknown[1], _keys(cfg))}"
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:

@@ -3,91 +3,118 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
-from fvcore.common.checkpoint import get_missing_parameters_message
-from torch import nn
+from torch import Tensor, nn
 
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.checkpoint_io import CheckpointError, load_checkpoint
+from nl_detectron.engine.load_report import LoadReport
 
 logger = logging.getLogger(__name__)
 
 
 class NonLocalCheckpointer(DetectionCheckpointer):
     """
-    Detectron2's checkpointer with a report that separates what is meant to start fresh (the
+    Detectron2's checkpointer, with a report that separates what is meant to start fresh (the
     non-local blocks of a model that is given weights without them; the detector around a
-    classifier's weights) from what is missing.
+    classifier's weights) from what is missing. Files are read as data, and run nothing.
     """
 
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        strict: bool = False,
+        report: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            model: the model to load into and to save.
+            save_dir: the folder that checkpoints are saved in.
+            strict: nothing but non-local blocks may start fresh, and nothing be left over.
+            report: log a table of all tensors and of what became of them.
+            **kwargs: those of ``DetectionCheckpointer``.
+        """
+        super().__init__(model, save_dir, **kwargs)
+        self.strict = strict
+        self.report = report
+
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """
+        Load weights, and what else the checkpoint holds, as ``DetectionCheckpointer.load`` does.
+
+        Raises:
+            CheckpointError: the file is no checkpoint; it has non-local blocks that the model lacks
+                or has in another form (the message says what to set); or with ``strict``, anything
+                but non-local blocks starts fresh or is left over.
+        """
+        if self.strict and not path:
+            raise CheckpointError("Strict loading, but MODEL.WEIGHTS is empty: all starts fresh")
         self._source = path
         return super().load(path, *args, **kwargs)
 
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        content = load_checkpoint(filename)
+        if filename.endswith(".pkl") and not {"model", "__author__"} <= content.keys():
+            # From the zoos of Caffe2 and Detectron, whose detectors are under "blobs".
+            weights = _without(content.get("blobs", content), "_momentum")
+            return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+        if filename.endswith(".pyth"):  # from pycls
+            if "model_state" not in content:
+                raise CheckpointError(f"{self._source} has no 'model_state', as pycls's files have")
+            weights = _without(content["model_state"], "num_batches_tracked")
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        if "model" not in content:
+            content = {"model": content}
+        url = getattr(self, "_parsed_url_during_load", None)  # Detectron2 0.6 has no queries
+        if url is not None and url.query == "matching_heuristics=True":
+            content["matching_heuristics"] = True
+        return content
+
+    def _convert_ndarray_to_tensor(self, state_dict: dict[str, Any]) -> None:
+        # Called last with what is then loaded, under the model's names.
+        if not isinstance(state_dict, dict):
+            raise CheckpointError(f"{self._source} has no state dict: {type(state_dict).__name__}")
+        for name, value in state_dict.items():
+            if not isinstance(name, str) or not isinstance(value, (np.ndarray, Tensor)):
+                raise CheckpointError(
+                    f"{self._source} is not a checkpoint of Detectron2: {name!r} in it is a "
+                    f"{type(value).__name__}, not a tensor. Those of other implementations have to "
+                    "be converted: tools/convert_weights.py"
+                )
+        super()._convert_ndarray_to_tensor(state_dict)
+        self._state_dict = state_dict
+
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        """
-        Log one line that says what was loaded and what starts fresh, and warn of anything else.
-
-        Args:
-            incompatible: fvcore's record with the lists ``missing_keys``, ``unexpected_keys`` and
-                ``incorrect_shapes`` (key, shape in the checkpoint, shape in the model).
-        """
-        mismatched = {key for key, _, _ in incompatible.incorrect_shapes}
-        not_loaded = set(incompatible.missing_keys) | mismatched
-        # A checkpoint may lack batch norm's counters without their being reported as missing.
-        tensors = {k for k in self.model.state_dict() if not k.endswith("num_batches_tracked")}
-        loaded = tensors - not_loaded
-
-        blocks = [name for name, m in self.model.named_modules() if isinstance(m, NonLocalBlock)]
-        fresh_blocks = [name for name in blocks if not _below([name], loaded)]
-        report = f"Loaded {len(loaded)} tensors from {self._source}"
-        if fresh_blocks:
-            report += f"; non-local blocks that start fresh: {', '.join(fresh_blocks)}"
-        missing = not_loaded - _below(fresh_blocks, not_loaded)
-
-        body = _classifier_parts(self.model)
-        if loaded and loaded == _below(body, loaded):
-            detector = missing - _below(body, missing)
-            missing -= detector
-            if detector:
-                report += f"; the {len(detector)} tensors of the detector around it start fresh"
-        logger.info(f"{report}; nothing else is missing." if not missing else f"{report}.")
-        if missing:
-            logger.warning(
-                f"NOT LOADED: {len(missing)} tensors of the model have no weights in "
-                f"{self._source} and keep their initial values. "
-                + get_missing_parameters_message(sorted(missing))
+        """Log what was loaded; see :meth:`load` for what it raises."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._state_dict.items()}
+        shapes.update({name: shape for name, shape, _ in incompatible.incorrect_shapes})
+        del self._state_dict
+        report = LoadReport.of(self.model, self._source, shapes, incompatible)
+        if self.report:
+            logger.info(f"Weights from {self._source}:\n{report.table(self.model)}")
+        if problem := report.block_problem(self.model):
+            raise CheckpointError(problem)
+        problems = report.strict_problems() if self.strict else []
+        if problems:
+            raise CheckpointError(
+                f"Strict loading: {self._source} and the model differ in more than non-local "
+                "blocks that start fresh:" + "\n    ".join(["", *problems])
             )
-        for key, in_checkpoint, in_model in incompatible.incorrect_shapes:
-            logger.warning(
-                f"NOT LOADED: {key} has shape {in_checkpoint} in the checkpoint and {in_model} "
-                "in the model."
-            )
-        if incompatible.unexpected_keys:
-            unused = sorted(incompatible.unexpected_keys)
-            has_blocks = any("nonlocal" in key for key in unused)
-            logger.log(
-                logging.WARNING if has_blocks else logging.INFO,
-                f"Not used by the model, though in {self._source}: {', '.join(unused)}"
-                + (
-                    ". They include non-local blocks: set MODEL.BACKBONE.NAME and MODEL.NONLOCAL "
-                    "as they were when it was trained."
-                    if has_blocks
-                    else ""
-                ),
-            )
+        logger.info(report.summary)
+        for warning in report.warnings:
+            logger.warning(warning)
+        if report.unused:
+            unused = ", ".join(sorted(report.unused))
+            logger.info(f"Not used by the model, though in {self._source}: {unused}")
 
 
-def _below(modules: Iterable[str], keys: Iterable[str]) -> set[str]:
-    """Those keys that belong to one of the modules."""
-    prefixes = tuple(f"{name}." for name in modules)
-    return {key for key in keys if key.startswith(prefixes)}
-
-
-def _classifier_parts(model: nn.Module) -> list[str]:
-    """The modules of a detector that weights trained for image classification can fill."""
-    has_fpn = hasattr(getattr(model, "backbone", None), "bottom_up")
-    # The C4 models have the backbone's last stage in their RoI heads.
-    return ["backbone.bottom_up" if has_fpn else "backbone", "roi_heads.res5"]
+def _without(weights: Any, suffix: str) -> Any:
+    """A state dict less the tensors whose names end so; anything else as it is."""
+    if not isinstance(weights, dict):
+        return weights
+    return {name: value for name, value in weights.items() if not str(name).endswith(suffix)}

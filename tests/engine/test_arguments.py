@@ -6,6 +6,7 @@ import torch
 
 from nl_detectron.data import default_root, make_shapes
 from nl_detectron.engine import build_config, fit_config, parse_arguments
+from tests.corruption import read_corrupted
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 QUICK_START = str(CONFIGS / "quick_start.yaml")
@@ -98,6 +99,25 @@ def test_yaml_runs_no_python(tmp_path):
     with pytest.raises(Exception, match="python/object"):
         config(config_file=str(path))
     assert not evidence.exists()
+
+
+def test_corrupt_config_files(tmp_path):
+    path = tmp_path / "config.yaml"
+    errors = (ValueError, KeyError)
+    content = Path(QUICK_START).read_bytes()
+    num_refused = read_corrupted(content, path, lambda p: config(config_file=str(p)), errors)
+    assert num_refused > 50
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "- 1", "text", "_BASE_: self.yaml", "_BASE_: no.yaml", "VERSION: 99", "MODEL: 1", "\0"],
+)
+def test_other_files_are_named(text, tmp_path):
+    path = tmp_path / "self.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"self\.yaml cannot be read as a config: \w"):
+        config(config_file=str(path))
 
 
 def test_own_data_sets_classes_and_keypoints(tmp_path):

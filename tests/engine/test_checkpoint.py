@@ -1,16 +1,27 @@
 import logging
+import os
 import pickle
 
 import pytest
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, build_model
 
-from nl_detectron import add_nonlocal_config
-from nl_detectron.engine import NonLocalCheckpointer
+import train_net
+from nl_detectron import add_nonlocal_config, model_zoo
+from nl_detectron.checkpoint_io import CheckpointError, save_checkpoint
+from nl_detectron.engine import NonLocalCheckpointer, parse_arguments
+
+KEYPOINTS = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [16] * 4)
 
 
 def build(*overrides, blocks=True):
+    return build_model(config(*overrides, blocks=blocks))
+
+
+def config(*overrides, blocks=True):
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     cfg.MODEL.DEVICE = "cpu"
@@ -27,7 +38,13 @@ def build(*overrides, blocks=True):
     name = "build_resnet_fpn_backbone"
     cfg.MODEL.BACKBONE.NAME = "build_nonlocal_backbone" if blocks else name
     cfg.merge_from_list(list(overrides))
-    return build_model(cfg)
+    return cfg
+
+
+def build_backbone(*overrides):
+    """A ResNet-18-FPN with blocks, alone."""
+    cfg = config(*overrides)
+    return BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)(cfg, ShapeSpec(channels=3))
 
 
 def load(model, path, caplog):
@@ -126,9 +143,238 @@ def test_own_checkpoint_loads_whole(tmp_path, caplog):
     assert not text["WARNING"]
 
 
-def test_warns_of_blocks_that_the_model_does_not_have(tmp_path, caplog):
+def save(model, path):
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+def refused(model, path, **options):
+    """The message of the error that loading ends in."""
+    with pytest.raises(CheckpointError) as error:
+        NonLocalCheckpointer(model, **options).load(str(path))
+    return str(error.value)
+
+
+AFTER_BLOCKS = "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"
+NO_BLOCKS = (AFTER_BLOCKS, "[[], [], [], []]")
+
+
+@pytest.mark.parametrize(
+    ("trained", "loaded", "settings"),
+    [
+        (
+            (),
+            NO_BLOCKS,
+            [
+                "MODEL.BACKBONE.NAME build_nonlocal_backbone",
+                f'{AFTER_BLOCKS} "[[], [], [0], []]"',
+                "MODEL.NONLOCAL.PAIRWISE embedded_gaussian (or dot_product)",
+                "MODEL.NONLOCAL.NORM BN (or SyncBN, FrozenBN)",
+                "MODEL.NONLOCAL.REDUCTION 2",
+            ],
+        ),
+        (
+            (AFTER_BLOCKS, "[[], [0, 1], [-1], []]"),
+            (),
+            [f'{AFTER_BLOCKS} "[[], [0, 1], [1], []]"'],
+        ),
+        (("MODEL.NONLOCAL.REDUCTION", 4), (), ["MODEL.NONLOCAL.REDUCTION 4"]),
+        (
+            ("MODEL.NONLOCAL.PAIRWISE", "gaussian"),
+            (),
+            ["MODEL.NONLOCAL.PAIRWISE gaussian"],
+        ),
+        (
+            (),
+            ("MODEL.NONLOCAL.PAIRWISE", "gaussian"),
+            ["MODEL.NONLOCAL.PAIRWISE embedded_gaussian (or dot_product)"],
+        ),
+        (
+            ("MODEL.NONLOCAL.PAIRWISE", "concatenation"),
+            (),
+            ["MODEL.NONLOCAL.PAIRWISE concatenation"],
+        ),
+        (("MODEL.NONLOCAL.NORM", ""), (), ['MODEL.NONLOCAL.NORM ""']),
+        ((), ("MODEL.NONLOCAL.NORM", ""), ["MODEL.NONLOCAL.NORM BN (or SyncBN, FrozenBN)"]),
+        (("MODEL.NONLOCAL.NORM", "GN"), (), ["MODEL.NONLOCAL.NORM GN (or LN)"]),
+    ],
+)
+def test_other_blocks_are_an_error_that_says_what_to_set(trained, loaded, settings, tmp_path):
     path = tmp_path / "model.pth"
-    torch.save({"model": build().state_dict()}, path)
-    text = load(build(blocks=False), path, caplog)
-    assert "res4.nonlocal0.theta.weight" in text["WARNING"]
-    assert "set MODEL.BACKBONE.NAME and MODEL.NONLOCAL" in text["WARNING"]
+    save_checkpoint(build_backbone(*trained).state_dict(), path)
+    message = refused(build_backbone(*loaded), path)
+    assert str(path) in message
+    assert message.splitlines()[1:] == [f"    {setting}" for setting in settings]
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".safetensors"])
+def test_other_blocks_are_an_error_in_every_format(suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    save_checkpoint(build_backbone().state_dict(), path)
+    message = refused(build_backbone("MODEL.NONLOCAL.PAIRWISE", "gaussian"), path)
+    assert "MODEL.NONLOCAL.PAIRWISE embedded_gaussian" in message
+
+
+def test_blocks_of_a_keypoint_head_are_an_error_that_says_what_to_set(tmp_path):
+    path = save(
+        build(*KEYPOINTS, "MODEL.ROI_KEYPOINT_HEAD.NAME", "NonLocalKeypointHead"),
+        tmp_path / "m.pth",
+    )
+    message = refused(build(*KEYPOINTS), path)
+    assert "MODEL.ROI_KEYPOINT_HEAD.NAME NonLocalKeypointHead" in message
+    assert "MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY 2" in message
+    assert AFTER_BLOCKS not in message  # these the model has
+
+
+def test_blocks_may_be_added_to_blocks(tmp_path, caplog):
+    path = tmp_path / "model.pth"
+    save_checkpoint(build_backbone().state_dict(), path)
+    text = load(build_backbone(AFTER_BLOCKS, "[[], [1], [0], []]"), path, caplog)
+    assert "start fresh: bottom_up.res3.nonlocal1; nothing else" in text["INFO"]
+
+
+def test_strict_admits_fresh_blocks(detector, caplog):
+    NonLocalCheckpointer(build(), strict=True).load(str(detector))
+
+
+@pytest.mark.parametrize("kind", ["missing", "unused", "shape", "classifier"])
+def test_strict_refuses_all_else(kind, plain, classifier, tmp_path):
+    weights = plain.state_dict()
+    path = tmp_path / "model.pth"
+    name = "roi_heads.box_predictor.cls_score.bias"
+    if kind == "missing":
+        del weights[name]
+        expected = f"1 fresh: {name}"
+    elif kind == "unused":
+        weights["classifier.fc.weight"] = torch.zeros(3)
+        expected = "1 unused: classifier.fc.weight"
+    elif kind == "shape":
+        weights[name] = torch.zeros(3)
+        expected = f"1 of another shape: {name}"
+    save_checkpoint(weights, path)
+    if kind == "classifier":
+        path, expected = classifier, "1 unused: linear.bias"
+    message = refused(build(), path, strict=True)
+    assert expected in message
+    assert str(path) in message
+
+
+def test_strict_refuses_no_weights_at_all():
+    assert "MODEL.WEIGHTS is empty" in refused(build_backbone(), "", strict=True)
+
+
+def test_report_has_every_tensor(plain, tmp_path, caplog):
+    weights = plain.state_dict()
+    weights["extra"] = torch.zeros(2, 3)
+    weights["roi_heads.box_predictor.cls_score.bias"] = torch.zeros(3)
+    del weights["roi_heads.box_head.fc1.bias"]
+    path = tmp_path / "model.pth"
+    save_checkpoint(weights, path)
+    model = build()
+    with caplog.at_level(logging.INFO, logger="nl_detectron.engine.checkpoint"):
+        logging.getLogger("nl_detectron").propagate = True
+        NonLocalCheckpointer(model, report=True).load(str(path))
+    (table,) = (r.getMessage() for r in caplog.records if "Weights from" in r.getMessage())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[3:]]
+    loaded = {module: detail for kind, module, detail in rows if kind == "loaded"}
+    assert loaded["backbone.bottom_up.res5.*"].startswith("25 tensors, ")
+    assert loaded["proposal_generator.*"].startswith("6 tensors, ")
+    count = sum(int(d.split()[0]) if "tensors" in d else 1 for d in loaded.values())
+    others = [row for row in rows if row[0] != "loaded"]
+    in_model = [row for row in others if row[0] != "unused"]
+    counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
+    assert count + len(in_model) + len(counters) == len(model.state_dict())
+    block = "backbone.bottom_up.res4.nonlocal0"
+    assert ["fresh", f"{block}.norm.weight", "(256,) all 0"] in others
+    (theta,) = (row for row in others if row[1] == f"{block}.theta.weight")
+    assert theta[2].startswith("(128, 256, 1, 1) random: mean ")
+    assert float(theta[2].split()[-1]) == pytest.approx(0.01, rel=0.05)
+    assert ["fresh", "roi_heads.box_head.fc1.bias", "(16,) all 0"] in others
+    shapes = "(3,) in the checkpoint, (81,) in the model"
+    assert ["shape mismatch", "roi_heads.box_predictor.cls_score.bias", shapes] in others
+    assert ["unused", "extra", "(2, 3) in the checkpoint"] in others
+
+
+def test_report_of_another_shape_under_a_shorter_name(plain, tmp_path, caplog):
+    weights = plain.backbone.bottom_up.state_dict()
+    weights["res5.1.conv2.weight"] = torch.zeros(3)
+    path = tmp_path / "model.pkl"
+    save_checkpoint(weights, path)
+    text = load(build(), path, caplog)
+    assert "res5.1.conv2.weight has shape (3,) in the checkpoint" in text["WARNING"]
+
+
+def test_caffe2_and_pycls_files(plain, tmp_path, caplog):
+    name = "res4.1.conv1.weight"
+    tensor = torch.randn_like(plain.backbone.bottom_up.state_dict()[name])
+    blobs = {"res4_1_branch2a_w": tensor.numpy(), "res4_1_branch2a_w_momentum": tensor.numpy()}
+    files = {"detectron.pkl": {"blobs": blobs, "cfg": "MODEL: x"}, "imagenet.pkl": blobs}
+    for file, content in files.items():
+        (tmp_path / file).write_bytes(pickle.dumps(content, protocol=2))
+    torch.save(
+        {"model_state": {name: tensor, "epoch.num_batches_tracked": tensor}},
+        tmp_path / "pycls.pyth",
+    )
+    for file in (*files, "pycls.pyth"):
+        model = build()
+        text = load(model, tmp_path / file, caplog)
+        assert torch.equal(model.backbone.bottom_up.state_dict()[name], tensor), file
+        assert "Not used" not in text["INFO"]
+
+
+@pytest.mark.skipif(
+    not hasattr(DetectionCheckpointer, "_torch_load"), reason="this Detectron2 has no queries"
+)
+def test_matching_by_suffix_where_the_url_asks_for_it(plain, tmp_path):
+    path = tmp_path / "body.pth"
+    weights = {
+        name: torch.randn_like(t) for name, t in plain.backbone.bottom_up.state_dict().items()
+    }
+    save_checkpoint(weights, path)
+    model = build()
+    NonLocalCheckpointer(model).load(f"{path}?matching_heuristics=True")
+    loaded = model.backbone.bottom_up.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("words", [["--eval-only"], []])
+def test_the_command_line_ends_in_the_same_errors(words, tmp_path):
+    path = tmp_path / "weights.pth"
+    save_checkpoint(model_zoo.get_model("quick_start", device="cpu").state_dict(), path)
+    words += ["--config-file", model_zoo.get_config_file("quick_start"), "--strict-weights"]
+    words += ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(path)]
+    for overrides, message in (
+        (["MODEL.FPN.OUT_CHANNELS", "32"], "Strict loading"),
+        (["MODEL.NONLOCAL.REDUCTION", "4"], "MODEL.NONLOCAL.REDUCTION 2"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            train_net.main(parse_arguments([*words, *overrides]))
+
+
+def test_files_of_other_programs_are_named(tmp_path):
+    path = tmp_path / "mmdetection.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "meta": {"epoch": 1}}, path)
+    message = refused(build_backbone(), path)
+    assert str(path) in message
+    assert "tools/convert_weights.py" in message
+
+
+def test_nothing_in_a_file_is_run(tmp_path):
+    evidence = tmp_path / "evidence"
+    for suffix in (".pth", ".pkl", ".pyth"):
+        path = tmp_path / f"model{suffix}"
+        content = {"model": {"a": MakesFolder(evidence)}, "__author__": "x"}
+        if suffix == ".pkl":
+            path.write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, path)
+        assert str(path) in refused(build_backbone(), path)
+        assert not evidence.exists()
+
+
+class MakesFolder:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)

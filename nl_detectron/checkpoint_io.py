@@ -1,0 +1,257 @@
+"""
+Reading and writing checkpoint files. A checkpoint is data: a file that asks for anything but
+tensors, arrays and plain containers is refused, and nothing in it is ever run.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import tarfile
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, SupportsIndex
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from nl_detectron.validation import check_choice
+
+_NUMERIC_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16|[?bBhHiIlLqQefdFD])")
+
+
+class CheckpointError(ValueError):
+    """A file is no checkpoint, or none for this model; the message names it and says why."""
+
+
+class _Refusal(pickle.UnpicklingError):
+    """What a file holds is sound, but not admitted."""
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """
+    Read a checkpoint of any kind, and run nothing that is in it.
+
+    Args:
+        path: a local file. ``.pkl`` is a pickle of arrays, as in Detectron's and Detectron2's model
+            zoos, also one that Python 2 wrote; ``.safetensors`` what it says; every other file is
+            taken for one of ``torch.save``.
+
+    Returns:
+        What the file holds, as it is: a state dict, or a dict with one under a key like "model",
+        "state_dict" or "blobs". Tensors are on the CPU; a pickle's arrays are NumPy's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is corrupt, truncated, not a checkpoint, or holds more than data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The checkpoint {path} does not exist")
+    read = _READERS.get(path.suffix.lower(), _read_torch)
+    try:
+        content = read(path)
+    # The readers know only sound files: on others they fail with any error at all.
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CheckpointError(
+            f"{path} is not a checkpoint: it holds a {type(content).__name__}, not a dict of names"
+        )
+    return content
+
+
+def save_checkpoint(state_dict: Mapping[str, Tensor | np.ndarray], path: str | Path) -> None:
+    """
+    Write a state dict so that Detectron2 loads it. The file appears whole or not at all.
+
+    Args:
+        state_dict: names to tensors or arrays.
+        path: ``.pth`` for Detectron2's own form, ``{"model": state_dict}``, whose names have to be
+            the model's; ``.pkl`` for that of its model zoo, whose names may lack a prefix such as
+            ``backbone.bottom_up``; ``.safetensors`` for the bare state dict.
+
+    Raises:
+        ValueError: ``path`` has another suffix.
+    """
+    path = Path(path)
+    check_choice(f"the suffix of {path}", path.suffix, tuple(_WRITERS))
+    tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in state_dict.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        _WRITERS[path.suffix](tensors, draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _read_torch(path: Path) -> Any:
+    # Up to torch 2.5 the reader of this old format runs code even with weights_only.
+    if tarfile.is_tarfile(path):
+        raise _Refusal("it is a tar archive, the format of PyTorch before 0.1.10")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_pickle(path: Path) -> Any:
+    with path.open("rb") as file:
+        return _ArrayUnpickler(file, encoding="latin1").load()
+
+
+def _write_torch(tensors: dict[str, Tensor], path: Path) -> None:
+    torch.save({"model": tensors}, path)
+
+
+def _write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    content = {"model": arrays, "__author__": "nl_detectron", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content, protocol=4))
+
+
+def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    # Copies, because the format has no tensors that share memory.
+    copies = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    safetensors.torch.save_file(copies, path)
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    ".pkl": _read_pickle,
+    ".safetensors": safetensors.torch.load_file,
+}
+_WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
+    ".pth": _write_torch,
+    ".pkl": _write_pickle,
+    ".safetensors": _write_safetensors,
+}
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in one line, without PyTorch's advice to load the file unsafely."""
+    if isinstance(error, _Refusal):
+        return str(error)
+    refused = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(error))
+    if refused:
+        return _not_data(refused[1])
+    lines = [line for line in str(error).splitlines() if line and "weights_only" not in line]
+    detail = ": ".join([type(error).__name__, *lines[:1]])
+    return f"it is damaged, or of another format ({detail})"
+
+
+def _not_data(name: str) -> str:
+    return (
+        f"it asks for {name}, which is neither a tensor, an array nor a plain container, and could "
+        "run code. If you trust the file, save its state dict alone with the program that made it"
+    )
+
+
+class _DType:
+    """Stands for NumPy's ``dtype``, whose own state can be set to what crashes NumPy."""
+
+    def __init__(self, code: str | bytes, *_: Any) -> None:
+        self._set(code.decode("ascii") if isinstance(code, bytes) else code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        byte_order = state[1]
+        self._set(byte_order.replace("|", "") + self.code.lstrip("<>=|"))
+
+    def _set(self, code: str) -> None:
+        if not _NUMERIC_DTYPE.fullmatch(code):
+            raise _Refusal(f"it has an array of {code!r}, which are no numbers")
+        self.code = code
+
+    def resolve(self) -> np.dtype:
+        return np.dtype(self.code)
+
+
+class _Array(np.ndarray):
+    """An array whose state is checked before NumPy sees it; pickled again it is a plain one."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return self.view(np.ndarray).__reduce_ex__(protocol)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, is_fortran, data = state
+        order: Any = "F" if is_fortran else "C"
+        values = _from_buffer(data, dtype, shape, order)
+        state = (1, values.shape, values.dtype, bool(is_fortran), values.tobytes(order))
+        super().__setstate__(state)
+
+
+def _reconstruct(*_: Any) -> _Array:
+    return np.empty(0, np.uint8).view(_Array)
+
+
+def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: Any) -> np.ndarray:
+    """An array in the byte order of this machine, the only one that PyTorch takes."""
+    values = np.frombuffer(bytearray(_as_bytes(data)), dtype.resolve())
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return native.reshape(tuple(int(size) for size in shape), order=order)
+
+
+def _scalar(dtype: _DType, data: Any) -> Any:
+    return _from_buffer(data, dtype, (), "C")[()]
+
+
+def _empty_bytes() -> bytes:
+    """How Python 3 writes b"" for Python 2."""
+    return b""
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes for Python 2."""
+    if encoding != "latin1":
+        raise _Refusal(f"it has bytes in {encoding!r}, not in 'latin1'")
+    return text.encode("latin1")
+
+
+def _as_bytes(data: Any) -> bytes:
+    """The bytes of an array; from Python 2 they come as text."""
+    return data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data))
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """
+    Reads pickles of arrays and plain containers. (The one of ``pickle`` that is written in Python:
+    the other allocates whatever a corrupt file tells it to.)
+    """
+
+    # NumPy 1 and 2 have the same under two names; for each of these a stand-in is called.
+    NUMPY = {
+        "multiarray._reconstruct": _reconstruct,
+        "multiarray.scalar": _scalar,
+        "numeric._frombuffer": _from_buffer,
+    }
+    ADMITTED = {
+        **{f"numpy.core.{name}": stand_in for name, stand_in in NUMPY.items()},
+        **{f"numpy._core.{name}": stand_in for name, stand_in in NUMPY.items()},
+        "numpy.ndarray": None,  # only ever an argument of _reconstruct
+        "numpy.dtype": _DType,
+        "collections.OrderedDict": OrderedDict,
+        "_codecs.encode": _encode,
+        "__builtin__.bytes": _empty_bytes,
+        **{f"{module}.set": set for module in ("builtins", "__builtin__")},
+    }
+
+    stack: list[Any]
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name not in self.ADMITTED:
+            raise _Refusal(_not_data(full_name))
+        return self.ADMITTED[full_name]
+
+    def load_build(self) -> None:
+        """Set an object's state; of what is admitted, only the stand-ins have one that matters."""
+        state = self.stack.pop()
+        instance = self.stack[-1]
+        if isinstance(instance, (_Array, _DType)):
+            instance.__setstate__(state)
+        elif type(instance) is not OrderedDict:  # a state dict's, with versions of modules
+            raise _Refusal(f"it sets the state of a {type(instance).__name__}")
+
+    dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}

@@ -1,0 +1,72 @@
+"""What to set in a config for the non-local blocks that a state dict holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+Shapes = Mapping[str, Sequence[int]]
+
+_TENSOR = re.compile(r"(?:(?P<parent>.+)\.)?nonlocal(?P<index>\d+)\.(?P<child>\w+\.\w+)")
+_KEYPOINT_HEAD = "keypoint_head"
+
+
+def block_of(tensor: str) -> str | None:
+    """The non-local block that a tensor belongs to, by its name; None if to none."""
+    match = _TENSOR.fullmatch(tensor)
+    return tensor[: match.start("child") - 1] if match else None
+
+
+def block_settings(shapes: Shapes, stages: Sequence[str]) -> dict[str, str]:
+    """
+    Args:
+        shapes: names to shapes, of a model's or a checkpoint's tensors.
+        stages: the stages of the backbone, in order.
+
+    Returns:
+        Config keys to their values as a command line takes them; only those that the tensors
+        determine.
+    """
+    matches = [match for match in map(_TENSOR.fullmatch, shapes) if match]
+    places: dict[str, set[int]] = {}
+    for match in matches:
+        parent = (match["parent"] or "").rpartition(".")[2]
+        places.setdefault(parent, set()).add(int(match["index"]))
+    head = places.pop(_KEYPOINT_HEAD, set())
+    settings = {}
+    if places:
+        settings["MODEL.BACKBONE.NAME"] = "build_nonlocal_backbone"
+    if places and set(places) <= set(stages):
+        per_stage = [sorted(places.get(stage, ())) for stage in stages]
+        settings["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"] = f'"{per_stage}"'
+    if head:
+        settings["MODEL.ROI_KEYPOINT_HEAD.NAME"] = "NonLocalKeypointHead"
+        settings["MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY"] = str(min(head))
+    if matches:
+        settings.update(_options(shapes, block_of(matches[0].string)))
+    return settings
+
+
+def _options(shapes: Shapes, block: str | None) -> dict[str, str]:
+    """The options of one block; all blocks of a config have the same."""
+    own = {
+        name[len(f"{block}.") :]: shape for name, shape in shapes.items() if block_of(name) == block
+    }
+    settings = {"MODEL.NONLOCAL.PAIRWISE": _pairwise(own), "MODEL.NONLOCAL.NORM": _norm(own)}
+    if "g.weight" in own:
+        inner_channels, channels = own["g.weight"][:2]
+        settings["MODEL.NONLOCAL.REDUCTION"] = str(channels // inner_channels)
+    return settings
+
+
+def _pairwise(own: Shapes) -> str:
+    if "concat.weight" in own:
+        return "concatenation"
+    # These two have the same tensors.
+    return "embedded_gaussian (or dot_product)" if "theta.weight" in own else "gaussian"
+
+
+def _norm(own: Shapes) -> str:
+    if "norm.running_mean" in own:
+        return "BN (or SyncBN, FrozenBN)"
+    return "GN (or LN)" if "norm.weight" in own else '""'

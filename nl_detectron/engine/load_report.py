@@ -1,0 +1,214 @@
+"""What became of every tensor when weights were loaded into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fvcore.common.checkpoint import get_missing_parameters_message
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from nl_detectron.engine.block_settings import Shapes, block_of, block_settings
+from nl_detectron.layers import NonLocalBlock
+from nl_detectron.modeling.insertion import find_stages
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """
+    The tensors of a checkpoint and of the model that it was loaded into, each in one place.
+
+    Attributes:
+        source: the checkpoint's file or URL.
+        shapes: shapes of the checkpoint's tensors, under the model's names where they match.
+        loaded: the model's tensors that have their values from the checkpoint.
+        fresh: those that keep their initial values because the checkpoint has nothing for them.
+        mismatched: names of both with the shapes in the checkpoint and in the model; not loaded.
+        unused: the checkpoint's tensors for which the model has no place.
+        fresh_blocks: the model's non-local blocks that are wholly fresh.
+        fresh_detector: the fresh tensors around a classifier's weights; none if the checkpoint
+            holds more than those.
+    """
+
+    source: str
+    shapes: Shapes
+    loaded: set[str]
+    fresh: set[str]
+    mismatched: dict[str, tuple[Shape, Shape]]
+    unused: set[str]
+    fresh_blocks: list[str]
+    fresh_detector: set[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, source: str, shapes: Shapes, incompatible: Any) -> LoadReport:
+        """
+        Args:
+            model: the model, after loading.
+            source: the checkpoint's file or URL.
+            shapes: shapes of the checkpoint's tensors, under the names they were loaded by.
+            incompatible: fvcore's record with the lists ``missing_keys``, ``unexpected_keys`` and
+                ``incorrect_shapes`` (key, shape in the checkpoint, shape in the model).
+        """
+        unused = set(incompatible.unexpected_keys)
+        missing = set(incompatible.missing_keys)
+        mismatched = {key: (old, new) for key, old, new in incompatible.incorrect_shapes}
+        own_shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        # Matching by suffix, Detectron2 counts another shape as a missing and an unused tensor.
+        for short in sorted(unused):
+            for key in {key for key in missing if key.endswith(f".{short}")}:
+                if own_shapes[key] != shapes[short]:
+                    mismatched[key] = (tuple(shapes[short]), own_shapes[key])
+                    unused.discard(short)
+        # A checkpoint may lack batch norm's counters without their being reported as missing.
+        tensors = {key for key in own_shapes if not key.endswith("num_batches_tracked")}
+        loaded = tensors - missing - mismatched.keys()
+        fresh = missing - mismatched.keys()
+
+        blocks = [name for name, m in model.named_modules() if isinstance(m, NonLocalBlock)]
+        fresh_blocks = [name for name in blocks if not _below([name], tensors - fresh)]
+        body = _classifier_parts(model)
+        is_classifier = bool(loaded) and loaded == _below(body, loaded)
+        around = fresh - _below([*body, *fresh_blocks], fresh) if is_classifier else set()
+        return cls(source, shapes, loaded, fresh, mismatched, unused, fresh_blocks, around)
+
+    @property
+    def forgotten(self) -> set[str]:
+        """The fresh tensors that are meant to be loaded."""
+        return self.fresh - _below(self.fresh_blocks, self.fresh) - self.fresh_detector
+
+    @property
+    def summary(self) -> str:
+        """What was loaded and what is meant to start fresh, in one line."""
+        line = f"Loaded {len(self.loaded)} tensors from {self.source}"
+        if self.fresh_blocks:
+            line += f"; non-local blocks that start fresh: {', '.join(self.fresh_blocks)}"
+        if self.fresh_detector:
+            line += (
+                f"; the {len(self.fresh_detector)} tensors of the detector around it start fresh"
+            )
+        complete = not self.forgotten and not self.mismatched
+        return f"{line}; nothing else is missing." if complete else f"{line}."
+
+    @property
+    def warnings(self) -> list[str]:
+        """One for each kind of tensor that was not loaded and is not meant to start fresh."""
+        warnings = []
+        if self.forgotten:
+            warnings.append(
+                f"NOT LOADED: {len(self.forgotten)} tensors of the model have no weights in "
+                f"{self.source} and keep their initial values. "
+                + get_missing_parameters_message(sorted(self.forgotten))
+            )
+        for key, (in_checkpoint, in_model) in self.mismatched.items():
+            warnings.append(
+                f"NOT LOADED: {key} has shape {in_checkpoint} in the checkpoint and {in_model} "
+                "in the model."
+            )
+        return warnings
+
+    def table(self, model: nn.Module) -> str:
+        """
+        Every tensor (but batch norm's counters) and what became of it. What was loaded is put
+        together by modules; what starts fresh is described by the values that it has.
+        """
+        state_dict = model.state_dict()
+        others = {*self.fresh, *self.mismatched}
+        modules: dict[str, list[str]] = {}
+        for name in state_dict:
+            if name in self.loaded:
+                modules.setdefault(_largest_module(name, others), []).append(name)
+        rows = []
+        for module, names in modules.items():
+            sizes = [state_dict[name].numel() for name in names]
+            is_tensor = names == [module]
+            detail = f"{tuple(state_dict[module].shape)}" if is_tensor else f"{len(sizes)} tensors"
+            rows.append(("loaded", module, f"{detail}, {sum(sizes):,} values"))
+        for name in [name for name in state_dict if name in self.fresh]:
+            tensor = state_dict[name]
+            rows.append(("fresh", name, f"{tuple(tensor.shape)} {_describe(tensor)}"))
+        for name, (in_checkpoint, in_model) in self.mismatched.items():
+            detail = f"{in_checkpoint} in the checkpoint, {in_model} in the model"
+            rows.append(("shape mismatch", name, detail))
+        for name in sorted(self.unused):
+            rows.append(("unused", name, f"{tuple(self.shapes[name])} in the checkpoint"))
+        return tabulate(rows, headers=("", "tensor", "values"), tablefmt="pipe")
+
+    def strict_problems(self) -> list[str]:
+        """Everything but fresh non-local blocks, in words."""
+        kinds = {
+            "fresh": self.fresh - _below(self.fresh_blocks, self.fresh),
+            "of another shape": set(self.mismatched),
+            "unused": self.unused,
+        }
+        return [
+            f"{len(names)} {kind}: {', '.join(sorted(names))}"
+            for kind, names in kinds.items()
+            if names
+        ]
+
+    def block_problem(self, model: nn.Module) -> str | None:
+        """
+        What to set, if the checkpoint has non-local blocks which the model lacks or has otherwise;
+        None if it has not. Blocks that only the model has are no problem: they start fresh.
+        """
+        lacking = {block_of(name) for name in (*self.unused, *self.mismatched)}
+        partly = {block_of(name) for name in self.fresh} & {block_of(n) for n in self.loaded}
+        blocks = sorted(block for block in lacking | partly if block)
+        if not blocks:
+            return None
+        own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        stages = _stages(model)
+        present = block_settings(own_shapes, stages)
+        wanted = block_settings(self.shapes, stages)
+        changes = [f"{key} {value}" for key, value in wanted.items() if present.get(key) != value]
+        advice = "Set " + "\n    ".join(["", *changes]) if changes else "\n".join(self.warnings)
+        return (
+            f"{self.source} has non-local blocks that this model lacks or has in another form: "
+            f"{', '.join(blocks)}. {advice}"
+        )
+
+
+def _stages(model: nn.Module) -> Sequence[str]:
+    try:
+        return list(find_stages(getattr(model, "backbone", model)))
+    except ValueError:
+        return []
+
+
+def _below(modules: Iterable[str], keys: Iterable[str]) -> set[str]:
+    """Those keys that belong to one of the modules."""
+    prefixes = tuple(f"{name}." for name in modules)
+    return {key for key in keys if key.startswith(prefixes)}
+
+
+def _classifier_parts(model: nn.Module) -> list[str]:
+    """The modules of a detector that weights trained for image classification can fill."""
+    has_fpn = hasattr(getattr(model, "backbone", None), "bottom_up")
+    # The C4 models have the backbone's last stage in their RoI heads.
+    return ["backbone.bottom_up" if has_fpn else "backbone", "roi_heads.res5"]
+
+
+def _largest_module(name: str, others: set[str]) -> str:
+    """The largest module around a tensor that holds none of the others."""
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        module = ".".join(parts[:length])
+        if not _below([module], others):
+            return f"{module}.*"
+    return name
+
+
+def _describe(tensor: Tensor) -> str:
+    """How a tensor was initialised, as far as its values tell."""
+    values = tensor.detach().to(torch.float64)
+    if values.numel() == 0:
+        return ""
+    first = values.flatten()[0].item()
+    if (values == first).all():
+        return f"all {first:g}"
+    return f"random: mean {values.mean():.1e}, std {values.std():.1e}"
