@@ -1,0 +1,106 @@
+"""The configs of this package, and the models they describe, by name: as Detectron2's model_zoo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.modeling import build_model
+from torch import nn
+
+from nl_detectron.config import add_nonlocal_config
+from nl_detectron.engine.checkpoint import NonLocalCheckpointer
+from nl_detectron.validation import did_you_mean
+
+__all__ = ["get_config", "get_config_file", "get_model", "list_configs"]
+
+
+def list_configs() -> list[str]:
+    """
+    The names of all configs that train a model, such as
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml". Those ending in ``.py`` are
+    Detectron2's LazyConfigs.
+    """
+    folder = _folder()
+    files = [path for suffix in ("yaml", "py") for path in folder.glob(f"**/*.{suffix}")]
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return sorted(name for name in names if not name.startswith(("Base-", "common/")))
+
+
+def get_config_file(name: str) -> str:
+    """
+    Args:
+        name: one of :func:`list_configs`; ``.yaml`` may be left out.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: there is no such config; the message names the nearest one.
+    """
+    names = list_configs()
+    full_name = name if name.endswith((".yaml", ".py")) else f"{name}.yaml"
+    if full_name not in names:
+        near = [other for other in names if other.endswith(f"/{full_name}")] or names
+        hint = did_you_mean(full_name, near)
+        raise ValueError(f"There is no config {name!r} among model_zoo.list_configs(){hint}")
+    return str(_folder() / full_name)
+
+
+def get_config(name: str) -> Any:
+    """
+    Args:
+        name: as for :func:`get_config_file`.
+
+    Returns:
+        The config: a ``CfgNode``, or a ``DictConfig`` if the name ends in ``.py``.
+
+    Raises:
+        ValueError: there is no such config; the message names the nearest one.
+    """
+    file = get_config_file(name)
+    if file.endswith(".py"):
+        return LazyConfig.load(file)
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    cfg.merge_from_file(file, allow_unsafe=False)
+    return cfg
+
+
+def get_model(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:
+    """
+    Args:
+        name: as for :func:`get_config_file`.
+        weights: a checkpoint's file or URL; "config" for what the config starts training from, for
+            most of them an ImageNet classifier; None for random weights.
+        device: such as "cpu"; by default the config's, or the CPU where there is no CUDA.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ValueError: there is no such config; the message names the nearest one.
+        CheckpointError: see :meth:`NonLocalCheckpointer.load`.
+    """
+    cfg = get_config(name)
+    if device is None and not torch.cuda.is_available():
+        device = "cpu"
+    if isinstance(cfg, CfgNode):
+        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        model, own_weights = build_model(cfg), cfg.MODEL.WEIGHTS
+    else:
+        model, own_weights = instantiate(cfg.model), cfg.train.init_checkpoint
+        model.to(device or cfg.train.device)
+    path = own_weights if weights == "config" else weights
+    if path:
+        NonLocalCheckpointer(model).load(path)
+    return model
+
+
+def _folder() -> Path:
+    """The configs are installed inside the package, and lie beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
