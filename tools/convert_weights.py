@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""Convert weights of another implementation, so that they compute here what they computed there.
+
+    python tools/convert_weights.py resnet50.pth R-50-torchvision.pkl
+    python tools/convert_weights.py i3d_nonlocal_32x2_IN_pretrain_400k.pkl nonlocal.pkl
+    python tools/convert_weights.py mmcv.pth ours.pkl --pairwise embedded_gaussian --no-scale \\
+        --rename body.nl=res4.nonlocal4
+    python tools/convert_weights.py ours.pth theirs.pth --to mmcv --pairwise dot_product \\
+        --subsample embeddings
+
+In: non-local blocks, alone or in a whole checkpoint, of video-nonlocal-net (Caffe2, with its
+backbone if that is a 2-D one), mmcv, AlexHex7/Non-local_pytorch, SlowFast, PyTorchVideo and timm;
+ResNets and ResNeXts of torchvision and timm; what has Detectron2's names already is copied.
+Out: nl_detectron, or the blocks as mmcv or PyTorchVideo have them.
+
+Prints a line for every tensor. The settings under which the result computes the same are printed
+and written beside TARGET, as .yaml: merge them into a config, or name them as its _BASE_.
+What the file does not tell has to be said; the error says what, and with which option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nl_detectron.checkpoint_io import load_checkpoint, save_checkpoint
+from nl_detectron.conversion import SOURCES, TARGETS, convert
+from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    try:
+        run(args)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"{args.source} is not converted: {error}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help=".pth, .pkl or .safetensors, read as data only")
+    parser.add_argument(
+        "target",
+        type=Path,
+        help=".pkl, whose names Detectron2 completes (res4... to backbone.bottom_up.res4...), or "
+        ".pth or .safetensors, for names that are the model's",
+    )
+    parser.add_argument(
+        "--family", choices=SOURCES, help="whose names the source has (default: recognised)"
+    )
+    parser.add_argument(
+        "--to", choices=TARGETS, default="nl_detectron", help="default: %(default)s"
+    )
+    said = parser.add_argument_group("what the source computes, where the file does not tell")
+    said.add_argument("--pairwise", choices=PAIRWISE, help="softmax or dot product, mostly")
+    said.add_argument(
+        "--scale",
+        action=argparse.BooleanOptionalAction,
+        help="are the logits of the softmax multiplied by d^-1/2?",
+    )
+    said.add_argument(
+        "--subsample", choices=SUBSAMPLE, help="max-pooling after phi and g, of their input, none"
+    )
+    said.add_argument("--norm", help="kind of a norm without statistics: GN or LN")
+    said.add_argument("--norm-eps", type=float, help="epsilon of the batch norm, if unusual")
+    said.add_argument("--dims", type=int, choices=(1, 2, 3), help="of the result (default: 2)")
+    said.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        type=old_and_new,
+        help="the source's name of a block, or of what it is in, and ours; repeatable",
+    )
+    return parser
+
+
+def old_and_new(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form OLD=NEW")
+    return old, new
+
+
+def run(args: argparse.Namespace) -> None:
+    settings_file = args.target.with_suffix(".yaml")
+    conversion = convert(
+        load_checkpoint(args.source),
+        args.family,
+        to=args.to,
+        pairwise=args.pairwise,
+        scale=args.scale,
+        subsample=args.subsample,
+        norm=args.norm,
+        norm_eps=args.norm_eps,
+        dims=args.dims,
+        rename=dict(args.rename),
+    )
+    model = conversion.settings.get("MODEL", {})
+    if {"BACKBONE", "RESNETS"} & set(model):
+        model["WEIGHTS"] = str(args.target)
+        bare = any(name.startswith(("stem.", "res")) for name in conversion.state_dict)
+        if bare and args.target.suffix != ".pkl":
+            conversion.notes.append(
+                f"Detectron2 completes names (res4... to backbone.bottom_up.res4...) in a .pkl "
+                f"only, so not in {args.target}: it would load nothing."
+            )
+    save_checkpoint(conversion.state_dict, args.target)
+    settings_file.write_text(conversion.to_yaml())
+    left_out = sum(not row.target for row in conversion.rows)
+    print(conversion.table())
+    print(
+        f"\n{args.source}, recognised as {conversion.family}: {len(conversion.state_dict)} tensors"
+    )
+    print(f"in {args.target}, {left_out} left out. Settings, also in {settings_file}:\n")
+    print(conversion.to_yaml())
+
+
+if __name__ == "__main__":
+    main()
