@@ -86,6 +86,7 @@ class Environment:
 
 def fill(environment: Environment) -> None:
     environment.create_or_repair()
+    environment.pip_install("--quiet", "--no-deps", "--requirement", "requirements-peers.txt")
     if detectron2 := find_existing_detectron2(environment):
         print(f"Detectron2 in {detectron2} is used as it is.", flush=True)
         kept = versions_to_keep(environment)
