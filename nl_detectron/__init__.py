@@ -2,7 +2,9 @@
 
 try:
     import detectron2  # noqa: F401
-except ImportError as error:
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":  # it is there, but lacks something itself
+        raise
     raise ImportError(
         "nl_detectron needs Detectron2, which is not installed here: run `make setup` in "
         "nl_detectron's folder, or install it as "

@@ -45,8 +45,11 @@ def block_options(cfg: CfgNode) -> dict[str, Any]:
     The keyword arguments of :class:`NonLocalBlock` that ``MODEL.NONLOCAL`` asks for.
 
     Raises:
-        ValueError: an option's value is not legal; the message names the key.
+        ValueError: an option's value is not legal; the message names the key. Or there is no
+            ``MODEL.NONLOCAL``.
     """
+    if "NONLOCAL" not in cfg.MODEL:
+        raise ValueError("The config has no MODEL.NONLOCAL: call add_nonlocal_config(cfg) first")
     node = cfg.MODEL.NONLOCAL
     check_choice("MODEL.NONLOCAL.PAIRWISE", node.PAIRWISE, PAIRWISE)
     check_choice("MODEL.NONLOCAL.SUBSAMPLE", node.SUBSAMPLE, SUBSAMPLE)

@@ -21,6 +21,7 @@ def check_choice(name: str, value: object, legal: Collection[object]) -> None:
 
 
 def did_you_mean(value: object, legal: Collection[object]) -> str:
-    """``; did you mean 'res4'?`` for a value close to a legal one, else the empty string."""
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in legal], n=1)
+    """``; did you mean 'res4'?`` for a string close to a legal one, else the empty string."""
+    words = [choice for choice in legal if isinstance(choice, str)]
+    near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -42,6 +42,11 @@ def test_block_options_make_a_block():
     )
 
 
+def test_block_options_need_the_node():
+    with pytest.raises(ValueError, match=r"call add_nonlocal_config\(cfg\) first"):
+        block_options(get_cfg())
+
+
 @pytest.mark.parametrize("key", ["PAIRWISE", "SUBSAMPLE", "NORM"])
 def test_block_options_refuse(key):
     cfg = config()

@@ -64,6 +64,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.description = "Train or evaluate a Detectron2 model with non-local blocks."
     (overrides,) = (action for action in parser._actions if action.dest == "opts")
     overrides.nargs = "*"
+    # Values such as -1e-4 are no options either.
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
     overrides.metavar = "KEY VALUE"
     overrides.help = "config keys and their values, such as SOLVER.BASE_LR 0.01"
     add_weights_options(parser)
@@ -120,8 +122,11 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     except Exception as error:
         if message := _unknown_key(cfg, error):
             raise KeyError(f"{args.config_file}: {message}") from None
+        hint = (
+            " (a config is plain YAML here and runs no Python)" if "python/" in str(error) else ""
+        )
         raise ValueError(
-            f"{args.config_file} cannot be read as a config: {type(error).__name__}: {error}"
+            f"{args.config_file} cannot be read as a config: {type(error).__name__}: {error}{hint}"
         ) from error
     try:
         cfg.merge_from_list(args.opts)

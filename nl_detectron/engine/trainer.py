@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from typing import Any
@@ -13,6 +14,8 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import COCOEvaluator
 
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
+
+logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
@@ -32,6 +35,9 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if "_trainer" not in state_dict:
+            logger.warning("The checkpoint has no optimizer state, as Detectron2 0.6 forgets it.")
+            state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 

@@ -13,8 +13,10 @@ from torch.nn import functional
 
 from nl_detectron.layers.norm import Norm, build_norm
 from nl_detectron.layers.pairwise import (
+    accumulable,
     concatenation_pairwise,
     dot_product_pairwise,
+    no_autocast,
     softmax_pairwise,
 )
 from nl_detectron.validation import check_choice
@@ -75,9 +77,10 @@ class NonLocalBlock(CNNBlockBase):
         check_choice("pairwise", pairwise, PAIRWISE)
         check_choice("subsample", subsample, SUBSAMPLE)
         check_choice("dims", dims, tuple(_CONV))
-        if not 1 <= reduction <= in_channels:
+        if not isinstance(reduction, int) or not 1 <= reduction <= in_channels:
             raise ValueError(
-                f"reduction is {reduction!r}, but must be between 1 and in_channels={in_channels}"
+                f"reduction is {reduction!r}, but must be an integer from 1 to "
+                f"in_channels={in_channels}"
             )
         inner_channels = in_channels // reduction
         self.dims = dims
@@ -120,7 +123,8 @@ class NonLocalBlock(CNNBlockBase):
             x: (B, C, *grid), floating point; grid is L, H x W or T x H x W. B may be 0.
 
         Returns:
-            z, same shape and dtype.
+            z, same shape and dtype. (In training, batch norm itself needs more than one position
+            in the batch: a single one of a 1 x 1 grid is refused by PyTorch.)
 
         Raises:
             ValueError: x has another number of dimensions or channels than the block.
@@ -159,9 +163,8 @@ class NonLocalBlock(CNNBlockBase):
         theta, phi, _ = self._embed(x)
         key_grid = phi.shape[2:]
         theta, phi = theta[:, index], _positions(phi)
-        if theta.dtype in (torch.float16, torch.bfloat16):
-            theta, phi = theta.float(), phi.float()
-        with torch.autocast(x.device.type, enabled=False):
+        theta, phi = accumulable(theta), accumulable(phi)
+        with no_autocast(x):
             if self.pairwise == "dot_product":
                 weights = theta @ phi.mT / phi.shape[1]
             elif self.pairwise == "concatenation":
@@ -200,10 +203,11 @@ class NonLocalBlock(CNNBlockBase):
         return _MAX_POOL[self.dims](x, kernel, kernel)
 
     def _concat_terms(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-        """w_theta^T theta_i, (B, N_q), and w_phi^T phi_j, (B, N_k)."""
-        weight = self.concat.weight.flatten().to(theta.dtype)
-        w_theta, w_phi = weight.chunk(2)
-        return theta @ w_theta, phi @ w_phi
+        """w_theta^T theta_i, (B, N_q), and w_phi^T phi_j, (B, N_k); float32 for half precision."""
+        with no_autocast(theta):
+            theta, phi = accumulable(theta), accumulable(phi)
+            w_theta, w_phi = self.concat.weight.to(theta.dtype).view(-1, 1).chunk(2)
+            return (theta @ w_theta).squeeze(2), (phi @ w_phi).squeeze(2)
 
     def _restore(self, y: Tensor, grid: torch.Size) -> Tensor:
         """W_z y and its norm: (B, N_q, c) to (B, C, *grid)."""
@@ -215,7 +219,7 @@ class NonLocalBlock(CNNBlockBase):
         # Autocast, which would take such a y back to float16, has nothing to do for a y that has
         # the weights' dtype.
         fits = y.dtype == self.out.weight.dtype
-        with torch.autocast(y.device.type, enabled=False) if fits else nullcontext():
+        with no_autocast(y) if fits else nullcontext():
             return self._normalize(self.out(y.mT.unflatten(2, grid)))
 
     def _normalize(self, z: Tensor) -> Tensor:
@@ -233,6 +237,8 @@ def _positions(x: Tensor) -> Tensor:
 
 def _flat_index(positions: Tensor, grid: torch.Size) -> Tensor:
     """(Q,) indices into the flattened grid, or (Q, dims) coordinates, to checked (Q,) indices."""
+    if positions.numel() == 0:  # the dtype of an empty list says nothing
+        positions = positions.long()
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise ValueError(f"positions are {positions.dtype}, but must be integers")
     if positions.dim() == 1:

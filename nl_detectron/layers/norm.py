@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nl_detectron.validation import check_choice
 
-NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "")
+NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "")
 Norm = Union[str, Callable[[int], nn.Module], None]
 
 

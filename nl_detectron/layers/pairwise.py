@@ -21,10 +21,13 @@ subsampled), d the channels of theta and phi, c those of g. B and N_q may be 0.
 Half precision inputs are accumulated in float32. The softmax kinds return the dtype of ``g``: their
 y is an average of g, so it fits. The 1 / N_k kinds return float32 for float16 inputs: their y is a
 product of three embeddings and may well not fit.
+
+Gradients are exact; gradients of gradients there are none, but for the dot product.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,9 +55,6 @@ def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) 
     Returns:
         (B, N_q, c), same dtype.
     """
-    if g.is_cuda and theta.dtype == g.dtype in _HALF and theta.shape[2] == g.shape[2]:
-        # CUDA's fused kernels accumulate in float32, and are used for d = c only.
-        return functional.scaled_dot_product_attention(theta, phi, g, scale=scale)
     return _BlockwiseSoftmax.apply(theta, phi, g, scale)
 
 
@@ -75,8 +75,8 @@ def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """
     output_dtype = _sum_dtype(theta.dtype)
     (queries, d), (keys, c) = theta.shape[1:], g.shape[1:]
-    with torch.autocast(theta.device.type, enabled=False):
-        theta, phi, g = _accumulable(theta), _accumulable(phi), _accumulable(g)
+    with no_autocast(theta):
+        theta, phi, g = accumulable(theta), accumulable(phi), accumulable(g)
         if queries * keys * (d + c) < (queries + keys) * d * c:
             y = (theta @ phi.mT / keys) @ g
         else:
@@ -101,16 +101,20 @@ def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
         (B, N_q, c), same dtype; float32 if that is float16.
     """
     output_dtype = _sum_dtype(g.dtype)
-    with torch.autocast(g.device.type, enabled=False):
-        y = _RampSum.apply(_accumulable(a), _accumulable(b), _accumulable(g))
+    with no_autocast(g):
+        y = _RampSum.apply(accumulable(a), accumulable(b), accumulable(g))
         return (y / b.shape[1]).to(output_dtype)
 
 
-_HALF = (torch.float16, torch.bfloat16)
+def accumulable(x: Tensor) -> Tensor:
+    """x, in float32 if it is of half precision."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _accumulable(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in _HALF else x
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from lowering the precision again of what is computed from x."""
+    # Shapes are all that the meta device computes; it has no autocast.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -130,13 +134,13 @@ class _BlockwiseSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
-        with torch.autocast(theta.device.type, enabled=False):
+        with no_autocast(theta):
             keys, _ = _centred(phi)
             values, mean = _centred(g)
             y = values.new_empty(*theta.shape[:2], g.shape[2])
             logsumexp = values.new_empty(*theta.shape[:2], 1)
             for block in _query_blocks(theta, phi):
-                logits = (_accumulable(theta[:, block]) * scale) @ keys.mT
+                logits = (accumulable(theta[:, block]) * scale) @ keys.mT
                 logsumexp[:, block] = logits.logsumexp(2, keepdim=True)
                 y[:, block] = logits.sub_(logsumexp[:, block]).exp_() @ values
         ctx.save_for_backward(theta, phi, g, y, logsumexp)
@@ -147,13 +151,13 @@ class _BlockwiseSoftmax(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         theta, phi, g, y, logsumexp = ctx.saved_tensors
-        with torch.autocast(theta.device.type, enabled=False):
+        with no_autocast(theta):
             keys, values = _centred(phi)[0], _centred(g)[0]
             grad_theta = torch.empty_like(theta)
             grad_phi, grad_g = torch.zeros_like(keys), torch.zeros_like(values)
             for block in _query_blocks(theta, phi):
-                queries = _accumulable(theta[:, block]) * ctx.scale
-                grad = _accumulable(grad_y[:, block])
+                queries = accumulable(theta[:, block]) * ctx.scale
+                grad = accumulable(grad_y[:, block])
                 weights = (queries @ keys.mT).sub_(logsumexp[:, block]).exp_()
                 grad_g += weights.mT @ grad
                 # The softmax's Jacobian: dlogits = weights * (dweights - sum_j weights dweights),
@@ -168,7 +172,7 @@ class _BlockwiseSoftmax(torch.autograd.Function):
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """x less its mean over the positions, and that mean."""
-    x = _accumulable(x)
+    x = accumulable(x)
     mean = x.mean(1, keepdim=True)
     return x - mean, mean
 

@@ -9,7 +9,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 
 from nl_detectron.config import block_options
-from nl_detectron.modeling.insertion import find_stages, insert_nonlocal_blocks
+from nl_detectron.modeling.insertion import (
+    check_after_blocks,
+    find_stages,
+    insert_nonlocal_blocks,
+)
 from nl_detectron.validation import check_choice
 
 _AFTER_BLOCKS = "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"
@@ -32,20 +36,26 @@ def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     backbone = BACKBONE_REGISTRY.get(node.BACKBONE)(cfg, input_shape)
     if not any(node.AFTER_BLOCKS_PER_STAGE):
         return backbone
-    stages = list(find_stages(backbone))
+    # How many blocks a stage has, the backbone alone knows; nothing else is built yet.
+    stages = find_stages(backbone)
+    names = list(stages)
     after_blocks = {}
     for position, indices in enumerate(node.AFTER_BLOCKS_PER_STAGE):
-        if indices and position >= len(stages):
+        if indices and position >= len(names):
             raise ValueError(
                 f"{_AFTER_BLOCKS} asks for blocks in stage number {position + 1}, but "
-                f"{node.BACKBONE} has {len(stages)} with this config: {', '.join(stages)}"
+                f"{node.BACKBONE} has {len(names)} with this config: {', '.join(names)}"
             )
         if indices:
-            after_blocks[stages[position]] = indices
+            after_blocks[names[position]] = indices
+    try:
+        check_after_blocks(stages, after_blocks)
+    except ValueError as error:
+        raise ValueError(f"{_AFTER_BLOCKS} is {node.AFTER_BLOCKS_PER_STAGE}: {error}") from error
     try:
         return insert_nonlocal_blocks(backbone, after_blocks, **options)
     except ValueError as error:
-        raise ValueError(f"{_AFTER_BLOCKS} is {node.AFTER_BLOCKS_PER_STAGE}: {error}") from error
+        raise ValueError(f"MODEL.NONLOCAL: {error}") from error
 
 
 def _check_lists(after_blocks_per_stage: Any) -> None:

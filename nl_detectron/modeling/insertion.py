@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from detectron2.layers import CNNBlockBase
@@ -40,11 +41,12 @@ def insert_nonlocal_blocks(
             value that :class:`NonLocalBlock` refuses. The backbone is then as it was.
     """
     stages = find_stages(backbone)
+    if block_options.get("dims", 2) != 2:
+        raise ValueError(f"dims is {block_options['dims']}, but the features of a backbone are 2-D")
     insertions = []
-    for stage_name, indices in after_blocks.items():
-        check_choice("stage", stage_name, list(stages))
+    for stage_name, indices in check_after_blocks(stages, after_blocks).items():
         stage = stages[stage_name]
-        for index in _check_indices(stage_name, stage, indices):
+        for index in indices:
             previous_name = _residual_block_names(stage)[index]
             channels = _out_channels(stage_name, stage.get_submodule(previous_name))
             block = NonLocalBlock(channels, **block_options).train(stage.training)
@@ -120,17 +122,33 @@ def _residual_block_names(stage: nn.Module) -> list[str]:
     return [name for name, c in stage.named_children() if not isinstance(c, NonLocalBlock)]
 
 
+def check_after_blocks(
+    stages: Mapping[str, nn.Module], after_blocks: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """
+    ``after_blocks`` with all indices counted from 0.
+
+    Raises:
+        ValueError: an unknown stage, or a block index that is out of range or named twice.
+    """
+    for stage_name in after_blocks:
+        check_choice("stage", stage_name, list(stages))
+    return {name: _check_indices(name, stages[name], after_blocks[name]) for name in after_blocks}
+
+
 def _check_indices(stage_name: str, stage: nn.Module, indices: Sequence[int]) -> list[int]:
-    """The indices, all counted from 0."""
+    if not isinstance(indices, Sequence) or isinstance(indices, str):
+        raise ValueError(f"{stage_name} is given {indices!r}, but needs a list of block indices")
     count = len(_residual_block_names(stage))
     checked: list[int] = []
     for index in indices:
-        if type(index) is not int or not -count <= index < count:
+        is_integer = isinstance(index, Integral) and not isinstance(index, bool)
+        if not is_integer or not -count <= index < count:
             raise ValueError(
                 f"block index {index!r} in {stage_name}: {stage_name} has {count} blocks, so it "
                 f"must be an integer from {-count} to {count - 1}"
             )
-        from_start = index % count
+        from_start = int(index) % count
         if from_start in checked or hasattr(stage, f"nonlocal{from_start}"):
             raise ValueError(
                 f"block index {index} in {stage_name}: there is a non-local block after "

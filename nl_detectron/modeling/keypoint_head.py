@@ -41,7 +41,8 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
             **kwargs: those of ``KRCNNConvDeconvUpsampleHead``.
 
         Raises:
-            ValueError: ``nonlocal_every`` is negative or more than there are convolutions.
+            ValueError: ``nonlocal_every`` is negative or more than there are convolutions, or
+                :class:`NonLocalBlock` refuses an option.
         """
         if not 0 <= nonlocal_every <= len(conv_dims):
             raise ValueError(
@@ -52,13 +53,16 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
         # Only now: the parent's own initialisation runs over every parameter it finds.
         if nonlocal_every:
             for number in range(nonlocal_every, len(conv_dims) + 1, nonlocal_every):
-                block = NonLocalBlock(conv_dims[number - 1], **nonlocal_options)
+                try:
+                    block = NonLocalBlock(conv_dims[number - 1], **nonlocal_options)
+                except ValueError as error:
+                    raise ValueError(f"MODEL.NONLOCAL, in the keypoint head: {error}") from error
                 insert_child(self, f"conv_fcn_relu{number}", f"nonlocal{number}", block)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         return {
             **super().from_config(cfg, input_shape),
-            "nonlocal_every": cfg.MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY,
             "nonlocal_options": block_options(cfg),
+            "nonlocal_every": cfg.MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY,
         }

@@ -27,9 +27,16 @@ def test_config_file_then_overrides():
 
 
 def test_lists_and_negative_numbers_as_overrides():
-    cfg = config("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[], [], [-1], []]", "SEED", "-1")
+    cfg = config(
+        "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE",
+        "[[], [], [-1], []]",
+        "SEED",
+        "-1",
+        "SOLVER.GAMMA",
+        "-1e-4",
+    )
     assert cfg.MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE == [[], [], [-1], []]
-    assert cfg.SEED == -1
+    assert (cfg.SEED, cfg.SOLVER.GAMMA) == (-1, -1e-4)
 
 
 @pytest.mark.parametrize("resume_first", [True, False])

@@ -78,7 +78,7 @@ def test_attention_positions():
     by_index = block.attention(x, torch.tensor([0, 8, 29]))
     by_coordinates = block.attention(x, [[0, 0], [1, 2], [4, 5]])
     assert torch.equal(by_index, by_coordinates)
-    assert block.attention(x, torch.zeros(0, dtype=torch.long)).shape == (2, 0, *GRID[2])
+    assert block.attention(x, []).shape == (2, 0, *GRID[2])
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,30 @@ def test_half_precision_is_finite_where_float32_is(pairwise, dtype, autocast):
     assert torch.equal(z, x)  # gamma is 0, and would make NaN of an infinite y
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision_concatenation_with_large_terms(autocast):
+    # w_f^T theta alone would leave float16's range.
+    block = make_block(512, pairwise="concatenation", reduction=1, randomize=False, zero_init=False)
+    for conv in (block.theta, block.phi):
+        nn.init.dirac_(conv.weight)
+    nn.init.constant_(block.concat.weight, 200.0)
+    x = make_input(channels=512).abs()
+    expected = block.eval()(x) - x
+    if autocast:
+        with torch.autocast("cpu", dtype=torch.float16):
+            actual = block(x) - x
+    else:
+        actual = block.half()(x.half()) - x.half()
+    assert actual.isfinite().all()
+    torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05 * float(expected.std()))
+
+
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_on_the_meta_device(pairwise):
+    block = make_block(pairwise=pairwise, subsample="embeddings").to("meta")
+    assert block(make_input().to("meta")).shape == make_input().shape
+
+
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_close_to_float32(pairwise, dtype):
@@ -327,6 +351,7 @@ def test_plain_gaussian_is_non_local_means(channels, h):
         ({"dims": 4}, "dims is 4.*1, 2, 3"),
         ({"reduction": 9}, "reduction is 9.*in_channels=8"),
         ({"reduction": 0}, "reduction is 0"),
+        ({"reduction": 2.0}, "reduction is 2.0, but must be an integer"),
         ({"norm": "BatchNorm"}, "norm is 'BatchNorm'.*'BN'"),
         ({"norm": "GN"}, "32 groups.*8 channels"),
     ],

@@ -60,6 +60,11 @@ def test_refuses(every):
         build(every=every)
 
 
+def test_refuses_options_by_name():
+    with pytest.raises(ValueError, match=r"MODEL.NONLOCAL, in the keypoint head: reduction is 40"):
+        build(REDUCTION=40)
+
+
 def test_keeps_names_and_outputs_of_detectron2s_head():
     plain, modified = build("KRCNNConvDeconvUpsampleHead"), build()
     missing, unexpected = modified.load_state_dict(plain.state_dict(), strict=False)
