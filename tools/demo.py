@@ -17,7 +17,8 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultPredictor
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 
 from nl_detectron import add_nonlocal_config
 
@@ -84,12 +85,10 @@ def draw_predictions(cfg: CfgNode, folder: Path) -> Path:
         image = cv2.imread(record["file_name"])
         found = predict(image)["instances"].to("cpu")
         found = found[found.scores > MIN_SCORE]
-        canvases = [
-            Visualizer(image[:, :, ::-1], metadata, SCALE, ColorMode.SEGMENTATION) for _ in "12"
-        ]
-        truth = canvases[0].draw_dataset_dict(record)
-        prediction = canvases[1].draw_instance_predictions(found)
-        picture = side_by_side([truth.get_image()[:, :, ::-1], prediction.get_image()[:, :, ::-1]])
+        rgb = image[:, :, ::-1]
+        truth = Visualizer(rgb, metadata, SCALE, ColorMode.SEGMENTATION).draw_dataset_dict(record)
+        prediction = draw_instances(Visualizer(rgb, metadata, SCALE), found)
+        picture = side_by_side([canvas.get_image()[:, :, ::-1] for canvas in (truth, prediction)])
         cv2.imwrite(str(folder / f"{Path(record['file_name']).stem}.png"), picture)
         pictures.append(picture)
     rows = [side_by_side(pictures[i : i + 2], gap=32) for i in range(0, len(pictures), 2)]
@@ -98,6 +97,24 @@ def draw_predictions(cfg: CfgNode, folder: Path) -> Path:
         side_by_side([r.swapaxes(0, 1) for r in rows], gap=16).swapaxes(0, 1),
     )
     return folder / "all.png"
+
+
+def draw_instances(visualizer: Visualizer, found: Instances) -> VisImage:
+    """Draw predictions in the colours of their classes, holes in masks left open."""
+    metadata = visualizer.metadata
+    classes = found.pred_classes.tolist()
+    colors = [tuple(np.divide(metadata.thing_colors[i], 255)) for i in classes]
+    for mask, color in zip(found.pred_masks.numpy(), colors):
+        visualizer.draw_binary_mask(mask.astype("uint8"), color, alpha=0.5)
+    return visualizer.overlay_instances(
+        boxes=found.pred_boxes,
+        labels=[
+            f"{metadata.thing_classes[i]} {score:.0%}"
+            for i, score in zip(classes, found.scores.tolist())
+        ],
+        keypoints=found.pred_keypoints,
+        assigned_colors=colors,
+    )
 
 
 def side_by_side(pictures: list[np.ndarray], gap: int = 4) -> np.ndarray:

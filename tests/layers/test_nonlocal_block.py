@@ -260,7 +260,9 @@ def test_half_precision_concatenation_with_large_terms(autocast):
     else:
         actual = block.half()(x.half()) - x.half()
     assert actual.isfinite().all()
-    torch.testing.assert_close(actual.float(), expected, rtol=0.05, atol=0.05 * float(expected.std()))
+    torch.testing.assert_close(
+        actual.float(), expected, rtol=0.05, atol=0.05 * float(expected.std())
+    )
 
 
 @pytest.mark.parametrize("pairwise", PAIRWISE)
