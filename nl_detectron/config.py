@@ -35,6 +35,9 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.NORM = "BN"
     # Start each block as the identity.
     node.ZERO_INIT = True
+    # Save memory in training: keep only the block's input and compute the rest again in the
+    # backward pass.
+    node.USE_ACT_CHECKPOINT = False
 
     # NonLocalKeypointHead has a block after every so many of its convolutions; 0 is none.
     node.KEYPOINT_HEAD_EVERY = 2
@@ -63,4 +66,5 @@ def block_options(cfg: CfgNode) -> dict[str, Any]:
         "subsample": node.SUBSAMPLE,
         "norm": node.NORM,
         "zero_init": node.ZERO_INIT,
+        "use_act_checkpoint": node.USE_ACT_CHECKPOINT,
     }

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from detectron2.layers import CNNBlockBase
+from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from nl_detectron.layers.norm import Norm, build_norm
 from nl_detectron.layers.pairwise import (
     accumulable,
     concatenation_pairwise,
     dot_product_pairwise,
+    is_recorded,
     no_autocast,
     softmax_pairwise,
 )
@@ -25,7 +27,7 @@ PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 SUBSAMPLE = ("none", "embeddings", "input")
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_MAX_POOL = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+_CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
 class NonLocalBlock(CNNBlockBase):
@@ -50,6 +52,7 @@ class NonLocalBlock(CNNBlockBase):
         subsample: str = "none",
         norm: Norm = "BN",
         zero_init: bool = True,
+        use_act_checkpoint: bool = False,
     ) -> None:
         """
         Args:
@@ -69,6 +72,8 @@ class NonLocalBlock(CNNBlockBase):
             zero_init: start as the identity: the norm's scale (gamma) is zero; where there is no
                 trainable scale ("", "FrozenBN") it is W_z, since with both at zero, or a frozen
                 zero, the block could never learn.
+            use_act_checkpoint: in training, keep only x, and compute the embeddings and y again in
+                the backward pass: less memory for more time.
 
         Raises:
             ValueError: an argument is not among the legal values, or C // reduction is 0.
@@ -86,21 +91,24 @@ class NonLocalBlock(CNNBlockBase):
         self.dims = dims
         self.pairwise = pairwise
         self.subsample = subsample
+        self.use_act_checkpoint = use_act_checkpoint
 
         conv: Any = _CONV[dims]
-        self.theta: nn.Module | None = None
-        self.phi: nn.Module | None = None
+        self.theta: Any = None
+        self.phi: Any = None
         if pairwise != "gaussian":
             self.theta = conv(in_channels, inner_channels, kernel_size=1)
             self.phi = conv(in_channels, inner_channels, kernel_size=1)
         self.g = conv(in_channels, inner_channels, kernel_size=1)
+        self.concat: Any = None
         if pairwise == "concatenation":
             self.concat = conv(2 * inner_channels, 1, kernel_size=1, bias=False)
         self.out = conv(inner_channels, in_channels, kernel_size=1)
         self.norm = build_norm(norm, in_channels)
         # Detectron2's norms are made for images; they can't tell the positions of a sequence or
         # a video from those of an image one pixel wide.
-        self._norm_as_image = dims != 2 and isinstance(norm, str)
+        self._norm_by_name = isinstance(norm, str)
+        self._norm_as_image = self._norm_by_name and dims != 2
 
         embedding_channels = in_channels if pairwise == "gaussian" else inner_channels
         self.logit_scale = embedding_channels**-0.5 if scale else 1.0
@@ -123,21 +131,24 @@ class NonLocalBlock(CNNBlockBase):
             x: (B, C, *grid), floating point; grid is L, H x W or T x H x W. B may be 0.
 
         Returns:
-            z, same shape and dtype. (In training, batch norm itself needs more than one position
-            in the batch: a single one of a 1 x 1 grid is refused by PyTorch.)
+            z, same shape and dtype; x itself, if there is nothing to add at inference. (In
+            training, batch norm itself needs more than one position in the batch: a single one of
+            a 1 x 1 grid is refused by PyTorch.)
 
         Raises:
             ValueError: x has another number of dimensions or channels than the block.
         """
-        self._check_input(x)
-        theta, phi, g = self._embed(x)
-        if self.pairwise == "dot_product":
-            y = dot_product_pairwise(theta, _positions(phi), _positions(g))
-        elif self.pairwise == "concatenation":
-            y = concatenation_pairwise(*self._concat_terms(theta, _positions(phi)), _positions(g))
+        if torch.jit.is_scripting():
+            z = self._transform(x)
         else:
-            y = softmax_pairwise(theta, _positions(phi), _positions(g), self.logit_scale)
-        return x + self._restore(y, x.shape[2:]).to(x.dtype)
+            self._check_input(x)
+            if self._adds_nothing(x):
+                return x
+            if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
+                z = checkpoint(self._transform, x, use_reentrant=False)
+            else:
+                z = self._transform(x)
+        return x + _saturated(self._normalize(z), x.dtype)
 
     def attention(self, x: Tensor, positions: Tensor | Sequence) -> Tensor:
         """
@@ -160,14 +171,19 @@ class NonLocalBlock(CNNBlockBase):
         """
         self._check_input(x)
         index = _flat_index(torch.as_tensor(positions, device=x.device), x.shape[2:])
-        theta, phi, _ = self._embed(x)
+        theta = _positions(x)[:, index]
+        phi = self._max_pool(x) if self.subsample == "input" else x
+        if self.theta is not None and self.phi is not None:
+            theta = functional.linear(theta, self.theta.weight.flatten(1), self.theta.bias)
+            phi = self.phi(phi)
+        if self.subsample == "embeddings":
+            phi = self._max_pool(phi)
         key_grid = phi.shape[2:]
-        theta, phi = theta[:, index], _positions(phi)
-        theta, phi = accumulable(theta), accumulable(phi)
+        theta, phi = accumulable(theta), accumulable(_positions(phi))
         with no_autocast(x):
             if self.pairwise == "dot_product":
                 weights = theta @ phi.mT / phi.shape[1]
-            elif self.pairwise == "concatenation":
+            elif self.concat is not None:
                 a, b = self._concat_terms(theta, phi)
                 weights = (a.unsqueeze(2) + b.unsqueeze(1)).relu() / phi.shape[1]
             else:
@@ -183,51 +199,122 @@ class NonLocalBlock(CNNBlockBase):
                 + ")"
             )
 
+    def _adds_nothing(self, x: Tensor) -> bool:
+        """Is the block, at inference, still the identity that it starts as?"""
+        # Elsewhere than on a CPU, looking would cost more than it saves: it waits for the device.
+        if torch.is_grad_enabled() or is_recorded() or x.device.type != "cpu":
+            return False
+        if self.norm is not None and not self._norm_is_affine():
+            return False
+        weight, bias = self._output_projection()
+        return not weight.any() and not bias.any()
+
+    def _transform(self, x: Tensor) -> Tensor:
+        """W_z y, (B, C, *grid); with the norm, where :meth:`_output_projection` takes it in."""
+        theta, phi, g = self._embed(x)
+        phi, g = _positions(phi), _positions(g)
+        if torch.jit.is_scripting():
+            z = self._operate(theta, phi, g)
+        else:
+            # What follows chooses its precision itself.
+            with no_autocast(x):
+                z = self._operate(theta, phi, g)
+        return z.unflatten(2, x.shape[2:])
+
+    def _operate(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+        """W_z y, (B, C, N_q), from (B, N_q, d), (B, N_k, d) and (B, N_k, c)."""
+        if self.concat is not None:
+            a, b = self._concat_terms(theta, phi)
+            y = concatenation_pairwise(a, b, g)
+        elif self.pairwise == "dot_product":
+            y = dot_product_pairwise(theta, phi, g)
+        else:
+            y = softmax_pairwise(theta, phi, g, self.logit_scale)
+        weight, bias = self._output_projection()
+        weight = weight.to(y.dtype).expand(y.shape[0], -1, -1)
+        return torch.baddbmm(bias.to(y.dtype).unsqueeze(1), weight, y.mT)
+
+    def _output_projection(self) -> tuple[Tensor, Tensor]:
+        """W_z as (C, c) and its bias; a norm that is an affine map is multiplied into them."""
+        weight, bias = self.out.weight.flatten(1), self.out.bias
+        assert bias is not None
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript must see it alone)
+            if self._norm_is_affine():
+                norm: Any = self.norm
+                scale = norm.weight * (accumulable(norm.running_var) + norm.eps).rsqrt()
+                return weight * scale.unsqueeze(1), (bias - norm.running_mean) * scale + norm.bias
+        return weight, bias
+
+    def _norm_is_affine(self) -> bool:
+        """Batch norm that is frozen or at inference is; a callable's norm is called as it is."""
+        if not self._norm_by_name:
+            return False
+        if isinstance(self.norm, _BatchNorm):
+            return not self.norm.training
+        return isinstance(self.norm, FrozenBatchNorm2d)
+
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta as (B, N_q, d); phi (B, d, *key grid) and g (B, c, *key grid), subsampled."""
         keys = self._max_pool(x) if self.subsample == "input" else x
-        g = self.g(keys)
         if self.theta is None or self.phi is None:
-            theta, phi = x, keys
+            theta, phi, g = x, keys, self.g(keys)
+        elif torch.jit.is_scripting():
+            theta, phi, g = self.theta(x), self.phi(keys), self.g(keys)
+        elif self.subsample == "input":
+            theta = self.theta(x)
+            phi, g = _convolve(keys, self.phi, self.g)
         else:
-            theta, phi = self.theta(x), self.phi(keys)
+            theta, phi, g = _convolve(x, self.theta, self.phi, self.g)
         if self.subsample == "embeddings":
             phi, g = self._max_pool(phi), self._max_pool(g)
         return _positions(theta), phi, g
 
     def _max_pool(self, x: Tensor) -> Tensor:
-        grid = x.shape[2:]
-        kernel = [2 if size > 1 else 1 for size in grid]
-        if self.dims == 3:
-            kernel[0] = 1
-        return _MAX_POOL[self.dims](x, kernel, kernel)
+        """Pooling with kernel and stride 2 in space, but for dimensions of size 1."""
+        images = x
+        if self.dims == 1:
+            images = x.unsqueeze(2)
+        elif self.dims == 3:
+            images = x.flatten(1, 2)  # each moment is one
+        kernel = [2 if size > 1 else 1 for size in images.shape[2:]]
+        pooled = functional.max_pool2d(images, kernel, kernel)
+        if self.dims == 1:
+            return pooled.squeeze(2)
+        return pooled.unflatten(1, x.shape[1:3]) if self.dims == 3 else pooled
 
     def _concat_terms(self, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
         """w_theta^T theta_i, (B, N_q), and w_phi^T phi_j, (B, N_k); float32 for half precision."""
-        with no_autocast(theta):
-            theta, phi = accumulable(theta), accumulable(phi)
-            w_theta, w_phi = self.concat.weight.to(theta.dtype).view(-1, 1).chunk(2)
-            return (theta @ w_theta).squeeze(2), (phi @ w_phi).squeeze(2)
-
-    def _restore(self, y: Tensor, grid: torch.Size) -> Tensor:
-        """W_z y and its norm: (B, N_q, c) to (B, C, *grid)."""
-        if y.dtype == torch.float32 and self.out.weight.dtype == torch.float16:
-            # y was kept in float32 because it may not fit (see pairwise.py); nor may W_z y.
-            z = functional.linear(y, self.out.weight.flatten(1).float(), self.out.bias.float())
-            limit = torch.finfo(torch.float16).max
-            return self._normalize(z.clamp(-limit, limit).half().mT.unflatten(2, grid))
-        # Autocast, which would take such a y back to float16, has nothing to do for a y that has
-        # the weights' dtype.
-        fits = y.dtype == self.out.weight.dtype
-        with no_autocast(y) if fits else nullcontext():
-            return self._normalize(self.out(y.mT.unflatten(2, grid)))
+        theta, phi = accumulable(theta), accumulable(phi)
+        w_theta, w_phi = self.concat.weight.to(theta.dtype).view(-1, 1).chunk(2)
+        return (theta @ w_theta).squeeze(2), (phi @ w_phi).squeeze(2)
 
     def _normalize(self, z: Tensor) -> Tensor:
         if self.norm is None:
             return z
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript must see it alone)
+            if self._norm_is_affine():
+                return z  # _output_projection has done it
+        # A model in float16 may have z in float32, because it may not fit (see pairwise.py).
+        if self.out.weight.dtype == torch.float16:
+            z = _saturated(z, torch.float16)
         if self._norm_as_image:
             return self.norm(z.flatten(2).unsqueeze(3)).reshape(z.shape)
         return self.norm(z)
+
+
+def _convolve(x: Tensor, *convolutions: Any) -> tuple[Tensor, ...]:
+    """1x1 convolutions of the same x, as one."""
+    weight = torch.cat([convolution.weight for convolution in convolutions])
+    bias = torch.cat([convolution.bias for convolution in convolutions])
+    outputs = _CONVOLVE[x.dim() - 2](x, weight, bias)
+    return outputs.split([convolution.out_channels for convolution in convolutions], 1)
+
+
+def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype; in float16, what is too large for it is its largest number."""
+    if dtype == torch.float16 and x.dtype != dtype:
+        x = x.clamp(-65504.0, 65504.0)
+    return x.to(dtype)
 
 
 def _positions(x: Tensor) -> Tensor:

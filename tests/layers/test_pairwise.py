@@ -2,7 +2,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nl_detectron.layers import concatenation_pairwise, dot_product_pairwise, softmax_pairwise
+from nl_detectron.layers import (
+    concatenation_pairwise,
+    dot_product_pairwise,
+    pairwise,
+    softmax_pairwise,
+)
 from tests.layers import reference
 
 D, C = 5, 3
@@ -19,8 +24,8 @@ def fast(kind, theta, phi, g, w_f=None, scale=0.7):
 
 def exact(kind, theta, phi, g, w_f=None, scale=0.7):
     theta, phi, g, w_f = (None if t is None else t.double() for t in (theta, phi, g, w_f))
-    pairwise = "embedded_gaussian" if kind == "softmax" else kind
-    return reference.weights(pairwise, theta, phi, scale, w_f) @ g
+    name = "embedded_gaussian" if kind == "softmax" else kind
+    return reference.weights(name, theta, phi, scale, w_f) @ g
 
 
 def relative_error(actual, expected):
@@ -48,6 +53,26 @@ def test_equals_the_equation(kind, queries, keys):
         torch.autograd.grad(actual, used, grad), torch.autograd.grad(expected, used, grad)
     ):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("pairs_kept", [0, 2**25])
+def test_the_softmax_is_kept_or_computed_again(pairs_kept, monkeypatch):
+    monkeypatch.setattr(pairwise, "_MAX_PAIRS_KEPT", pairs_kept)
+    monkeypatch.setattr(pairwise, "_MAX_QUERIES_PER_BLOCK", 4)
+    arguments = inputs()[:3]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        actual = fast("softmax", *arguments)
+    assert any(t.shape == (2, 11, 7) for t in saved) == (pairs_kept > 0)
+    expected = exact("softmax", *arguments)
+    grad = torch.randn_like(expected)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for _ in range(2):  # the backward pass must leave alone what is kept
+        for a, e in zip(
+            torch.autograd.grad(actual, arguments, grad, retain_graph=True),
+            torch.autograd.grad(expected, arguments, grad, retain_graph=True),
+        ):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -137,7 +162,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_holds_no_matrix_of_all_pairs(kind):
-    queries, keys = 3000, 6000
+    queries, keys = 6000, 6000
     arguments = inputs(batch=1, queries=queries, keys=keys, dtype=torch.float32)
     with LargestTensor() as largest:
         fast(kind, *arguments).sum().backward()
