@@ -143,8 +143,13 @@ def fit_config(cfg: CfgNode, args: argparse.Namespace) -> None:
     the device: without CUDA, ``MODEL.DEVICE`` becomes "cpu".
 
     Raises:
+        FileNotFoundError: ``MODEL.WEIGHTS`` is a file that does not exist.
         FileNotFoundError, ValueError: see ``register_coco_json`` and ``configure_for_dataset``.
     """
+    weights = cfg.MODEL.WEIGHTS
+    is_url = "://" in weights
+    if weights and not (args.resume or is_url or Path(weights).is_file()):
+        raise FileNotFoundError(f"MODEL.WEIGHTS is {weights}, a file that does not exist")
     if args.train_json is not None:
         register_coco_json("train", args.train_json, args.train_images)
         register_coco_json("val", args.val_json, args.val_images)

@@ -145,3 +145,14 @@ def test_own_data_sets_classes_and_keypoints(tmp_path):
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 2
     assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 2
     assert len(cfg.TEST.KEYPOINT_OKS_SIGMAS) == 2
+
+
+def test_weights_must_exist(tmp_path):
+    missing = str(tmp_path / "nothere.pth")
+    with pytest.raises(FileNotFoundError, match=r"MODEL\.WEIGHTS is .*nothere\.pth"):
+        config("MODEL.WEIGHTS", missing)
+    # What --resume goes on from may be another file.
+    config("--resume", "MODEL.WEIGHTS", missing)
+    config("MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl")
+    (tmp_path / "nothere.pth").touch()
+    config("MODEL.WEIGHTS", missing)
