@@ -47,6 +47,9 @@ _MAX_LOGITS_PER_BLOCK = 2**22
 # keeps the softmax for the backward pass, which is faster than computing it again.
 _MAX_PAIRS_KEPT = 2**25
 
+# PyTorch 2.1 has it under a private name only.
+_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+
 
 def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
     """
@@ -129,7 +132,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def is_recorded() -> bool:
     """Is a tracer, an exporter or a compiler writing down the operators that are called?"""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return torch.jit.is_tracing() or _is_compiling()
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -145,7 +148,7 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
         if pairs_first < channels_first:
             return (theta @ phi.mT / keys) @ g
-    return theta @ (phi.mT @ (g / keys))
+    return theta @ (phi.transpose(1, 2) @ (g / keys))
 
 
 def _fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
