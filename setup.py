@@ -12,7 +12,7 @@ VERSION = re.search(
     r'^__version__ = "(.+)"', (ROOT / "nl_detectron" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-TEST = ["pytest>=7"]
+TEST = ["pytest>=7", "selenium", "onnx", "onnxruntime", "onnxscript"]
 
 setup(
     name="nl_detectron",
@@ -25,7 +25,10 @@ setup(
     # The configs lie beside the package, as in Detectron2, and are installed inside it.
     packages=[*find_packages(include=["nl_detectron", "nl_detectron.*"]), "nl_detectron.configs"],
     package_dir={"nl_detectron.configs": "configs"},
-    package_data={"nl_detectron.configs": ["*.yaml", "**/*.yaml", "**/*.py"]},
+    package_data={
+        "nl_detectron.configs": ["*.yaml", "**/*.yaml", "**/*.py"],
+        "nl_detectron.analysis": ["*.html"],
+    },
     # Detectron2 itself is missing here because it is not on the package registry.
     install_requires=[
         "torch>=2.1",
@@ -33,6 +36,9 @@ setup(
         "numpy",
         "safetensors>=0.4",
         "tabulate",
+        "tqdm",
+        "matplotlib>=3.6",
+        "pillow>=10.1",
         "fvcore",
         "iopath",
         "pycocotools>=2.0.6",

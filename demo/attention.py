@@ -1,0 +1,205 @@
+#!/usr/bin/env python3
+"""Show what points of an image attend to in a model's non-local blocks.
+
+For each image NAME.png is written to --output, with arrows from the points to the places that they
+attend to most, and NAME.html, a page that shows the attention of whatever is under the pointer
+(of about 8 MB at most, mostly far less).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from tqdm import tqdm
+
+from nl_detectron.analysis.attention import (
+    AttentionRecord,
+    check_points,
+    choose_blocks,
+    record_attention,
+)
+from nl_detectron.analysis.attention_figure import draw_attention
+from nl_detectron.analysis.attention_page import write_attention_page
+from nl_detectron.analysis.placement import Point
+from nl_detectron.analysis.predictions import trained_config
+from nl_detectron.engine import NonLocalCheckpointer
+
+EPILOG = """
+Examples:
+
+The model that `make demo` trains, asked at the centres of the objects that it finds:
+    $ demo/attention.py --config-file output/quick_start/config.yaml \\
+        --weights output/quick_start/model_final.pth --input picture.png
+
+Two points of a photograph, given as x,y in pixels, in one of the blocks, with ten arrows each:
+    $ demo/attention.py --config-file output/config.yaml --weights output/model_final.pth \\
+        --input photo.jpg --points 320,240 100,80 --block res4.nonlocal4 --arrows 10
+
+Untrained, but worth a look: the plain Gaussian compares the features of an ImageNet classifier:
+    $ demo/attention.py --weights R-50.pkl --input photo.jpg --at grid \\
+        --config-file configs/ablations/mask_rcnn_R_50_FPN_nl_gaussian_1x.yaml
+
+The config that fits weights best is the config.yaml that train_net.py writes beside them. CUDA is
+used where there is some, else the CPU.
+"""
+
+MAX_OBJECTS = 6
+GRID = 3
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", metavar="FILE", required=True, help="config of the model")
+    parser.add_argument("--weights", metavar="FILE", help="its weights (default: MODEL.WEIGHTS)")
+    parser.add_argument("--input", nargs="+", type=Path, metavar="IMAGE", required=True)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default="output/attention",
+        metavar="DIR",
+        help="default: %(default)s",
+    )
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--points", nargs="+", type=point, metavar="X,Y", help="points to ask, in pixels"
+    )
+    asked.add_argument(
+        "--at",
+        choices=("objects", "grid"),
+        default="objects",
+        help=f"or the centres of the objects found, up to {MAX_OBJECTS} (the default), or a grid "
+        f"of {GRID} x {GRID} points",
+    )
+    parser.add_argument(
+        "--confidence", type=score, default=0.5, help="lowest score of objects (%(default)s)"
+    )
+    parser.add_argument(
+        "--block",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="blocks by their names or what these end in, such as res4.nonlocal4 (default: all)",
+    )
+    parser.add_argument(
+        "--arrows", type=count, default=5, metavar="K", help="at most, per point (%(default)s)"
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="mirror what the model sees, as test-time augmentation"
+    )
+    parser.add_argument(
+        "opts",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="config keys and their values; not right behind --input, --points or --block",
+    )
+    return parser
+
+
+def point(text: str) -> Point:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form X,Y") from None
+    return x, y
+
+
+def score(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_intermixed_args(arguments)
+    setup_logger(name="nl_detectron")
+    try:
+        cfg = trained_config(args.config_file, args.weights, args.opts)
+        check_images(args)
+        model = load_model(cfg, args.block)
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
+    resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+    for path in tqdm(args.input, unit="image"):
+        record = record_attention(
+            model,
+            read_image(path),
+            blocks=args.block,
+            augmentation=T.AugmentationList([resize, T.RandomFlip(float(args.flip))]),
+            input_format=cfg.INPUT.FORMAT,
+            min_score=args.confidence,
+        )
+        write_attention_page(args.output / f"{path.stem}.html", record, title=path.name)
+        if points := args.points or choose_points(record, args.at):
+            figure = draw_attention(record.maps(points), arrows=args.arrows)
+            figure.savefig(args.output / f"{path.stem}.png")
+        else:
+            tqdm.write(
+                f"{path}: nothing found with a score of {args.confidence}, so no {path.stem}.png"
+            )
+    print(f"What the points attend to is drawn in {args.output}")
+
+
+def check_images(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        OSError, ValueError: an image cannot be read, lacks one of the points, or would be replaced.
+    """
+    stems = [path.stem for path in args.input]
+    for path in args.input:
+        check_points(args.points or [], read_image(path))
+        if stems.count(path.stem) > 1:
+            raise ValueError(f"--input has several images of the name {path.stem}")
+        if (args.output / f"{path.stem}.png").resolve() == path.resolve():
+            raise ValueError(f"{path} would be replaced; name another folder with --output")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """BGR, 8 bits, turned as its EXIF says."""
+    image = cv2.imread(str(path))
+    if image is None:
+        raise OSError(f"{path} cannot be read as an image")
+    return image
+
+
+def load_model(cfg: CfgNode, blocks: Sequence[str]) -> nn.Module:
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    choose_blocks(model, blocks)  # an error before the weights are loaded
+    NonLocalCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+def choose_points(record: AttentionRecord, at: str) -> list[Point]:
+    if at == "objects":
+        left, top, right, bottom = record.boxes[:MAX_OBJECTS].T
+        return list(zip(((left + right) / 2).tolist(), ((top + bottom) / 2).tolist()))
+    height, width = record.image.shape[:2]
+    centres = [(i + 0.5) / GRID for i in range(GRID)]
+    return [(x * width, y * height) for y in centres for x in centres]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Looking into the non-local blocks of a model: what they get, attend to, do and cost."""

@@ -1,0 +1,237 @@
+"""What points of an image attend to in a detector's non-local blocks (the paper's Figure 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import transforms as T
+from detectron2.evaluation import inference_context
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
+from torch import Tensor, nn
+
+from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
+from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
+from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
+from nl_detectron.layers import NonLocalBlock
+from nl_detectron.validation import check_choice, did_you_mean
+
+# The heads that Detectron2 calls with (features of regions, instances).
+_HEADS = (BaseKeypointRCNNHead, BaseMaskRCNNHead)
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """
+    An image and what a detector's non-local blocks were given for it, ready to be asked.
+
+    Attributes:
+        image: (H, W, 3) uint8, RGB.
+        boxes: (N, 4) of the detected objects, the most confident first, in pixels.
+        blocks: the blocks by their full names.
+        features: what each was given: a map of the whole image, or for the blocks of a mask or
+            keypoint head, one for the box of each detected object.
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    blocks: dict[str, NonLocalBlock]
+    features: dict[str, list[PlacedFeatures]]
+
+    def maps(self, points: Sequence[Point]) -> AttentionMaps:
+        """
+        What the points attend to. A point in several objects' boxes is asked in the smallest.
+
+        Args:
+            points: x, y in pixels of the image, whose upper left corner is 0, 0.
+
+        Raises:
+            ValueError: a point lies outside the image.
+        """
+        check_points(points, self.image)
+        blocks = [
+            BlockAttention(name, block.pairwise, self._maps_of_block(name, points))
+            for name, block in self.blocks.items()
+        ]
+        return AttentionMaps(self.image, list(points), blocks)
+
+    def ask(
+        self, name: str, features: PlacedFeatures, cells: Sequence[tuple[int, int]]
+    ) -> list[AttentionMap]:
+        """What ``cells``, (row, column), of some ``features`` of the block ``name`` attend to."""
+        with torch.no_grad():
+            weights = self.blocks[name].attention(features.x, cells)[0].float().cpu().numpy()
+        rows = features.rows.of_keys(weights.shape[1])
+        columns = features.columns.of_keys(weights.shape[2])
+        height, width = self.image.shape[:2]
+        rows_seen, columns_seen = rows.visible(height), columns.visible(width)
+        (top, bottom), (left, right) = rows.span(rows_seen), columns.span(columns_seen)
+        seen = weights[:, rows_seen[:, None], columns_seen]
+        total = np.abs(weights).sum((1, 2), dtype=np.float64)
+        total_seen = np.abs(seen).sum((1, 2), dtype=np.float64)
+        outside = (total - total_seen) / np.where(total, total, 1)
+        return [
+            AttentionMap(
+                seen[i],
+                extent=(left, top, right, bottom),
+                query=features.cell_box(cell),
+                outside=float(outside[i]),
+                keys=weights[i].size,
+            )
+            for i, cell in enumerate(cells)
+        ]
+
+    def _maps_of_block(self, name: str, points: Sequence[Point]) -> list[AttentionMap | None]:
+        maps: list[AttentionMap | None] = [None] * len(points)
+        smallest_first = sorted(self.features[name], key=lambda features: features.area)
+        for features in smallest_first:
+            mine = [i for i, p in enumerate(points) if maps[i] is None and features.contains(p)]
+            if mine:
+                cells = [features.cell_at(points[i]) for i in mine]
+                for i, attention_map in zip(mine, self.ask(name, features, cells)):
+                    maps[i] = attention_map
+        return maps
+
+
+def record_attention(
+    model: nn.Module,
+    image: np.ndarray,
+    *,
+    blocks: Sequence[str] = (),
+    augmentation: T.Augmentation | None = None,
+    input_format: str = "BGR",
+    min_score: float = 0.5,
+) -> AttentionRecord:
+    """
+    Run a detector on an image, and keep what its non-local blocks were given.
+
+    Args:
+        model: a model of Detectron2, in training mode or not.
+        image: (H, W, 3) uint8, BGR as ``cv2.imread`` and ``DefaultPredictor`` have it.
+        blocks: which blocks, as for :func:`choose_blocks`; all by default.
+        augmentation: how the image is resized for the model, such as a ``DefaultPredictor``'s
+            ``aug``. It may flip the image, too: everything is mapped back.
+        input_format: what the model expects, ``cfg.INPUT.FORMAT``: "BGR" or "RGB".
+        min_score: detected objects with a lower score are left out.
+
+    Raises:
+        ValueError: there is no such block, or what it is given has no place in the image.
+    """
+    chosen = choose_blocks(model, blocks)
+    check_choice("input_format", input_format, ("BGR", "RGB"))
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"the image is {image.dtype} of shape {image.shape}, but must be uint8 of shape "
+            "(height, width, 3)"
+        )
+    augmented = T.AugInput(image[:, :, ::-1] if input_format == "RGB" else image)
+    transform = augmentation(augmented) if augmentation else T.NoOpTransform()
+    pixels = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), np.float32))
+
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, _HEADS)}
+    called = {"backbone": model.backbone, **heads, **chosen}
+    with inference_context(model), torch.no_grad(), record_calls(called) as calls:
+        output = model([{"image": pixels}])[0]
+
+    def in_image(boxes: Tensor) -> np.ndarray:
+        """(N, 4) boxes in pixels of the model's input to those in pixels of the image."""
+        corners = boxes.double().cpu().numpy().reshape(-1, 2)
+        return transform.inverse().apply_coords(corners).reshape(-1, 4)
+
+    features = {}
+    for name in chosen:
+        x = _only_input(name, calls[name])
+        head = next((head for head in heads if name.startswith(f"{head}.")), None)
+        if head is None:
+            boxes = _box_of_grid(name, x, calls["backbone"][0][0].shape[-2:])
+        else:
+            ((_, (instances,)),) = calls[head]
+            confident = instances.scores >= min_score
+            x, boxes = x[confident], instances.pred_boxes.tensor[confident]
+        features[name] = [place(x[i : i + 1], box) for i, box in enumerate(in_image(boxes))]
+    objects = torch.empty(0, 4)
+    if "instances" in output:  # not so of a model for semantic segmentation
+        found = output["instances"]
+        objects = found.pred_boxes.tensor[found.scores >= min_score]
+    rgb = np.ascontiguousarray(image[:, :, ::-1])
+    return AttentionRecord(rgb, in_image(objects), chosen, features)
+
+
+def attention_maps(
+    model: nn.Module, image: np.ndarray, points: Sequence[Point], **options: Any
+) -> AttentionMaps:
+    """
+    What points of an image attend to in a detector's non-local blocks: in one call what
+    :func:`record_attention`, which explains the arguments, and :meth:`AttentionRecord.maps` do.
+    """
+    return record_attention(model, image, **options).maps(points)
+
+
+def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonLocalBlock]:
+    """
+    Args:
+        model: any with non-local blocks.
+        names: full names, or what these end in: ``res4.nonlocal4`` or ``nonlocal4``.
+
+    Returns:
+        The blocks so named by their full names; all of the model's, if ``names`` is empty.
+
+    Raises:
+        ValueError: the model has no such block, or none at all; the message lists what there is.
+    """
+    blocks = nonlocal_blocks(model)
+    if not blocks:
+        raise ValueError("the model has no non-local blocks")
+    for name in names:
+        if not any(_ends_in(full_name, name) for full_name in blocks):
+            raise ValueError(
+                f"the model has no non-local block {name!r}, but {', '.join(blocks)}"
+                f"{did_you_mean(name, blocks)}"
+            )
+    return {
+        full_name: block
+        for full_name, block in blocks.items()
+        if not names or any(_ends_in(full_name, name) for name in names)
+    }
+
+
+def check_points(points: Sequence[Point], image: np.ndarray) -> None:
+    """
+    Raises:
+        ValueError: a point, x and y in pixels, lies outside the image.
+    """
+    height, width = image.shape[:2]
+    for x, y in points:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise ValueError(
+                f"the point {x:g},{y:g} lies outside the image, which is {width} pixels wide and "
+                f"{height} high"
+            )
+
+
+def _ends_in(full_name: str, name: str) -> bool:
+    return f".{full_name}".endswith(f".{name}")
+
+
+def _only_input(name: str, calls: list[tuple]) -> Tensor:
+    if len(calls) != 1:
+        raise ValueError(
+            f"the block {name} runs {len(calls)} times for an image; attention is shown for blocks "
+            "that run once"
+        )
+    return calls[0][0]
+
+
+def _box_of_grid(name: str, x: Tensor, input_size: tuple[int, int]) -> Tensor:
+    """(1, 4): what the grid of a feature map covers of the model's input, in pixels."""
+    if x.dim() != 4 or x.shape[0] != 1:
+        raise ValueError(
+            f"the block {name} is given features of shape {tuple(x.shape)}; attention is shown "
+            "for blocks of the backbone and of mask and keypoint heads"
+        )
+    rows, columns = x.shape[2:]
+    stride = grid_stride(input_size, (rows, columns))
+    return torch.tensor([[0, 0, columns * stride, rows * stride]])

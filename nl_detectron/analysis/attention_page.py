@@ -1,0 +1,138 @@
+"""A page that shows what the point under the pointer attends to."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import zlib
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from nl_detectron.analysis.attention import AttentionRecord
+from nl_detectron.analysis.attention_figure import heat_colors
+from nl_detectron.analysis.attention_map import SIGNED, SUM_TO_ONE
+from nl_detectron.analysis.placement import PlacedFeatures
+
+_TEMPLATE = Path(__file__).with_name("attention_page.html")
+_MAX_WEIGHTS = 6_000_000  # in a page, a byte each before compression
+_MAX_PIXELS = 1280  # of the picture's longer side
+
+
+def write_attention_page(
+    path: str | PathLike[str], record: AttentionRecord, *, title: str = "Attention"
+) -> None:
+    """
+    Write a self-contained HTML page: a chooser of the block, the image, and over it the attention
+    of the point under the pointer (or finger, or moved by the arrow keys). The page loads nothing.
+    It has at most 6 million weights, so about 8 MB: where a block has more, not each of its cells
+    can be asked but, say, every third in either direction, and the page says so.
+
+    Args:
+        path: the file to write; it is replaced if there is one.
+        record: from :func:`record_attention`.
+        title: the page's heading, such as the image's name.
+    """
+    height, width = record.image.shape[:2]
+    left, top, right, bottom = record.boxes[0] if len(record.boxes) else (0, 0, width, height)
+    share = _MAX_WEIGHTS // len(record.blocks)
+    data = {
+        "width": width,
+        "height": height,
+        "image": _data_url(record.image),
+        "start": [(left + right) / 2, (top + bottom) / 2],
+        "blocks": [_block(record, name, share) for name in record.blocks],
+    }
+    # A "<" could end the script element that the JSON stands in.
+    json_text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    page = _TEMPLATE.read_text(encoding="utf-8")
+    page = page.replace("{{data}}", json_text).replace("{{title}}", html.escape(title))
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def _block(record: AttentionRecord, name: str, max_weights: int) -> dict[str, Any]:
+    """
+    What the page needs of a block. ``weights`` are those of all regions, of their queries and of
+    their keys, in this order, a byte each: 0 is the query's ``lowest``, 255 its ``highest``.
+    """
+    pairwise = record.blocks[name].pairwise
+    regions: list[dict[str, Any]] = []
+    weights = b""
+    for features in sorted(record.features[name], key=lambda features: features.area):
+        region, values = _region(record, name, features, max_weights // len(record.features[name]))
+        regions.append({**region, "offset": len(weights)})
+        weights += values.tobytes()
+    step = max((region["step"] for region in regions), default=1)
+    palette = (heat_colors(pairwise)(np.arange(256)) * 255).round().astype(np.uint8)
+    return {
+        "name": name,
+        "note": f"{name}: {pairwise}."
+        + (f" Of its cells one in {step} x {step} can be asked." if step > 1 else ""),
+        "sums_to_one": pairwise in SUM_TO_ONE,
+        "colors": _base64(palette.tobytes()),
+        "weights": _base64(zlib.compress(weights)),
+        "regions": regions,
+    }
+
+
+def _region(
+    record: AttentionRecord, name: str, features: PlacedFeatures, max_weights: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """The place of some features in the image, what their cells attend to, and that as bytes."""
+    height, width = record.image.shape[:2]
+    rows, columns = features.rows.visible(height), features.columns.visible(width)
+    (sample,) = record.ask(name, features, [(rows[0], columns[0])])
+    step = 1
+    while len(rows[::step]) * len(columns[::step]) * sample.weights.size > max_weights:
+        step += 1
+    maps = record.ask(
+        name, features, [(i, j) for i in _thinned(rows, step) for j in _thinned(columns, step)]
+    )
+    weights = np.stack([attention_map.weights for attention_map in maps])
+    lowest, highest = weights.min((1, 2)), weights.max((1, 2))
+    if record.blocks[name].pairwise in SIGNED:
+        highest = np.maximum(-lowest, highest)
+        lowest = -highest
+    span = np.where(highest > lowest, highest - lowest, 1)
+    values = (weights - lowest[:, None, None]) / span[:, None, None] * 255
+    (top, bottom), (left, right) = features.rows.span(rows), features.columns.span(columns)
+    return {
+        "box": [left, top, right, bottom],
+        "rows": len(rows),
+        "columns": len(columns),
+        "step": step,
+        "keys": {
+            "box": sample.extent,
+            "rows": sample.weights.shape[0],
+            "columns": sample.weights.shape[1],
+            "count": sample.keys,
+        },
+        "lowest": _short(lowest),
+        "highest": _short(highest),
+        "outside": _short(np.array([attention_map.outside for attention_map in maps])),
+    }, values.round().astype(np.uint8)
+
+
+def _thinned(cells: np.ndarray, step: int) -> np.ndarray:
+    """The middle one of every ``step`` cells; where fewer are left, the last at most."""
+    return cells[np.minimum(np.arange(step // 2, len(cells) + step // 2, step), len(cells) - 1)]
+
+
+def _short(values: np.ndarray) -> list[float]:
+    return [float(f"{value:.4g}") for value in values]
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _data_url(image: np.ndarray) -> str:
+    """A JPEG of an RGB image, made smaller if it is large."""
+    scale = min(1, _MAX_PIXELS / max(image.shape))
+    small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    _, jpeg = cv2.imencode(".jpg", small[:, :, ::-1])
+    return f"data:image/jpeg;base64,{_base64(jpeg.tobytes())}"

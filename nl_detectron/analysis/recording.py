@@ -1,0 +1,35 @@
+"""Finding a model's non-local blocks, and what modules of it are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from nl_detectron.layers import NonLocalBlock
+
+
+def nonlocal_blocks(model: nn.Module) -> dict[str, NonLocalBlock]:
+    """The model's non-local blocks by their full names, such as ``backbone.res4.nonlocal4``."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBlock)}
+
+
+@contextmanager
+def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
+    """
+    Within the ``with``, keep the positional arguments of each call of each module: its name to
+    its calls, in order. Modules that are not called have an empty list.
+    """
+    calls: dict[str, list[tuple]] = {name: [] for name in modules}
+
+    def keep(name: str) -> Any:
+        return lambda _module, arguments: calls[name].append(arguments)
+
+    handles = [m.register_forward_pre_hook(keep(name)) for name, m in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()

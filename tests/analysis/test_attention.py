@@ -1,0 +1,285 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nl_detectron import NonLocalBlock, model_zoo
+from nl_detectron.analysis.attention import (
+    AttentionRecord,
+    attention_maps,
+    choose_blocks,
+    record_attention,
+)
+from nl_detectron.analysis.attention_map import AttentionMap
+from nl_detectron.analysis.placement import place
+from tests.analysis.planted import PlantedDetector, centre, image_with_bright_cells
+
+KEYPOINT_BLOCK = "roi_heads.keypoint_head.nonlocal4"
+FLIP = T.RandomFlip(1.0)
+
+
+def only_map(maps):
+    ((attention_map,),) = [block.maps for block in maps.blocks]
+    return attention_map
+
+
+@pytest.mark.parametrize("subsample", ["none", "embeddings", "input"])
+@pytest.mark.parametrize("size_divisibility", [0, 32])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        None,
+        FLIP,
+        T.ResizeShortestEdge(144, 1000),
+        T.AugmentationList([T.ResizeShortestEdge(160, 1000), FLIP]),
+    ],
+    ids=["as it is", "flipped", "enlarged", "enlarged and flipped"],
+)
+@pytest.mark.parametrize("target", [(0, 5), (2, 1), (3, 2), (1, 4)])
+def test_a_bright_place_attends_to_the_other(subsample, size_divisibility, augmentation, target):
+    # 5 x 7 cells, not all of which are covered by pooled keys, and padding at the right or left.
+    image = image_with_bright_cells(80, 112, (1, 2), target)
+    model = PlantedDetector(size_divisibility, subsample=subsample)
+    maps = attention_maps(model, image, [centre(1, 2)], augmentation=augmentation)
+    attention_map = only_map(maps)
+    left, top, right, bottom = attention_map.extent
+    rows, columns = attention_map.weights.shape
+    x, y = centre(*target)
+    column = math.floor((x - left) / (right - left) * columns)
+    row = math.floor((y - top) / (bottom - top) * rows)
+    assert attention_map.weights[row, column] > 100 * np.median(attention_map.weights)
+
+
+def test_keys_of_an_odd_grid():
+    image = image_with_bright_cells(48, 80, (0, 0))  # 3 x 5 cells
+    model = PlantedDetector(0, subsample="embeddings")
+    straight = only_map(attention_maps(model, image, [(0, 0)]))
+    assert straight.weights.shape == (1, 2)
+    assert straight.extent == (0, 0, 64, 32)
+    assert straight.query == (0, 0, 16, 16)
+    flipped = only_map(attention_maps(model, image, [(79, 47)], augmentation=FLIP))
+    assert flipped.extent == (16, 0, 80, 32)
+    assert flipped.query == (64, 32, 80, 48)
+
+
+@pytest.mark.parametrize("augmentation", [None, FLIP])
+@pytest.mark.parametrize(
+    ("subsample", "extent", "outside"),
+    # 4 x 6 keys for an image of 3 x 5 cells; then 2 x 3 of which each has some of the image.
+    [("none", (0, 0, 80, 48), 1 - 15 / 24), ("embeddings", (0, 0, 96, 64), 0)],
+)
+def test_weight_in_the_padding(augmentation, subsample, extent, outside):
+    image = image_with_bright_cells(48, 80)
+    model = PlantedDetector(32, subsample=subsample)
+    attention_map = only_map(attention_maps(model, image, [(8, 8)], augmentation=augmentation))
+    if augmentation:
+        left, top, right, bottom = extent
+        extent = (80 - right, top, 80 - left, bottom)
+    assert attention_map.extent == extent
+    assert attention_map.outside == pytest.approx(outside, abs=1e-6)
+    # Black attends to all black alike.
+    assert attention_map.weights == pytest.approx(1 / attention_map.keys)
+
+
+def test_an_image_smaller_than_its_padding():
+    image = image_with_bright_cells(10, 12)
+    attention_map = only_map(attention_maps(PlantedDetector(32), image, [(5, 5)]))
+    assert attention_map.query == attention_map.extent == (0, 0, 16, 16)
+    assert attention_map.outside == pytest.approx(0.75)
+
+
+def test_colours_reach_the_model_in_its_order():
+    image = image_with_bright_cells(32, 32, (0, 0))
+    image[:16, :16, 1:] = 0  # blue
+    for input_format, channel in [("BGR", 0), ("RGB", 2)]:
+        record = record_attention(PlantedDetector(), image, input_format=input_format)
+        (features,) = record.features["backbone.1"]
+        assert features.x[0, :, 0, 0].nonzero().tolist() == [[channel]]
+        assert record.image[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
+    model = PlantedDetector().train(training)
+    attention_maps(model, image_with_bright_cells(32, 32), [(5, 5)])
+    assert model.training is training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def small_detector():
+    cfg = model_zoo.get_config("quick_start")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    cfg.TEST.DETECTIONS_PER_IMAGE = 6
+    torch.manual_seed(0)
+    return build_model(cfg).eval()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_head_attends_within_the_box_of_its_object(flip):
+    model = small_detector()
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+    record = record_attention(
+        model, image, blocks=[KEYPOINT_BLOCK], augmentation=FLIP if flip else None, min_score=0
+    )
+
+    # What Detectron2 gives the head, by Detectron2's own means.
+    seen = np.ascontiguousarray(image[:, ::-1] if flip else image).transpose(2, 0, 1)
+    inputs = {"image": torch.as_tensor(seen)}
+    head = model.roi_heads.keypoint_head
+    with torch.no_grad():
+        (instances,) = model.inference([inputs], do_postprocess=False)
+        features = model.backbone(model.preprocess_image([inputs]).tensor)
+        pooled = model.roi_heads.keypoint_pooler(
+            [features[name] for name in model.roi_heads.in_features], [instances.pred_boxes]
+        )
+        for name, layer in head.named_children():
+            if name == "nonlocal4":
+                break
+            pooled = layer(pooled)
+        boxes = instances.pred_boxes.tensor.numpy().copy()
+        if flip:
+            boxes[:, [0, 2]] = 128 - boxes[:, [2, 0]]
+        assert record.boxes == pytest.approx(boxes, abs=1e-3) or flip
+        assert len(boxes) == 6
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        smallest = areas.argmin()
+        left, top, right, bottom = boxes[smallest]
+        x, y = left + (right - left) * 3.5 / 14, top + (bottom - top) * 9.5 / 14
+        expected = head.nonlocal4.attention(pooled, [(9, 10 if flip else 3)])[smallest, 0]
+    if flip:
+        expected = expected.flip(1)
+    attention_map = only_map(record.maps([(x, y)]))
+    assert attention_map.weights == pytest.approx(expected.numpy(), rel=1e-4)
+    assert attention_map.extent == pytest.approx((left, top, right, bottom), abs=1e-3)
+    assert attention_map.outside == 0
+
+
+def test_a_point_in_several_boxes_is_asked_in_the_smallest():
+    block = NonLocalBlock(2)
+    boxes = np.array([[0.0, 0, 60, 60], [20, 20, 40, 40], [10, 10, 50, 50]])
+    placed = [place(torch.randn(1, 2, 4, 4), box) for box in boxes]
+    image = np.zeros((64, 64, 3), np.uint8)
+    record = AttentionRecord(image, boxes, {"head.nonlocal2": block}, {"head.nonlocal2": placed})
+    (attended,) = record.maps([(5, 5), (30, 30), (62, 30), (45, 45), (31, 21)]).blocks
+    extents = [attention_map and attention_map.extent for attention_map in attended.maps]
+    outer, inner, middle = map(tuple, boxes.tolist())
+    assert extents == [outer, inner, None, middle, inner]
+
+
+def test_a_head_sees_nothing_outside_the_boxes_of_confident_objects():
+    image = np.zeros((96, 128, 3), np.uint8)
+    maps = attention_maps(small_detector(), image, [(64, 48)], min_score=1.0)
+    found = {block.name: block.maps[0] is not None for block in maps.blocks}
+    assert found == {
+        "backbone.bottom_up.res4.nonlocal0": True,
+        "roi_heads.keypoint_head.nonlocal2": False,
+        KEYPOINT_BLOCK: False,
+    }
+
+
+def test_blocks_by_name():
+    model = small_detector()
+    assert list(choose_blocks(model, ["keypoint_head.nonlocal2", "res4.nonlocal0"])) == [
+        "backbone.bottom_up.res4.nonlocal0",
+        "roi_heads.keypoint_head.nonlocal2",
+    ]
+    assert len(choose_blocks(model)) == 3
+    for name in ("local0", "res4", "backbone.bottom_up.res4.nonlocal1"):
+        with pytest.raises(
+            ValueError, match=rf"no non-local block '{name}', but backbone.*nonlocal4"
+        ):
+            choose_blocks(model, [name])
+    with pytest.raises(ValueError, match="no non-local blocks"):
+        choose_blocks(torch.nn.ReLU())
+
+
+@pytest.mark.parametrize("point", [(-1, 5), (32.5, 5), (5, 33), (float("nan"), 5)])
+def test_refuses_points_outside(point):
+    with pytest.raises(ValueError, match="lies outside the image, which is 32 pixels wide"):
+        attention_maps(PlantedDetector(), image_with_bright_cells(32, 32), [(5, 5), point])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image": np.zeros((32, 32), np.uint8)}, r"uint8 of shape \(32, 32\)"),
+        ({"image": np.zeros((32, 32, 3))}, "float64 of shape"),
+        ({"input_format": "L"}, "input_format is 'L'.*'BGR', 'RGB'"),
+    ],
+)
+def test_refuses(options, message):
+    arguments = {"image": image_with_bright_cells(32, 32), **options}
+    with pytest.raises(ValueError, match=message):
+        record_attention(PlantedDetector(), **arguments)
+
+
+def test_refuses_blocks_without_a_place_in_the_image():
+    class Twice(PlantedDetector):
+        def forward(self, batched_inputs):
+            return super().forward(batched_inputs * 2) + super().forward(batched_inputs)
+
+    class Batched(PlantedDetector):
+        def forward(self, batched_inputs):
+            return super().forward(batched_inputs * 2)
+
+    image = image_with_bright_cells(32, 32)
+    with pytest.raises(ValueError, match=r"backbone.1 runs 2 times"):
+        record_attention(Twice(), image)
+    with pytest.raises(ValueError, match=r"backbone.1 is given features of shape \(2, 3, 2, 2\)"):
+        record_attention(Batched(), image)
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+def test_memory_grows_with_the_points_only():
+    # As res3 of an image of 800 x 1344 pixels: 16,800 positions, so 282 million pairs.
+    image = image_with_bright_cells(1600, 2688, (3, 4))
+    record = record_attention(PlantedDetector(), image)
+    with LargestTensor() as largest:
+        record.maps([(100, 100), (2000, 1500)])
+    assert largest.elements <= 3 * 16_800
+
+
+def test_strongest_are_peaks_in_order_of_magnitude():
+    weights = np.array(
+        [
+            [0.0, 0.0, 0.0, 0.0, 0.0],
+            [0.0, 5.0, 4.0, 0.0, -7.0],
+            [0.0, 0.0, 0.0, 0.0, 0.0],
+            [2.0, 0.0, 0.0, 0.0, 1.0],
+        ],
+        np.float32,
+    )
+    attention_map = AttentionMap(weights, (10, 20, 110, 60), (0, 0, 1, 1), 0, 20)
+    peaks = [((100, 35), -7), ((40, 35), 5), ((20, 55), 2), ((100, 55), 1)]
+    assert attention_map.strongest(9) == peaks
+    assert attention_map.strongest(2) == peaks[:2]
+    assert AttentionMap(0 * weights, (0, 0, 5, 4), (0, 0, 1, 1), 0, 20).strongest(3) == []
+
+
+@pytest.mark.parametrize("pairwise", ["embedded_gaussian", "dot_product", "concatenation"])
+def test_weights_are_those_of_the_block(pairwise):
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    torch.manual_seed(0)
+    model = PlantedDetector(pairwise=pairwise)
+    record = record_attention(model, image)
+    (features,) = record.features["backbone.1"]
+    block: NonLocalBlock = model.backbone[1]
+    with torch.no_grad():
+        expected = block.attention(features.x, [(2, 3)])[0, 0]
+    attention_map = only_map(record.maps([centre(2, 3)]))
+    assert attention_map.weights == pytest.approx(expected.numpy())
+    assert record.maps([]).blocks[0].maps == []

@@ -1,0 +1,28 @@
+"""A folder as train_net.py leaves it, but of a small model with random weights."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+
+from nl_detectron.checkpoint_io import save_checkpoint
+from nl_detectron.engine import build_config
+
+QUICK_START = Path(__file__).resolve().parents[1] / "configs" / "quick_start.yaml"
+SMALL = [
+    *("MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "20", "TEST.DETECTIONS_PER_IMAGE", "3"),
+]
+
+
+def save_random_model(folder, *overrides):
+    """Write ``config.yaml`` and ``model_final.pth``; returns the config, for that file."""
+    args = argparse.Namespace(config_file=str(QUICK_START), opts=[*SMALL, *overrides])
+    cfg = build_config(args)
+    cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
+    cfg.OUTPUT_DIR = str(folder)
+    torch.manual_seed(0)
+    save_checkpoint(build_model(cfg).state_dict(), cfg.MODEL.WEIGHTS)
+    (folder / "config.yaml").write_text(cfg.dump())
+    return cfg
