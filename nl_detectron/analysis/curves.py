@@ -1,0 +1,145 @@
+"""The losses and APs of training runs, drawn from what Detectron2 writes to metrics.json."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+Curve = tuple[np.ndarray, np.ndarray]
+"""Iterations (T,), ascending, and the values (T,) of a metric at them."""
+
+SMOOTHED_PART = 0.04
+# Okabe and Ito's colours, which can be told apart with any colour vision, less their yellow, which
+# is too light for lines.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_STYLES: list[dict[str, Any]] = [
+    {"linestyle": line, "color": color} for line in ("-", "--") for color in COLORS
+]
+_COLUMNS = 4
+_LOG_FROM = 5  # the ratio of the largest to the smallest loss from which its axis is logarithmic
+
+
+def plot_metrics(runs: Mapping[str, Path]) -> Figure:
+    """
+    Draw the losses and APs of one or several runs, a panel for each that any of them has. Thin
+    lines are the losses as they were written, thick ones their mean over 4 % of the run.
+
+    Args:
+        runs: label to a folder with ``metrics.json``, or to such a file.
+
+    Returns:
+        The figure, for ``figure.savefig(path)``. No display is needed.
+
+    Raises:
+        FileNotFoundError: a run has no such file.
+        ValueError: there is no run, or one has a broken file, or neither losses nor APs; the
+            message names the file.
+    """
+    if not runs:
+        raise ValueError("there is no run to draw")
+    curves = {label: read_curves(path) for label, path in runs.items()}
+    names = sorted({name for run in curves.values() for name in run}, key=_order)
+    columns = min(_COLUMNS, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.6), dpi=120, layout="constrained")
+    for index, name in enumerate(names):
+        panel = figure.add_subplot(rows, columns, index + 1, title=name)
+        draw = _draw_ap if _is_ap(name) else _draw_loss
+        for style, run in zip(itertools.cycle(_STYLES), curves.values()):
+            if name in run:
+                draw(panel, *run[name], style)
+        _set_axes(panel, name)
+    lines = [Line2D([], [], **style) for style, _ in zip(itertools.cycle(_STYLES), runs)]
+    figure.legend(lines, list(runs), loc="outside upper left", ncols=columns, frameon=False)
+    return figure
+
+
+def read_curves(path: Path) -> dict[str, Curve]:
+    """
+    Args:
+        path: ``metrics.json``, or the folder that it lies in.
+
+    Returns:
+        Name to curve of the losses and APs in it. Of an iteration that a resumed run has written
+        again, the last values count. Values that are not finite are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is broken, or has neither losses nor APs.
+    """
+    file = path / "metrics.json" if path.is_dir() else path
+    values: dict[str, dict[int, float]] = {}
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            iteration = record["iteration"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number}, is not a JSON object with an iteration: {line[:60]!r}"
+            ) from error
+        for name, value in record.items():
+            if ("loss" in name or _is_ap(name)) and math.isfinite(value):
+                values.setdefault(name, {})[iteration] = value
+    if not values:
+        raise ValueError(f"{file} has neither losses nor APs")
+    return {name: _sorted(by_iteration) for name, by_iteration in values.items()}
+
+
+def _is_ap(name: str) -> bool:
+    return name.endswith("/AP")
+
+
+def _order(name: str) -> tuple[bool, bool, str]:
+    return _is_ap(name), name != "total_loss", name
+
+
+def _sorted(by_iteration: dict[int, float]) -> Curve:
+    points = sorted(by_iteration.items())
+    return np.array([x for x, _ in points]), np.array([y for _, y in points])
+
+
+def _draw_loss(
+    panel: Axes, iterations: np.ndarray, losses: np.ndarray, style: dict[str, Any]
+) -> None:
+    panel.plot(iterations, losses, **style, linewidth=0.5, alpha=0.25, zorder=1)
+    panel.plot(iterations, _smooth(losses), **style, linewidth=1.6)
+
+
+def _draw_ap(panel: Axes, iterations: np.ndarray, aps: np.ndarray, style: dict[str, Any]) -> None:
+    label = f"{aps[-1]:.1f}"
+    panel.plot(iterations, aps, **style, linewidth=1.2, marker="o", markersize=4, label=label)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    window = np.ones(max(1, round(SMOOTHED_PART * len(values))))
+    counts = np.convolve(np.ones(len(values)), window, "same")
+    return np.convolve(values, window, "same") / counts
+
+
+def _set_axes(panel: Axes, name: str) -> None:
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8, which="both")
+    panel.set_xlabel("iteration", fontsize=8)
+    panel.set_xlim(left=0)
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if _is_ap(name):
+        panel.legend(title="last", fontsize=8, title_fontsize=8)
+        return
+    low, high = panel.dataLim.intervaly
+    if 0 < _LOG_FROM * low < high:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_locator(NullLocator())

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Draw the losses and APs of one or several training runs from their metrics.json.
+
+    python tools/plot_metrics.py output/quick_start --output curves.png
+    python tools/plot_metrics.py output/baseline output/nl --labels "R50" "R50 + NL" \\
+        --output curves.pdf
+
+Thin lines are the losses as they were written, which are medians of 20 iterations each; thick lines
+are their mean over 4 % of the run. APs are points, with the last one in figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from nl_detectron.analysis.curves import plot_metrics
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        plot_metrics(label_runs(args.runs, args.labels)).savefig(args.output)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(args.output)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="metrics.json, or the folder it lies in"
+    )
+    parser.add_argument(
+        "--labels", nargs="+", metavar="LABEL", help="one for each run (default: folder names)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
+    )
+    return parser
+
+
+def label_runs(runs: list[Path], labels: list[str] | None) -> dict[str, Path]:
+    """
+    Raises:
+        ValueError: there are not as many labels as runs, or two runs have the same.
+    """
+    if labels is None:
+        labels = [(run.parent if run.is_file() else run).resolve().name for run in runs]
+    if len(labels) != len(runs):
+        raise ValueError(f"--labels are {len(labels)}, but the runs are {len(runs)}")
+    label, count = Counter(labels).most_common(1)[0]
+    if count > 1:
+        raise ValueError(f"{count} runs have the label {label!r}: tell them apart with --labels")
+    return dict(zip(labels, runs))
+
+
+if __name__ == "__main__":
+    main()
