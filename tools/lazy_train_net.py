@@ -32,6 +32,7 @@ from torch import nn
 
 from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.arguments import add_weights_options
+from nl_detectron.engine.hooks import BlockWeightsHook
 
 logger = logging.getLogger("nl_detectron")
 
@@ -72,12 +73,14 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
 def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
+    block_weights = BlockWeightsHook(model, cfg.train.log_period)
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
     checkpointer = build_checkpointer(cfg, model, args, trainer=trainer)
     trainer.register_hooks(
         [
+            block_weights,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         ]

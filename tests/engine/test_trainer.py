@@ -87,6 +87,20 @@ def test_every_block_learns(trained):
             assert not torch.equal(first["model"][key], final[key]), key
 
 
+def test_weights_of_blocks_are_written(trained):
+    folder, _ = trained
+    final = torch.load(folder / "model_final.pth", weights_only=False)["model"]
+    blocks = [key[: -len(".out.weight")] for key in final if key.endswith(".out.weight")]
+    assert len(blocks) == 3
+    (last,) = (record for record in metrics(folder) if record["iteration"] == 3)
+    for block in blocks:
+        expected = final[f"{block}.out.weight"].norm().item()
+        assert last[f"nonlocal/{block}/out_weight_norm"] == pytest.approx(expected, rel=1e-5)
+        gamma = final[f"{block}.norm.weight"].abs().mean().item()
+        assert last[f"nonlocal/{block}/mean_abs_gamma"] == pytest.approx(gamma, rel=1e-5)
+        assert gamma > 0
+
+
 def test_eval_only_gives_the_results_of_training(trained):
     folder, _ = trained
     weights = str(folder / "model_final.pth")

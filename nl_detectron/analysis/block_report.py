@@ -1,0 +1,174 @@
+"""What non-local blocks have learnt: their weights, what they change, what they attend to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.evaluation import inference_context
+from torch import Tensor, nn
+
+from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
+from nl_detectron.layers import NonLocalBlock
+
+# Where the sentences of a BlockReport change.
+MIN_CHANGE = 1e-3
+MAX_ENTROPY = 0.95
+MIN_QUERY_DEPENDENCE = 0.05
+
+_MAX_QUERIES = 64
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What one block has learnt. None is what the block has not, or what could not be measured."""
+
+    block: str
+    """Its full name in the model."""
+    pairwise: str
+    out_weight_norm: float
+    """||W_z||, the Frobenius norm."""
+    mean_abs_gamma: float | None
+    """The mean of |gamma|, the scale of the norm after W_z; None without one."""
+    effective_norm: float | None
+    """||diag(gamma / sigma) W_z||: W_z with batch norm folded in, as it acts in inference. None for
+    norms that depend on the input."""
+    relative_change: float | None
+    """||z - x|| / ||x||, over the whole of an input x; mean of all inputs."""
+    attention_entropy: float | None
+    """-sum_j p_j log p_j / log N_k of the attention p of a query to N_k keys, from 0 (one key) to 1
+    (all alike); mean of a sample of queries. None if the weights are no distribution, as those of
+    the dot product and the concatenation are not, or if there is one key only."""
+    query_dependence: float | None
+    """The mean of (1 - cos(p, q)) / 2 over all pairs of attention maps p, q of different sampled
+    queries in the same input: 0 if all queries attend to the same places. This is the cosine
+    distance of Table 1 of GCNet (https://arxiv.org/abs/1904.11492). Maps of zeros, which the
+    concatenation may have, are left out."""
+
+    def sentence(self) -> str:
+        """What the measurements mean, in plain words."""
+        if self.relative_change is None:
+            return (
+                "It was given nothing, so only its weights are known; a head is given what is "
+                "detected: try other images."
+            )
+        if self.relative_change < MIN_CHANGE:
+            return (
+                f"It changes its input by less than {100 * MIN_CHANGE:g} %: it has learnt next to "
+                "nothing."
+            )
+        parts = [f"It changes its input by {100 * self.relative_change:.1f} %"]
+        if self.attention_entropy is None:
+            parts.append("its weights are no distribution, so they have no entropy")
+        elif self.attention_entropy > MAX_ENTROPY:
+            parts.append("it attends to everything nearly alike")
+        else:
+            parts.append("it attends to some places more than to others")
+        if self.query_dependence is not None and self.query_dependence < MIN_QUERY_DEPENDENCE:
+            parts.append(
+                "all queries attend to the same places: a global context block would do (GCNet)"
+            )
+        elif self.query_dependence is not None:
+            parts.append("different queries attend to different places")
+        return "; ".join(parts) + "."
+
+
+def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport]:
+    """
+    Run a model in evaluation mode and report on each of its non-local blocks.
+
+    Args:
+        model: a detector, or any module with :class:`NonLocalBlock` inside.
+        batches: what the model is called with, once each; for a detector a list of dicts.
+
+    Returns:
+        A report for each block, in the model's order.
+    """
+    blocks = nonlocal_blocks(model)
+    measured: dict[str, list[_Measurement]] = {name: [] for name in blocks}
+    with inference_context(model), torch.no_grad():
+        for batch in batches:
+            with record_calls(blocks) as calls:
+                model(batch)
+            for name, inputs in calls.items():
+                measured[name] += [_measure(blocks[name], x) for (x,) in inputs if x.numel()]
+    return [
+        BlockReport(
+            block=name,
+            pairwise=block.pairwise,
+            out_weight_norm=out_weight_norm(block),
+            mean_abs_gamma=mean_abs_gamma(block),
+            effective_norm=_effective_norm(block),
+            relative_change=_mean(m.relative_change for m in measured[name]),
+            attention_entropy=_mean(m.attention_entropy for m in measured[name]),
+            query_dependence=_mean(m.query_dependence for m in measured[name]),
+        )
+        for name, block in blocks.items()
+    ]
+
+
+def out_weight_norm(block: NonLocalBlock) -> float:
+    """||W_z||, the Frobenius norm."""
+    return block.out.weight.detach().float().norm().item()
+
+
+def mean_abs_gamma(block: NonLocalBlock) -> float | None:
+    """The mean of |gamma|, the scale of the norm after W_z; None without one."""
+    gamma = getattr(block.norm, "weight", None)
+    return None if gamma is None else gamma.detach().float().abs().mean().item()
+
+
+def _effective_norm(block: NonLocalBlock) -> float | None:
+    norm: Any = block.norm
+    if norm is None:
+        return out_weight_norm(block)
+    if not hasattr(norm, "running_var"):
+        return None
+    scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+    return (scale[:, None] * block.out.weight.detach().flatten(1)).float().norm().item()
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Of one input; NaN is what is not defined for it."""
+
+    relative_change: float
+    attention_entropy: float
+    query_dependence: float
+
+
+def _measure(block: NonLocalBlock, x: Tensor) -> _Measurement:
+    positions = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
+    weights = block.attention(x, positions[:_MAX_QUERIES]).flatten(2).double()
+    is_distribution = block.pairwise in ("gaussian", "embedded_gaussian")
+    return _Measurement(
+        relative_change=((block(x) - x).float().norm() / x.float().norm()).item(),
+        attention_entropy=_normalised_entropy(weights) if is_distribution else math.nan,
+        query_dependence=_mean_cosine_distance(weights),
+    )
+
+
+def _normalised_entropy(attention: Tensor) -> float:
+    """(B, Q, N_k), sums of 1, to the mean of all."""
+    keys = attention.shape[2]
+    if keys == 1:
+        return math.nan
+    return torch.special.entr(attention).sum(2).mean().item() / math.log(keys)
+
+
+def _mean_cosine_distance(maps: Tensor) -> float:
+    """(B, Q, N_k) to the mean over the pairs of each of the batch, and over the batch."""
+    unit = nn.functional.normalize(maps, dim=2)
+    count = maps.any(2).sum(1)
+    # The sum over all pairs is the square of the sum, less that of each map with itself.
+    pairs = count * (count - 1)
+    cosine = (unit.sum(1).square().sum(1) - count) / pairs
+    return ((1 - cosine[pairs > 0]) / 2).mean().item()
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else None

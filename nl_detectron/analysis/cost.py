@@ -1,0 +1,158 @@
+"""What a model's non-local blocks cost: parameters, multiply-adds, time and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from detectron2.evaluation import inference_context
+from detectron2.utils.analysis import FlopCountAnalysis
+from torch import Tensor, nn
+
+from nl_detectron.analysis.flops import flop_handles
+from nl_detectron.analysis.memory import peak_memory
+from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
+from nl_detectron.layers import NonLocalBlock
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a module in inference."""
+
+    parameters: int
+    macs: int
+    """Multiply-adds, each counted once: what fvcore calls flops."""
+    seconds: float
+    """The median of several calls."""
+    peak_memory: int
+    """Bytes beyond weights and inputs; see :func:`nl_detectron.analysis.memory.peak_memory`."""
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """The cost of a model with its non-local blocks, of the model without them, and of each."""
+
+    with_blocks: Cost
+    without_blocks: Cost
+    time_ratio: float
+    """The median of the ratios of two calls, with and without blocks, that follow each other. Where
+    the load of the machine changes, it is steadier than the ratio of the medians."""
+    blocks: dict[str, Cost]
+    """Block name to its cost, alone, for all that the model gives it; of the memory, the most."""
+    block_inputs: dict[str, list[tuple[int, ...]]]
+    """Block name to the shapes (B, C, *grid) of what the model gives it."""
+
+
+def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
+    """
+    Measure a model in evaluation mode, on the device it is on. It is timed with and without its
+    blocks in turn, so that whatever else the machine does falls on both.
+
+    Args:
+        model: a detector, or another module that takes one argument.
+        inputs: what it is called with, such as ``[{"image": image}]``.
+        repeats: how many calls are timed.
+
+    Raises:
+        ValueError: the model has no non-local blocks.
+    """
+    blocks = nonlocal_blocks(model)
+    if not blocks:
+        raise ValueError("the model has no non-local blocks")
+    device = next(model.parameters()).device
+    with inference_context(model), torch.no_grad():
+        with record_calls(blocks) as calls:
+            model(inputs)
+        block_inputs = {name: [x for (x,) in of_block] for name, of_block in calls.items()}
+        with without_blocks(model):  # the first call of each is not timed
+            model(inputs)
+        seconds, seconds_without = [], []
+        for _ in range(repeats):
+            seconds.append(_time(model, inputs))
+            with without_blocks(model):
+                seconds_without.append(_time(model, inputs))
+        cost = _measure(model, inputs, device, seconds)
+        with without_blocks(model):
+            cost_without = _measure(model, inputs, device, seconds_without)
+        costs = {n: _measure_block(b, block_inputs[n], repeats) for n, b in blocks.items()}
+    return CostReport(
+        with_blocks=cost,
+        without_blocks=cost_without,
+        time_ratio=statistics.median(a / b for a, b in zip(seconds, seconds_without)),
+        blocks=costs,
+        block_inputs={n: [tuple(x.shape) for x in calls] for n, calls in block_inputs.items()},
+    )
+
+
+@contextmanager
+def without_blocks(model: nn.Module) -> Iterator[None]:
+    """Within the ``with``, every non-local block of the model is replaced by the identity."""
+    blocks = nonlocal_blocks(model)
+    _replace(model, {name: nn.Identity() for name in blocks})
+    try:
+        yield
+    finally:
+        _replace(model, blocks)
+
+
+def _replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    for name, replacement in replacements.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)
+
+
+def _measure_block(block: NonLocalBlock, inputs: Sequence[Tensor], repeats: int) -> Cost:
+    costs = [
+        _measure(block, x, x.device, [_time(block, x) for _ in range(repeats)])
+        for x in inputs
+        if x.numel()
+    ]
+    return Cost(
+        parameters=_count_parameters(block),
+        macs=sum(cost.macs for cost in costs),
+        seconds=sum(cost.seconds for cost in costs),
+        peak_memory=max((cost.peak_memory for cost in costs), default=0),
+    )
+
+
+def _measure(
+    module: nn.Module, inputs: Any, device: torch.device, seconds: Sequence[float]
+) -> Cost:
+    return Cost(
+        parameters=_count_parameters(module),
+        macs=_count_macs(module, inputs),
+        seconds=statistics.median(seconds),
+        peak_memory=peak_memory(lambda: module(inputs), device),
+    )
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _count_macs(module: nn.Module, inputs: Any) -> int:
+    # A tuple is what Detectron2's class takes for several arguments.
+    analysis = FlopCountAnalysis(module, (inputs,)).set_op_handle(**flop_handles())
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    analysis.tracer_warnings("none")
+    return int(analysis.total())
+
+
+def _time(module: nn.Module, inputs: Any) -> float:
+    """Seconds that a call takes."""
+    _wait()
+    start = time.perf_counter()
+    module(inputs)
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    """For the GPU, if it is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()

@@ -1,0 +1,62 @@
+"""The memory that a computation needs at its peak."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+_CPU = 0  # in a trace, c10::DeviceType
+
+
+def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """
+    Call ``function`` and measure the most memory that PyTorch's allocator held for it at a time,
+    beyond what was held before: intermediate values, what is saved for the backward pass, and the
+    result, but not the weights and inputs that were there already. On CUDA, let it run once
+    before: libraries allocate their workspaces at the first call.
+
+    Args:
+        function: what to measure, on ``device``. Exceptions pass through.
+        device: where it computes: the CPU or a CUDA device.
+
+    Returns:
+        bytes. What libraries allocate past PyTorch, such as MKL's packing buffers, is not in it.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    gc.collect()  # what is freed while it is measured should be its own
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library would log its steps
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    return _peak(_allocations(profiler))
+
+
+def _allocations(profiler: profile) -> list[int]:
+    """The sizes in bytes of what was allocated, negative where it was freed, in order of time."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_bytes())["traceEvents"]
+    memory = [event for event in events if event["name"] == "[memory]"]
+    memory.sort(key=lambda event: event["ts"])
+    return [e["args"]["Bytes"] for e in memory if e["args"]["Device Type"] == _CPU]
+
+
+def _peak(allocations: list[int]) -> int:
+    held = peak = 0
+    for size in allocations:
+        held += size
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,86 @@
+import sys
+
+import pytest
+import torch
+from detectron2.utils.analysis import FlopCountAnalysis as DetectorFlopCountAnalysis
+from fvcore.nn import FlopCountAnalysis, parameter_count
+
+from nl_detectron import NonLocalBlock
+from nl_detectron.analysis.flops import flop_handles, register_flop_handles
+from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
+
+B, C = 2, 16
+
+
+def analyse(block, x, analysis=FlopCountAnalysis):
+    analysis = analysis(block, x)
+    return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+
+
+def block_flops(pairwise, subsample, queries, channels, inner, pooling):
+    """Multiply-adds by the paper's formulas, for one of the batch."""
+    keys = queries if subsample == "none" else queries // pooling
+    embedded = keys if subsample == "input" else queries  # positions that phi and g are made of
+    products = channels * inner
+    if pairwise == "gaussian":  # theta is x, phi pooled x: only g is a convolution
+        return embedded * products + queries * keys * (channels + inner) + queries * products
+    convolutions = queries * products + 2 * embedded * products + queries * products
+    operation = {
+        "embedded_gaussian": queries * keys * 2 * inner,
+        "dot_product": (queries + keys) * inner * inner,  # theta (phi^T g)
+        "concatenation": (queries + keys) * inner,  # w_f^T theta and w_f^T phi
+    }
+    return convolutions + operation[pairwise]
+
+
+@pytest.mark.parametrize("subsample", SUBSAMPLE)
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+def test_block_is_counted_by_the_formula(pairwise, subsample):
+    for dims, grid, pooling in ((1, (12,), 2), (2, (6, 10), 4), (3, (3, 4, 6), 4)):
+        block = NonLocalBlock(C, dims=dims, pairwise=pairwise, subsample=subsample).eval()
+        analysis = analyse(block, torch.randn(B, C, *grid))
+        queries = torch.Size(grid).numel()
+        expected = block_flops(pairwise, subsample, queries, C, C // 2, pooling)
+        assert analysis.total() == B * expected
+        assert not analysis.unsupported_ops()
+
+
+@pytest.mark.parametrize(
+    ("subsample", "gmacs"), [("none", 24.8), ("embeddings", 12.5), ("input", 9.34)]
+)
+def test_block_of_res4_at_800_x_1280(subsample, gmacs):
+    """2.10 M parameters; the GMACs are those published for this block."""
+    block = NonLocalBlock(1024, subsample=subsample, norm="").eval()
+    analysis = analyse(block, torch.zeros(1, 1024, 50, 80))
+    assert analysis.total() / 1e9 == pytest.approx(gmacs, rel=0.005)
+    assert parameter_count(block)[""] / 1e6 == pytest.approx(2.10, abs=0.005)
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", "LN", ""])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("analysis", [FlopCountAnalysis, DetectorFlopCountAnalysis])
+def test_no_operator_is_unknown(norm, training, analysis):
+    block = NonLocalBlock(64, norm=norm, subsample="input").train(training)
+    analysis = analyse(block, torch.randn(2, 64, 4, 4), analysis)
+    assert analysis.total() > 0
+    assert not analysis.unsupported_ops()
+
+
+def test_registered_handles_stay(monkeypatch):
+    table = sys.modules["fvcore.nn.flop_count"]._DEFAULT_SUPPORTED_OPS
+    assert flop_handles().keys() <= table.keys()
+
+    def theirs(inputs, outputs):
+        return 1
+
+    monkeypatch.setitem(table, "aten::baddbmm", theirs)
+    monkeypatch.delitem(table, "aten::scaled_dot_product_attention")
+    register_flop_handles()
+    attention = flop_handles()["aten::scaled_dot_product_attention"]
+    assert table["aten::baddbmm"] is theirs
+    assert table["aten::scaled_dot_product_attention"] is attention
+
+
+def test_fvcore_without_the_table(monkeypatch):
+    monkeypatch.delattr(sys.modules["fvcore.nn.flop_count"], "_DEFAULT_SUPPORTED_OPS")
+    register_flop_handles()

@@ -1,0 +1,86 @@
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+import inspect_blocks
+from tests.random_model import save_random_model
+
+BLOCKS = [
+    "backbone.bottom_up.res4.nonlocal0",
+    "roi_heads.keypoint_head.nonlocal2",
+    "roi_heads.keypoint_head.nonlocal4",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("random")
+    save_random_model(folder)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    cv2.imwrite(str(folder / "image.png"), image)
+    return folder
+
+
+def fail(capsys, *words):
+    """What is on stderr: one line, or as many as a report on weights that do not fit has."""
+    with pytest.raises(SystemExit) as exit_:
+        inspect_blocks.main([str(word) for word in words])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert ": error: " in error.splitlines()[0]
+    return error
+
+
+def test_report_on_the_test_dataset(folder, capsys):
+    inspect_blocks.main([str(folder / "model_final.pth"), "--num-images", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    for block in BLOCKS:
+        assert any(line.startswith(f"{block}  embedded_gaussian") for line in lines)
+        (sentence,) = (line for line in lines if line.startswith(f"{block}: "))
+        assert "learnt next to nothing" in sentence
+
+
+def test_report_on_an_image_and_json(folder, tmp_path):
+    words = ["--image", folder / "image.png", "--json", tmp_path / "blocks.json"]
+    inspect_blocks.main([str(folder / "model_final.pth"), *map(str, words)])
+    reports = json.loads((tmp_path / "blocks.json").read_text())
+    assert [report["block"] for report in reports] == BLOCKS
+    assert all(0 <= report["attention_entropy"] <= 1 for report in reports)
+    assert all(report["relative_change"] == 0 for report in reports)
+
+
+def test_head_without_detections(folder, capsys):
+    image = ["--image", str(folder / "image.png")]
+    overrides = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.1"]
+    inspect_blocks.main([str(folder / "model_final.pth"), *image, *overrides])
+    out = capsys.readouterr().out
+    assert out.count("It was given nothing") == 2
+    assert out.count("learnt next to nothing") == 1
+
+
+def test_errors_of_the_user(folder, tmp_path, capsys):
+    weights, image = folder / "model_final.pth", ["--image", folder / "image.png"]
+    assert "none.pth do not exist" in fail(capsys, folder / "none.pth")
+    alone = tmp_path / "model_final.pth"
+    alone.symlink_to(weights)
+    assert "--config-file" in fail(capsys, alone, *image)
+    assert "none.png" in fail(capsys, weights, "--image", folder / "none.png")
+    assert "config.yaml" in fail(capsys, weights, "--image", folder / "config.yaml")
+    dataset = ["DATASETS.TEST", "('val',)"]
+    assert "'val'" in fail(capsys, weights, *dataset)
+    assert "--image" in fail(capsys, weights, "DATASETS.TEST", "()")
+    assert "--num-images is 0" in fail(capsys, weights, "--num-images", 0)
+    assert "KEY VALUE" in fail(capsys, weights, "MODEL.DEVICE")
+    assert "did you mean 'MODEL.DEVICE'" in fail(capsys, weights, "MODEL.DEVIC", "cpu")
+    gaussian = ["MODEL.NONLOCAL.PAIRWISE", "gaussian"]
+    assert "embedded_gaussian (or dot_product)" in fail(capsys, weights, *image, *gaussian)
+    no_blocks = [
+        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+        *("MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY", "0"),
+    ]
+    (tmp_path / "plain").mkdir()
+    save_random_model(tmp_path / "plain", *no_blocks)
+    plain = tmp_path / "plain" / "model_final.pth"
+    assert "no non-local blocks" in fail(capsys, plain, *image)

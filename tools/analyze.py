@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Tell what the non-local blocks of a model cost: parameters, multiply-adds, time and memory.
+
+    python tools/analyze.py \\
+        --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml
+    python tools/analyze.py --config-file configs/quick_start.yaml --size 256 384 --json cost.json
+    python tools/analyze.py --config-file output/quick_start/config.yaml \\
+        --weights output/quick_start/model_final.pth --image shapes.png
+
+The model runs with its blocks and, in turn with that, with the identity in the place of each: one
+image, in inference, on the GPU if there is one. Times are medians, and their ratio is the median of
+the ratios of two runs after each other. GMACs are 1e9 multiply-adds, as fvcore counts them, which
+calls them GFLOPs; others count each as two FLOPs. Memory is the peak beyond weights and input.
+
+Without --weights they are random, and would find nothing in an image. So that the heads have work,
+the image is then faint noise and the score threshold 0, and they get as many regions as the config
+allows: the most that they can cost. Nor are the blocks then the identity, which costs nothing. With
+--weights and --image the heads get what is found in the image. KEY VALUE pairs override the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from detectron2.modeling import build_model
+from tabulate import tabulate
+from torch import Tensor
+
+from nl_detectron.analysis.cost import Cost, CostReport, measure_cost
+from nl_detectron.analysis.predictions import Predictor, trained_config
+from nl_detectron.engine import build_config
+
+COST_HEADERS = ("parameters (M)", "GMACs", "time (ms)", "peak memory (MiB)")
+# Blocks that add nothing would be skipped, and regions that are nothing likely be dropped.
+RANDOM_WEIGHTS = (
+    *("MODEL.NONLOCAL.ZERO_INIT", "False"),
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+)
+# Faint enough for the box regression of random weights to leave the anchors where they are.
+NOISE = 1e-4
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        report = run(args)
+        print(table(report))
+        if args.json:
+            args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2))
+    except (OSError, ValueError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config in YAML")
+    parser.add_argument("--weights", metavar="FILE", help="trained weights (default: random)")
+    image = parser.add_mutually_exclusive_group()
+    image.add_argument("--image", metavar="FILE", help="an image, resized as in evaluation")
+    image.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the random image, in pixels (default: the shorter and the longer side that "
+        "the config allows in evaluation)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="timed calls (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    return parser
+
+
+def run(args: argparse.Namespace) -> CostReport:
+    if not Path(args.config_file).is_file():
+        raise FileNotFoundError(f"--config-file {args.config_file} does not exist")
+    if bool(args.weights) != bool(args.image):
+        raise ValueError("--weights and --image are needed together, or neither")
+    if args.repeats < 1:
+        raise ValueError(f"--repeats is {args.repeats}, but must be at least 1")
+    if len(args.opts) % 2:
+        raise ValueError(f"overrides come in pairs of KEY VALUE, but got {' '.join(args.opts)}")
+    if args.weights:
+        cfg = trained_config(args.config_file, args.weights, args.opts)
+        inputs = [DatasetMapper(cfg, is_train=False)({"file_name": args.image})]
+        return measure_cost(Predictor(cfg).model, inputs, args.repeats)
+    args.opts = [*RANDOM_WEIGHTS, *args.opts]
+    cfg = build_config(args)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    inputs = [{"image": faint_noise(cfg, args.size or evaluation_size(cfg))}]
+    torch.manual_seed(0)  # the same random weights each time
+    return measure_cost(build_model(cfg), inputs, args.repeats)
+
+
+def evaluation_size(cfg: CfgNode) -> tuple[int, int]:
+    if cfg.INPUT.MIN_SIZE_TEST == 0:
+        raise ValueError("INPUT.MIN_SIZE_TEST is 0, so images have any size: name one with --size")
+    return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+
+
+def faint_noise(cfg: CfgNode, size: tuple[int, int]) -> Tensor:
+    """An image (C, H, W) of nearly the mean colour that the config subtracts."""
+    if min(size) < 1:
+        raise ValueError(f"--size is {size[0]} {size[1]}, but must be positive")
+    mean = torch.tensor(cfg.MODEL.PIXEL_MEAN)[:, None, None]
+    noise = torch.randn(len(mean), *size, generator=torch.Generator().manual_seed(0))
+    return mean + NOISE * noise
+
+
+def table(report: CostReport) -> str:
+    whole, rest = cost_row(report.with_blocks), cost_row(report.without_blocks)
+    ratios = [a / b for a, b in zip(whole, rest)]
+    ratios[COST_HEADERS.index("time (ms)")] = report.time_ratio
+    rows = [
+        ("with blocks", *whole),
+        ("without", *rest),
+        ("difference", *(a - b for a, b in zip(whole, rest))),
+        ("ratio", *ratios),
+    ]
+    block_rows = [
+        (
+            name,
+            describe_inputs(report.block_inputs[name]),
+            *cost_row(cost),
+            f"{100 * cost.macs / report.with_blocks.macs:.1f} %",
+        )
+        for name, cost in report.blocks.items()
+    ]
+    model_table = tabulate(rows, ("model", *COST_HEADERS), floatfmt=".4g")
+    headers = ("block, alone", "input", *COST_HEADERS, "of all GMACs")
+    block_table = tabulate(block_rows, headers, floatfmt=".4g")
+    return f"{model_table}\n\n{block_table}"
+
+
+def cost_row(cost: Cost) -> tuple[float, ...]:
+    return cost.parameters / 1e6, cost.macs / 1e9, cost.seconds * 1e3, cost.peak_memory / 2**20
+
+
+def describe_inputs(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join(" x ".join(map(str, shape)) for shape in shapes) or "never called"
+
+
+if __name__ == "__main__":
+    main()
