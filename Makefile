@@ -17,8 +17,8 @@ help: ## List these targets
 
 setup: $(READY) ## Install everything into .venv
 
-demo: $(READY) ## Train and evaluate a small model with non-local blocks
-	$(VENV)/bin/python tools/demo.py $(ARGS)
+demo: $(READY) ## Train a small model with non-local blocks; show what it learnt in a page
+	$(VENV)/bin/python tools/quick_start.py $(ARGS)
 
 test: $(READY) ## Run the tests
 	$(VENV)/bin/python -m pytest $(ARGS)

@@ -1,0 +1,144 @@
+import json
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import cv2
+import pytest
+
+import quick_start
+from tests.random_model import save_random_model
+
+APS = {"AP": 71.23, "AP50": 97.5, "AP75": 85.3}
+NO_BLOCKS = [
+    *("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[], [], [], []]"),
+    *("MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY", "0"),
+]
+BLOCKS = ["backbone.bottom_up.res4.nonlocal0", "roi_heads.keypoint_head.nonlocal2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Show a random model and whatever it predicts; returns the output folder."""
+
+    def run(*overrides):
+        folder = tmp_path_factory.mktemp("quick_start")
+        save_random_model(folder, *overrides)
+        records = [{"iteration": i, "total_loss": 3.0 - i} for i in range(3)]
+        for value in (1.0, APS["AP"]):
+            records.append({"iteration": 2, **{f"bbox/{k}": v for k, v in APS.items()}})
+            records[-1]["bbox/AP"] = value
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "metrics.json").write_text(lines)
+        (folder / "inference").mkdir()
+        for name in ("log.txt", "inference/coco_instances_results.json"):
+            (folder / name).touch()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quick_start, "MIN_SCORE", 0.0)
+            quick_start.main(["--skip-training", "OUTPUT_DIR", str(folder)])
+        return folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    return run()
+
+
+def linked_files(page):
+    files = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: files.extend(
+        value for name, value in attributes if name in ("src", "href")
+    )
+    parser.feed(page.read_text())
+    return files
+
+
+def test_all_that_the_page_shows_or_links_is_beside_it(folder):
+    files = linked_files(folder / "index.html")
+    for name in ("curves.png", "model_final.pth", "metrics.json", "config.yaml", "log.txt"):
+        assert name in files
+    for name in files:
+        assert (folder / name).is_file(), name
+    for name, count in (("predictions/", 6), ("attention/", 4)):
+        assert sum(file.startswith(name) for file in files) == count
+
+
+def test_page_says_what_was_reached_and_goes_on(folder):
+    text = (folder / "index.html").read_text()
+    for words in ("box AP<b>71.2</b>", "AP50 97.5, AP75 85.3", "shapes_val", *BLOCKS):
+        assert words in text
+    for words in ("keypoint AP", "minutes", "$"):
+        assert words not in text
+    assert f"--weights {folder / 'model_final.pth'}" in text
+
+
+def test_pictures_are_drawn(folder):
+    for picture in [*folder.glob("*/*.png"), folder / "curves.png"]:
+        image = cv2.imread(str(picture))
+        assert min(image.shape[:2]) > 300
+        assert image.std() > 5
+
+
+def test_a_model_without_blocks(run):
+    folder = run(*NO_BLOCKS)
+    assert not any(name.startswith("attention") for name in linked_files(folder / "index.html"))
+
+
+def test_summary(run, capsys):
+    folder = run(*NO_BLOCKS)
+    text = capsys.readouterr().out
+    for words in ("On shapes_val:", "box AP 71.2", str(folder / "index.html"), "--eval-only"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["MODEL.MASK_ONN", "True"], "did you mean 'MODEL.MASK_ON'"),
+        (["OUTPUT_DIR"], "OUTPUT_DIR"),
+        (
+            ["--skip-training", "OUTPUT_DIR", "gone"],
+            "config.yaml does not exist; it",
+        ),
+    ],
+)
+def test_bad_command_lines(words, message, capsys, monkeypatch):
+    monkeypatch.delattr(quick_start.subprocess, "run")
+    with pytest.raises(SystemExit) as exit_info:
+        quick_start.main(words)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_failed_training_ends_it(tmp_path, monkeypatch):
+    commands = []
+
+    def fail(command):
+        commands.append(command)
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(quick_start.subprocess, "run", fail)
+    overrides = ["OUTPUT_DIR", str(tmp_path)]
+    with pytest.raises(SystemExit) as exit_info:
+        quick_start.main(overrides)
+    assert exit_info.value.code == 3
+    (command,) = commands
+    assert command[-2:] == overrides
+    assert "quick_start.yaml" in command[-3]
+
+
+@pytest.mark.slow
+def test_trains_evaluates_and_shows(tmp_path, capfd):
+    quick_start.main(
+        [
+            *("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
+            *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
+            *("MODEL.RPN.POST_NMS_TOPK_TEST", "10"),
+        ]
+    )
+    assert "Trained and evaluated in" in capfd.readouterr().out
+    assert "to train and evaluate" in (tmp_path / "index.html").read_text()
+    for name in linked_files(tmp_path / "index.html"):
+        assert (tmp_path / name).is_file(), name

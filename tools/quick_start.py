@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Train and evaluate configs/quick_start.yaml, and show what it learnt in a page (`make demo`).
+
+    $ tools/quick_start.py
+    $ tools/quick_start.py --skip-training    # write the page again
+
+KEY VALUE pairs override the config's, as for train_net.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from string import Template
+
+import cv2
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+
+from nl_detectron.analysis.attention import record_attention
+from nl_detectron.analysis.attention_figure import draw_attention
+from nl_detectron.analysis.attention_page import write_attention_page
+from nl_detectron.analysis.curves import plot_metrics
+from nl_detectron.analysis.predictions import (
+    Predictor,
+    draw_ground_truth,
+    side_by_side,
+    trained_config,
+)
+from nl_detectron.analysis.recording import nonlocal_blocks
+from nl_detectron.data.coco_format import Record
+from nl_detectron.engine import build_config
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
+TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+NUM_PICTURES = 6
+NUM_ATTENTION = 2  # pictures, and points in each
+MIN_SCORE = 0.6
+SCALE = 3  # the images are small
+ATTENTION_TEXT = """<h2>What its blocks attend to</h2>
+<p>The centre of an object, and arrows to the places whose features its own are
+mixed with most, as in the paper's Figure 3. The block in the backbone sees the whole image; one in
+the keypoint head sees the box of an object. Mind the scales: after so short a training the weights
+are close to an even share.</p>"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--skip-training", action="store_true", help="show what was trained in OUTPUT_DIR before"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="such as OUTPUT_DIR folder")
+    args = parser.parse_intermixed_args(arguments)
+    try:
+        cfg = build_config(argparse.Namespace(config_file=str(CONFIG_FILE), opts=args.opts))
+    except (AssertionError, KeyError, ValueError) as error:
+        parser.error(error.args[0])
+    output = Path(cfg.OUTPUT_DIR)
+    minutes = None
+    if not args.skip_training:
+        start = time.perf_counter()
+        train_net = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(CONFIG_FILE)]
+        if status := subprocess.run([*train_net, *args.opts]).returncode:
+            sys.exit(status)
+        minutes = (time.perf_counter() - start) / 60
+    try:
+        cfg = trained_config(str(output / "config.yaml"), str(output / "model_final.pth"))
+    except FileNotFoundError as error:
+        parser.error(f"{error}; it comes from training")
+    write_page(cfg, output, minutes)
+    print_summary(cfg, output, minutes)
+
+
+def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:
+    """
+    Write ``index.html`` and its pictures.
+
+    Args:
+        cfg: the config of the trained model, weights included.
+        output: the folder that it was trained in.
+        minutes: how long that took, if known.
+    """
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = MIN_SCORE
+    predictor = Predictor(cfg)
+    dataset = cfg.DATASETS.TEST[0]
+    records = [r for r in DatasetCatalog.get(dataset) if len(r["annotations"]) > 2]
+    blocks = list(nonlocal_blocks(predictor.model))
+    page = Template((ROOT / "tools" / "quick_start.html").read_text(encoding="utf-8")).substitute(
+        dataset=dataset,
+        blocks=", ".join(f"<code>{escape(name)}</code>" for name in blocks) or "none",
+        results=results(output / "metrics.json", minutes),
+        min_score=f"{MIN_SCORE:.0%}",
+        pictures=draw_pictures(predictor, records[:NUM_PICTURES], output),
+        attention=draw_blocks(predictor, blocks, records[:NUM_ATTENTION], output),
+        commands=escape(commands(output)),
+    )
+    plot_metrics({output.name: output}).savefig(output / "curves.png", dpi=100)
+    (output / "index.html").write_text(page, encoding="utf-8")
+
+
+def results(metrics_file: Path, minutes: float | None) -> str:
+    """HTML: the APs, and the time."""
+    tiles = [
+        f"<div>{TASKS[task]} AP<b>{ap['AP']:.1f}</b>"
+        f"<small>AP50 {ap['AP50']:.1f}, AP75 {ap['AP75']:.1f}</small></div>"
+        for task, ap in last_aps(metrics_file).items()
+    ]
+    if minutes is not None:
+        tiles.append(f"<div>minutes<b>{minutes:.1f}</b><small>to train and evaluate</small></div>")
+    return "\n".join(tiles)
+
+
+def last_aps(metrics_file: Path) -> dict[str, dict[str, float]]:
+    """Of each task that was evaluated, the last AP, AP50 and AP75 that Detectron2 wrote."""
+    metrics: dict[str, float] = {}
+    for line in metrics_file.read_text().splitlines():
+        metrics.update(json.loads(line))
+    return {
+        task: {name: metrics[f"{task}/{name}"] for name in ("AP", "AP50", "AP75")}
+        for task in TASKS
+        if f"{task}/AP" in metrics
+    }
+
+
+def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path) -> str:
+    """Write ground truth and predictions side by side, a PNG for each record; HTML showing them."""
+    (output / "predictions").mkdir(exist_ok=True)
+    figures = []
+    for record in records:
+        image = cv2.imread(record["file_name"])
+        truth = draw_ground_truth(image, record, predictor.metadata, SCALE)
+        prediction = predictor.draw(image, SCALE)
+        picture = side_by_side([truth, prediction], ["ground truth", "prediction"])
+        name = f"predictions/{Path(record['file_name']).stem}.png"
+        cv2.imwrite(str(output / name), picture)
+        figures.append(f'<figure><img src="{name}" alt="ground truth and prediction"></figure>')
+    return "\n".join(figures)
+
+
+def draw_blocks(
+    predictor: Predictor, blocks: Sequence[str], records: Sequence[Record], output: Path
+) -> str:
+    """Write what objects attend to in the first block of the backbone and of the heads; HTML."""
+    if not blocks:  # which only overrides can bring about
+        return ""
+    (output / "attention").mkdir(exist_ok=True)
+    first: dict[str, str] = {}
+    for name in blocks:
+        first.setdefault(name.split(".")[0], name)
+    figures = [draw_objects(predictor, set(first.values()), record, output) for record in records]
+    return "\n".join([ATTENTION_TEXT, *figures]) if any(figures) else ""
+
+
+def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: Path) -> str:
+    """Write what the centres of the most confident objects attend to, if there are any; HTML."""
+    attention = record_attention(
+        predictor.model,
+        cv2.imread(record["file_name"]),
+        augmentation=predictor.aug,
+        input_format=predictor.input_format,
+        min_score=MIN_SCORE,
+    )
+    boxes = attention.boxes[:NUM_ATTENTION]
+    if not len(boxes):
+        return ""
+    maps = attention.maps([((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in boxes.tolist()])
+    maps = replace(maps, blocks=[block for block in maps.blocks if block.name in shown])
+    stem = Path(record["file_name"]).stem
+    draw_attention(maps).savefig(output / f"attention/{stem}.png", dpi=100)
+    write_attention_page(output / f"attention/{stem}.html", attention, title=f"Attention in {stem}")
+    return (
+        f'<figure><img src="attention/{stem}.png" alt="what the centres of objects attend to">'
+        f'<figcaption><a href="attention/{stem}.html">Move the pointer over it</a>: '
+        "any point, all blocks</figcaption></figure>"
+    )
+
+
+def commands(output: Path) -> str:
+    model = f"--config-file {output}/config.yaml"
+    weights = output / "model_final.pth"
+    return f"""{sys.executable} train_net.py --eval-only {model} MODEL.WEIGHTS {weights}
+{sys.executable} demo/demo.py {model} --weights {weights} --input IMAGE
+{sys.executable} demo/attention.py {model} --weights {weights} --input IMAGE"""
+
+
+def print_summary(cfg: CfgNode, output: Path, minutes: float | None) -> None:
+    time_taken = "" if minutes is None else f"Trained and evaluated in {minutes:.1f} minutes. "
+    print(f"\n{time_taken}On {cfg.DATASETS.TEST[0]}:")
+    for task, ap in last_aps(output / "metrics.json").items():
+        print(f"  {TASKS[task]} AP {ap['AP']:.1f}")
+    print(
+        f"""
+Page with pictures and curves         {output / "index.html"}
+Weights                               {output / "model_final.pth"}
+Losses and APs, a line of JSON each   {output / "metrics.json"}
+Predictions in COCO's format          {output / "inference"}
+The whole log, and the whole config   {output / "log.txt"}, config.yaml
+Curves                                tensorboard --logdir {output}
+
+Evaluate it again; draw what it finds in images; see what points attend to:
+{commands(output)}"""
+    )
+
+
+if __name__ == "__main__":
+    main()
