@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ from torch.nn import functional
 # exceed the number of elements below (16 MiB in float32).
 _MAX_QUERIES_PER_BLOCK = 512
 _MAX_LOGITS_PER_BLOCK = 2**22
+# Products are summed over at most so many positions at a time.
+_MAX_SUMMED = 4096
 # Up to so many pairs in a batch (128 MiB in float32; all of res4 of an 800 x 1344 image), training
 # keeps the softmax for the backward pass, which is faster than computing it again.
 _MAX_PAIRS_KEPT = 2**25
@@ -148,6 +151,9 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
         if pairs_first < channels_first:
             return (theta @ phi.mT / keys) @ g
+        context = _sum_of_products(phi.mT, g / keys)
+        # In chunks for the sake of the backward pass, which sums over the queries.
+        return torch.cat([part @ context for part in theta.split(_MAX_SUMMED, 1)], 1)
     return theta @ (phi.transpose(1, 2) @ (g / keys))
 
 
@@ -190,7 +196,8 @@ class _BlockwiseSoftmax(torch.autograd.Function):
 
     phi and g are centred first. The softmax does not see a constant in phi, and one in g passes
     through it, but in float32 both would cost digits, above all in the gradients, whose sums over
-    the keys cancel.
+    the keys cancel. For the same reason the weights are divided by their sum once more: PyTorch's
+    softmax adds up float32 in a row, and that of 70,000 keys is off by 1e-5.
     """
 
     @staticmethod
@@ -201,18 +208,20 @@ class _BlockwiseSoftmax(torch.autograd.Function):
             keys, _ = _centred(phi)
             values, mean = _centred(g)
             y = values.new_empty(*theta.shape[:2], g.shape[2])
+            total = values.new_empty(*theta.shape[:2], 1)
             kept = keys.new_empty(*theta.shape[:2], phi.shape[1]) if keep else None
             for block, weights in _query_blocks(theta, keys, kept):
                 _softmax(theta[:, block], keys, scale, out=weights)
-                y[:, block] = weights @ values
-        ctx.save_for_backward(theta, phi, g, y, kept)
+                total[:, block] = weights.sum(2, keepdim=True)  # pairwise, hence exact enough
+                y[:, block] = _sum_of_products(weights, values).div_(total[:, block])
+        ctx.save_for_backward(theta, phi, g, y, total, kept)
         ctx.scale = scale
         return (y + mean).to(g.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        theta, phi, g, y, kept = ctx.saved_tensors
+        theta, phi, g, y, total, kept = ctx.saved_tensors
         with no_autocast(theta):
             keys, values = _centred(phi)[0], _centred(g)[0]
             grad_theta = torch.empty_like(theta)
@@ -221,15 +230,24 @@ class _BlockwiseSoftmax(torch.autograd.Function):
             for (block, weights), (_, grad_logits) in buffers:
                 if kept is None:
                     _softmax(theta[:, block], keys, ctx.scale, out=weights)
-                grad = accumulable(grad_y[:, block])
+                grad = accumulable(grad_y[:, block]) / total[:, block]
                 grad_g.baddbmm_(weights.mT, grad)
                 # The softmax's Jacobian: dlogits = weights * (dweights - sum_j weights dweights),
                 # and that sum is y . dy.
                 torch.bmm(grad, values.mT, out=grad_logits)
                 grad_logits.sub_((grad * y[:, block]).sum(2, keepdim=True)).mul_(weights)
-                grad_theta[:, block] = (grad_logits @ keys) * ctx.scale
+                grad_theta[:, block] = _sum_of_products(grad_logits, keys) * ctx.scale
                 grad_phi.baddbmm_(grad_logits.mT, accumulable(theta[:, block]), alpha=ctx.scale)
         return grad_theta, grad_phi.to(phi.dtype), grad_g.to(g.dtype), None, None
+
+
+def _sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+    """
+    x (B, n, N) times y (B, N, m), a part of N at a time: for few channels the kernels of libraries
+    add up float32 in a row.
+    """
+    parts = zip(x.split(_MAX_SUMMED, 2), y.split(_MAX_SUMMED, 1))
+    return reduce(torch.add, (x_part @ y_part for x_part, y_part in parts))
 
 
 def _softmax(theta: Tensor, keys: Tensor, scale: float, *, out: Tensor) -> None:
@@ -287,15 +305,15 @@ class _RampSum(torch.autograd.Function):
 
 def _sums_over_active(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """sum_j g_j and sum_j (a_i + b_j) g_j over the j with a_i + b_j > 0; (B, N_a, c) each."""
-    # Only a + b matters: centring b keeps a * sum g and sum b g from being large numbers that
-    # cancel.
-    centre = b.sum(1, keepdim=True) / max(b.shape[1], 1)
-    a, b = a + centre, b - centre
     # In descending order of b the active keys are a prefix, whose length is the number of
     # -b_j < a_i.
     b, order = b.sort(1, descending=True)
     g = g.gather(1, order.unsqueeze(2).expand_as(g))
     active = _count_below(a, -b).unsqueeze(2).expand(-1, -1, g.shape[2])
+    # For the sums only a + b matters: centring b keeps a * sum g and sum b g from being large
+    # numbers that cancel.
+    centre = b.sum(1, keepdim=True) / max(b.shape[1], 1)
+    a, b = a + centre, b - centre
     step_sum = _sum_of_first(active, g)
     return step_sum, a.unsqueeze(2) * step_sum + _sum_of_first(active, b.unsqueeze(2) * g)
 
