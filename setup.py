@@ -12,7 +12,8 @@ VERSION = re.search(
     r'^__version__ = "(.+)"', (ROOT / "nl_detectron" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
-TEST = ["pytest>=7", "selenium", "onnx", "onnxruntime", "onnxscript"]
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
+TEST = ["pytest>=7", "selenium", *ONNX]
 
 setup(
     name="nl_detectron",
@@ -45,5 +46,5 @@ setup(
         "opencv-python-headless",
         "shapely",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "ruff", "mypy"]},
+    extras_require={"onnx": ONNX, "test": TEST, "dev": [*TEST, "ruff", "mypy"]},
 )

@@ -176,7 +176,7 @@ def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: 
     maps = attention.maps([((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in boxes.tolist()])
     maps = replace(maps, blocks=[block for block in maps.blocks if block.name in shown])
     stem = Path(record["file_name"]).stem
-    draw_attention(maps).savefig(output / f"attention/{stem}.png", dpi=100)
+    draw_attention(maps).savefig(output / f"attention/{stem}.png", dpi=100, bbox_inches="tight")
     write_attention_page(output / f"attention/{stem}.html", attention, title=f"Attention in {stem}")
     return (
         f'<figure><img src="attention/{stem}.png" alt="what the centres of objects attend to">'

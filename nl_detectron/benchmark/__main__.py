@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from nl_detectron.benchmark import accuracy, report, scaling
 from nl_detectron.benchmark.arguments import parse_arguments

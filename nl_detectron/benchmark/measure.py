@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -158,9 +159,7 @@ def _examine(trial: Trial, which: str, device: torch.device) -> _Examination:
     seconds: list[float] = []
 
     def run() -> None:
-        start = _now(device)
-        results.extend(trial.run(which))
-        seconds.append(_now(device) - start)
+        seconds.append(_time(lambda: results.extend(trial.run(which)), device))
 
     memory_bytes = peak_memory(run, device)
     return _Examination(results, seconds[0], memory_bytes)
@@ -177,18 +176,23 @@ def _take_turns(
 ) -> dict[str, list[float]]:
     """The seconds of each run, the same number of runs for all."""
     seconds: dict[str, list[float]] = {name: [] for name in trials}
-    rounds, begin = 0, _now(device)
-    while trials and (rounds < MIN_ROUNDS or _now(device) - begin < budget):
+    rounds, begin = 0, time.perf_counter()
+    while trials and (rounds < MIN_ROUNDS or time.perf_counter() - begin < budget):
         for name, trial in trials.items():
-            start = _now(device)
-            trial.run(which)
-            seconds[name].append(_now(device) - start)
+            seconds[name].append(_time(partial(trial.run, which), device))
         rounds += 1
     return seconds
 
 
-def _now(device: torch.device) -> float:
-    """The time in seconds once the device has done all it was given."""
+def _time(function: Callable[[], object], device: torch.device) -> float:
+    """The seconds that a call takes; on CUDA until the device has done what it was given."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin

@@ -13,12 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from nl_detectron.layers.norm import Norm, build_norm
+from nl_detectron.layers.numerics import accumulable, no_autocast
 from nl_detectron.layers.pairwise import (
-    accumulable,
     concatenation_pairwise,
     dot_product_pairwise,
     is_recorded,
-    no_autocast,
     softmax_pairwise,
 )
 from nl_detectron.validation import check_choice
@@ -232,7 +231,7 @@ class NonLocalBlock(CNNBlockBase):
             y = softmax_pairwise(theta, phi, g, self.logit_scale)
         weight, bias = self._output_projection()
         weight = weight.to(y.dtype).expand(y.shape[0], -1, -1)
-        return torch.baddbmm(bias.to(y.dtype).unsqueeze(1), weight, y.mT)
+        return torch.baddbmm(bias.to(y.dtype).unsqueeze(1), weight, y.transpose(1, 2))
 
     def _output_projection(self) -> tuple[Tensor, Tensor]:
         """W_z as (C, c) and its bias; a norm that is an affine map is multiplied into them."""
@@ -319,7 +318,7 @@ def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _positions(x: Tensor) -> Tensor:
     """(B, C, *grid) to (B, N, C)."""
-    return x.flatten(2).mT
+    return x.flatten(2).transpose(1, 2)
 
 
 def _flat_index(positions: Tensor, grid: torch.Size) -> Tensor:

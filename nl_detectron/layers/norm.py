@@ -7,6 +7,7 @@ from typing import Union
 
 from detectron2.layers import get_norm
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nl_detectron.validation import check_choice
 
@@ -39,4 +40,7 @@ class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each position of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        x = x.movedim(1, -1)
+        # Not super().forward: TorchScript does not know it.
+        x = functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.movedim(-1, 1)

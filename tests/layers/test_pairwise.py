@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nl_detectron.layers import (
     concatenation_pairwise,
     dot_product_pairwise,
-    pairwise,
+    softmax,
     softmax_pairwise,
 )
 from tests.layers import reference
@@ -58,8 +58,8 @@ def test_equals_the_equation(kind, queries, keys):
 
 @pytest.mark.parametrize("pairs_kept", [0, 2**25])
 def test_the_softmax_is_kept_or_computed_again(pairs_kept, monkeypatch):
-    monkeypatch.setattr(pairwise, "_MAX_PAIRS_KEPT", pairs_kept)
-    monkeypatch.setattr(pairwise, "_MAX_QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(softmax, "_MAX_PAIRS_KEPT", pairs_kept)
+    monkeypatch.setattr(softmax, "_MAX_QUERIES_PER_BLOCK", 4)
     arguments = inputs()[:3]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):

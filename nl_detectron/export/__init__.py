@@ -1,0 +1,6 @@
+"""Detectors in files that run without Detectron2 and nl_detectron."""
+
+from nl_detectron.export.detector import FORMATS, export_detector
+from nl_detectron.export.verification import ExportError
+
+__all__ = ["FORMATS", "ExportError", "export_detector"]

@@ -1,0 +1,33 @@
+"""Keeping the digits that half precision, and float32 over many positions, would lose."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Products are summed over at most so many positions at a time.
+MAX_SUMMED = 4096
+
+
+def accumulable(x: Tensor) -> Tensor:
+    """x, in float32 if it is of half precision."""
+    return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Keeps autocast from lowering the precision again of what is computed from x."""
+    # Shapes are all that the meta device computes; it has no autocast.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+    """
+    x (B, n, N) times y (B, N, m), a part of N at a time: for few channels the kernels of libraries
+    add up float32 in a row.
+    """
+    parts = zip(x.split(MAX_SUMMED, 2), y.split(MAX_SUMMED, 1))
+    return reduce(torch.add, (x_part @ y_part for x_part, y_part in parts))
