@@ -6,7 +6,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
+from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE, ZERO_INIT_LAYERS
 from nl_detectron.layers.norm import NORMS
 from nl_detectron.validation import check_choice
 
@@ -35,6 +35,8 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.NORM = "BN"
     # Start each block as the identity.
     node.ZERO_INIT = True
+    # By zeros in "norm" (gamma, as in the paper) or in "out" (W_z, which learns sooner).
+    node.ZERO_INIT_LAYER = "norm"
     # Save memory in training: keep only the block's input and compute the rest again in the
     # backward pass.
     node.USE_ACT_CHECKPOINT = False
@@ -57,6 +59,7 @@ def block_options(cfg: CfgNode) -> dict[str, Any]:
     check_choice("MODEL.NONLOCAL.PAIRWISE", node.PAIRWISE, PAIRWISE)
     check_choice("MODEL.NONLOCAL.SUBSAMPLE", node.SUBSAMPLE, SUBSAMPLE)
     check_choice("MODEL.NONLOCAL.NORM", node.NORM, NORMS)
+    check_choice("MODEL.NONLOCAL.ZERO_INIT_LAYER", node.ZERO_INIT_LAYER, ZERO_INIT_LAYERS)
     if node.REDUCTION < 1:
         raise ValueError(f"MODEL.NONLOCAL.REDUCTION is {node.REDUCTION}, but must be at least 1")
     return {
@@ -66,5 +69,6 @@ def block_options(cfg: CfgNode) -> dict[str, Any]:
         "subsample": node.SUBSAMPLE,
         "norm": node.NORM,
         "zero_init": node.ZERO_INIT,
+        "zero_init_layer": node.ZERO_INIT_LAYER,
         "use_act_checkpoint": node.USE_ACT_CHECKPOINT,
     }

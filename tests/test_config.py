@@ -23,6 +23,7 @@ def test_defaults_are_the_papers_block():
         "SUBSAMPLE": "embeddings",
         "NORM": "BN",
         "ZERO_INIT": True,
+        "ZERO_INIT_LAYER": "norm",
         "USE_ACT_CHECKPOINT": False,
         "KEYPOINT_HEAD_EVERY": 2,
     }

@@ -2,8 +2,8 @@
 What fvcore's FLOP counter has to know to be right for non-local blocks.
 
 fvcore counts a multiply-add as one flop, and only products of matrices and the like: of what the
-blocks call, it does not know ``scaled_dot_product_attention`` and ``baddbmm``, and without a handle
-counts them as nothing. Work on single elements (the softmax, the sorting and the prefix sums of the
+blocks call, it does not know ``scaled_dot_product_attention``, and without a handle counts it as
+nothing. Work on single elements (the softmax, the sorting and the prefix sums of the
 concatenation) is left out, as it is for all that fvcore knows.
 
 fvcore counts what it records. There the dot product always multiplies phi^T g first; for a small
@@ -33,7 +33,6 @@ def flop_handles() -> dict[str, FlopHandle | None]:
     """
     return {
         "aten::scaled_dot_product_attention": _attention_flops,
-        "aten::baddbmm": _baddbmm_flops,
         **{f"aten::{name}": None for name in _UNCOUNTED},
     }
 
@@ -59,12 +58,6 @@ def _attention_flops(inputs: list[Any], outputs: list[Any]) -> int:
     query, key, value = inputs[:3]
     pairs = prod(_shape(query)[:-1]) * _shape(key)[-2]
     return pairs * (_shape(_unpadded(query))[-1] + _shape(_unpadded(value))[-1])
-
-
-def _baddbmm_flops(inputs: list[Any], outputs: list[Any]) -> int:
-    """A sum of anything and the product of (B, n, m) and (B, m, p): B n m p."""
-    _, left, right = inputs[:3]
-    return prod(_shape(left)) * _shape(right)[-1]
 
 
 def _unpadded(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from nl_detectron.validation import check_choice
 
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 SUBSAMPLE = ("none", "embeddings", "input")
+ZERO_INIT_LAYERS = ("norm", "out")
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
@@ -51,6 +53,7 @@ class NonLocalBlock(CNNBlockBase):
         subsample: str = "none",
         norm: Norm = "BN",
         zero_init: bool = True,
+        zero_init_layer: str = "norm",
         use_act_checkpoint: bool = False,
     ) -> None:
         """
@@ -68,9 +71,11 @@ class NonLocalBlock(CNNBlockBase):
                 cases. A spatial dimension of size 1 is left alone, and time (dims=3) always is.
             norm: normalisation after W_z, as Detectron2's ``get_norm`` takes it: "BN", "SyncBN",
                 "FrozenBN", "GN", "LN", "" or a callable from channels to a module.
-            zero_init: start as the identity: the norm's scale (gamma) is zero; where there is no
-                trainable scale ("", "FrozenBN") it is W_z, since with both at zero, or a frozen
-                zero, the block could never learn.
+            zero_init: start as the identity, with the weights of ``zero_init_layer`` at zero.
+            zero_init_layer: "norm" (its scale gamma: the paper) or "out" (W_z). Where the norm has
+                no trainable scale ("", "FrozenBN") it is always W_z, since with both at zero, or
+                a frozen zero, the block could never learn. From scratch, "out" in front of batch
+                norm learns much sooner (docs/STUDY.md).
             use_act_checkpoint: in training, keep only x, and compute the embeddings and y again in
                 the backward pass: less memory for more time.
 
@@ -81,6 +86,7 @@ class NonLocalBlock(CNNBlockBase):
         check_choice("pairwise", pairwise, PAIRWISE)
         check_choice("subsample", subsample, SUBSAMPLE)
         check_choice("dims", dims, tuple(_CONV))
+        check_choice("zero_init_layer", zero_init_layer, ZERO_INIT_LAYERS)
         if not isinstance(reduction, int) or not 1 <= reduction <= in_channels:
             raise ValueError(
                 f"reduction is {reduction!r}, but must be an integer from 1 to "
@@ -106,23 +112,25 @@ class NonLocalBlock(CNNBlockBase):
         self.norm = build_norm(norm, in_channels)
         # Detectron2's norms are made for images; they can't tell the positions of a sequence or
         # a video from those of an image one pixel wide.
-        self._norm_by_name = isinstance(norm, str)
-        self._norm_as_image = self._norm_by_name and dims != 2
+        self._norm_as_image = dims != 2 and isinstance(norm, str)
 
         embedding_channels = in_channels if pairwise == "gaussian" else inner_channels
         self.logit_scale = embedding_channels**-0.5 if scale else 1.0
-        self._init_weights(zero_init)
+        self._init_weights(zero_init_layer if zero_init else None)
 
-    def _init_weights(self, zero_init: bool) -> None:
+    def _init_weights(self, zero_layer: str | None) -> None:
         for module in self.children():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if zero_init:
+        if zero_layer is not None:
             gamma = getattr(self.norm, "weight", None)
             # FrozenBN's scale is a buffer: zero, it would stay zero.
-            nn.init.zeros_(gamma if isinstance(gamma, nn.Parameter) else self.out.weight)
+            if zero_layer == "norm" and isinstance(gamma, nn.Parameter):
+                nn.init.zeros_(gamma)
+            else:
+                nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -201,69 +209,54 @@ class NonLocalBlock(CNNBlockBase):
     def _adds_nothing(self, x: Tensor) -> bool:
         """Is the block, at inference, still the identity that it starts as?"""
         # Elsewhere than on a CPU, looking would cost more than it saves: it waits for the device.
-        if torch.is_grad_enabled() or is_recorded() or x.device.type != "cpu":
+        on_cpu = x.device.type == "cpu"
+        if self.training or torch.is_grad_enabled() or is_recorded() or not on_cpu:
             return False
-        if self.norm is not None and not self._norm_is_affine():
+        if self.norm is not None and not isinstance(self.norm, (_BatchNorm, FrozenBatchNorm2d)):
+            return False  # what others make of W_z y, no single position can tell
+        gamma = getattr(self.norm, "weight", None)
+        if self.out.weight.any() and (gamma is None or gamma.any()):
             return False
-        weight, bias = self._output_projection()
-        return not weight.any() and not bias.any()
+        # z is the same for every y, and at every position.
+        y = self.out.weight.new_zeros(1, self.out.in_channels, *[1] * self.dims)
+        return not self._normalize(self.out(y)).any()
 
     def _transform(self, x: Tensor) -> Tensor:
-        """W_z y, (B, C, *grid); with the norm, where :meth:`_output_projection` takes it in."""
+        """W_z y before the norm, (B, C, *grid)."""
         theta, phi, g = self._embed(x)
         phi, g = _positions(phi), _positions(g)
         if torch.jit.is_scripting():
-            z = self._operate(theta, phi, g)
+            y = self._operate(theta, phi, g)
         else:
-            # What follows chooses its precision itself.
-            with no_autocast(x):
-                z = self._operate(theta, phi, g)
-        return z.unflatten(2, x.shape[2:])
+            with no_autocast(x):  # the operation chooses its precision itself
+                y = self._operate(theta, phi, g)
+        y = y.transpose(1, 2).unflatten(2, x.shape[2:])
+        if torch.jit.is_scripting():
+            return self.out(y)
+        if y.dtype == torch.float32 and self.out.weight.dtype == torch.float16:
+            # y was kept in float32 because it may not fit (see pairwise.py); nor may W_z y.
+            weight, bias = self.out.weight.float(), self.out.bias.float()
+            return _saturated(_CONVOLVE[self.dims](y, weight, bias), torch.float16)
+        # Autocast, which would take such a y back to float16, has nothing to do for a y that has
+        # the weights' dtype.
+        with no_autocast(y) if y.dtype == self.out.weight.dtype else nullcontext():
+            return self.out(y)
 
     def _operate(self, theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        """W_z y, (B, C, N_q), from (B, N_q, d), (B, N_k, d) and (B, N_k, c)."""
+        """y, (B, N_q, c), from (B, N_q, d), (B, N_k, d) and (B, N_k, c)."""
         if self.concat is not None:
             a, b = self._concat_terms(theta, phi)
-            y = concatenation_pairwise(a, b, g)
-        elif self.pairwise == "dot_product":
-            y = dot_product_pairwise(theta, phi, g)
-        else:
-            y = softmax_pairwise(theta, phi, g, self.logit_scale)
-        weight, bias = self._output_projection()
-        weight = weight.to(y.dtype).expand(y.shape[0], -1, -1)
-        return torch.baddbmm(bias.to(y.dtype).unsqueeze(1), weight, y.transpose(1, 2))
-
-    def _output_projection(self) -> tuple[Tensor, Tensor]:
-        """W_z as (C, c) and its bias; a norm that is an affine map is multiplied into them."""
-        weight, bias = self.out.weight.flatten(1), self.out.bias
-        assert bias is not None
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript must see it alone)
-            if self._norm_is_affine():
-                norm: Any = self.norm
-                scale = norm.weight * (accumulable(norm.running_var) + norm.eps).rsqrt()
-                return weight * scale.unsqueeze(1), (bias - norm.running_mean) * scale + norm.bias
-        return weight, bias
-
-    def _norm_is_affine(self) -> bool:
-        """Batch norm that is frozen or at inference is; a callable's norm is called as it is."""
-        if not self._norm_by_name:
-            return False
-        if isinstance(self.norm, _BatchNorm):
-            return not self.norm.training
-        return isinstance(self.norm, FrozenBatchNorm2d)
+            return concatenation_pairwise(a, b, g)
+        if self.pairwise == "dot_product":
+            return dot_product_pairwise(theta, phi, g)
+        return softmax_pairwise(theta, phi, g, self.logit_scale)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta as (B, N_q, d); phi (B, d, *key grid) and g (B, c, *key grid), subsampled."""
         keys = self._max_pool(x) if self.subsample == "input" else x
-        if self.theta is None or self.phi is None:
-            theta, phi, g = x, keys, self.g(keys)
-        elif torch.jit.is_scripting():
-            theta, phi, g = self.theta(x), self.phi(keys), self.g(keys)
-        elif self.subsample == "input":
-            theta = self.theta(x)
-            phi, g = _convolve(keys, self.phi, self.g)
-        else:
-            theta, phi, g = _convolve(x, self.theta, self.phi, self.g)
+        theta, phi, g = x, keys, self.g(keys)
+        if self.theta is not None and self.phi is not None:
+            theta, phi = self.theta(x), self.phi(keys)
         if self.subsample == "embeddings":
             phi, g = self._max_pool(phi), self._max_pool(g)
         return _positions(theta), phi, g
@@ -290,23 +283,9 @@ class NonLocalBlock(CNNBlockBase):
     def _normalize(self, z: Tensor) -> Tensor:
         if self.norm is None:
             return z
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript must see it alone)
-            if self._norm_is_affine():
-                return z  # _output_projection has done it
-        # A model in float16 may have z in float32, because it may not fit (see pairwise.py).
-        if self.out.weight.dtype == torch.float16:
-            z = _saturated(z, torch.float16)
         if self._norm_as_image:
             return self.norm(z.flatten(2).unsqueeze(3)).reshape(z.shape)
         return self.norm(z)
-
-
-def _convolve(x: Tensor, *convolutions: Any) -> tuple[Tensor, ...]:
-    """1x1 convolutions of the same x, as one."""
-    weight = torch.cat([convolution.weight for convolution in convolutions])
-    bias = torch.cat([convolution.bias for convolution in convolutions])
-    outputs = _CONVOLVE[x.dim() - 2](x, weight, bias)
-    return outputs.split([convolution.out_channels for convolution in convolutions], 1)
 
 
 def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:

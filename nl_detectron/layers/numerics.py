@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
 from typing import Any
 
 import torch
@@ -24,10 +23,16 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+def sum_of_products(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     x (B, n, N) times y (B, N, m), a part of N at a time: for few channels the kernels of libraries
     add up float32 in a row.
+
+    Args:
+        out: (B, n, m), to be overwritten; there are no gradients then.
     """
-    parts = zip(x.split(MAX_SUMMED, 2), y.split(MAX_SUMMED, 1))
-    return reduce(torch.add, (x_part @ y_part for x_part, y_part in parts))
+    first, *rest = zip(x.split(MAX_SUMMED, 2), y.split(MAX_SUMMED, 1))
+    total = torch.bmm(*first, out=out)
+    for x_part, y_part in rest:
+        total = torch.add(total, x_part @ y_part, out=out)
+    return total

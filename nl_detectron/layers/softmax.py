@@ -77,7 +77,7 @@ class _BlockwiseSoftmax(torch.autograd.Function):
             for block, weights in _query_blocks(theta, keys, kept):
                 _softmax(theta[:, block], keys, scale, out=weights)
                 total[:, block] = weights.sum(2, keepdim=True)  # pairwise, hence exact enough
-                y[:, block] = sum_of_products(weights, values).div_(total[:, block])
+                sum_of_products(weights, values, out=y[:, block]).div_(total[:, block])
         ctx.save_for_backward(theta, phi, g, y, total, kept)
         ctx.scale = scale
         return (y + mean).to(g.dtype)
@@ -88,7 +88,7 @@ class _BlockwiseSoftmax(torch.autograd.Function):
         theta, phi, g, y, total, kept = ctx.saved_tensors
         with no_autocast(theta):
             keys, values = _centred(phi)[0], _centred(g)[0]
-            grad_theta = torch.empty_like(theta)
+            grad_theta = torch.empty_like(theta, dtype=keys.dtype)
             grad_phi, grad_g = torch.zeros_like(keys), torch.zeros_like(values)
             buffers = zip(_query_blocks(theta, keys, kept), _query_blocks(theta, keys))
             for (block, weights), (_, grad_logits) in buffers:
@@ -100,9 +100,10 @@ class _BlockwiseSoftmax(torch.autograd.Function):
                 # and that sum is y . dy.
                 torch.bmm(grad, values.mT, out=grad_logits)
                 grad_logits.sub_((grad * y[:, block]).sum(2, keepdim=True)).mul_(weights)
-                grad_theta[:, block] = sum_of_products(grad_logits, keys) * ctx.scale
+                sum_of_products(grad_logits, keys, out=grad_theta[:, block]).mul_(ctx.scale)
                 grad_phi.baddbmm_(grad_logits.mT, accumulable(theta[:, block]), alpha=ctx.scale)
-        return grad_theta, grad_phi.to(phi.dtype), grad_g.to(g.dtype), None, None
+        gradients = grad_theta.to(theta.dtype), grad_phi.to(phi.dtype), grad_g.to(g.dtype)
+        return *gradients, None, None
 
 
 def _softmax(theta: Tensor, keys: Tensor, scale: float, *, out: Tensor) -> None:

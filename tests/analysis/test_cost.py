@@ -39,11 +39,11 @@ def test_parameters_and_multiply_adds():
 @pytest.mark.parametrize("subsample", SUBSAMPLE)
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 def test_multiply_adds_are_those_that_pytorch_counts_when_they_are_done(pairwise, subsample):
-    model = nn.Sequential(make_block(pairwise=pairwise, subsample=subsample)).eval()
+    model = nn.Sequential(make_block(pairwise=pairwise, subsample=subsample, norm="")).eval()
     x = image(count=2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x)
-    # PyTorch counts a multiply-add as two flops.
+    # PyTorch counts a multiply-add as two flops, and batch norm, which fvcore counts, not at all.
     assert measure_cost(model, x, repeats=1).blocks["0"].macs == counter.get_total_flops() // 2
 
 

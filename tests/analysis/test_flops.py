@@ -37,7 +37,8 @@ def block_flops(pairwise, subsample, queries, channels, inner, pooling):
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 def test_block_is_counted_by_the_formula(pairwise, subsample):
     for dims, grid, pooling in ((1, (12,), 2), (2, (6, 10), 4), (3, (3, 4, 6), 4)):
-        block = NonLocalBlock(C, dims=dims, pairwise=pairwise, subsample=subsample).eval()
+        options = {"dims": dims, "pairwise": pairwise, "subsample": subsample}
+        block = NonLocalBlock(C, **options, norm="").eval()
         analysis = analyse(block, torch.randn(B, C, *grid))
         queries = torch.Size(grid).numel()
         expected = block_flops(pairwise, subsample, queries, C, C // 2, pooling)

@@ -134,7 +134,7 @@ def test_a_fresh_block_does_no_work_at_inference(pairwise, norm):
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("norm", ["BN", "SyncBN", "FrozenBN"])
-def test_batch_norm_at_inference_is_multiplied_into_w_z(norm, dims):
+def test_batch_norm_at_inference(norm, dims):
     block = make_block(dims=dims, norm=norm).double().eval()
     for statistic in (block.norm.running_mean, block.norm.running_var):
         nn.init.uniform_(statistic, 0.5, 2)
@@ -185,6 +185,19 @@ def test_activation_checkpointing_changes_memory_only(pairwise, norm):
     assert little < much / 2
     for a, e in zip(actual, expected):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_zero_init_of_w_z(norm):
+    options = {"norm": norm, "zero_init_layer": "out"}
+    block = make_block(32, randomize=False, **options)
+    x = make_input(channels=32)
+    assert not block.out.weight.any()
+    assert torch.equal(block.train()(x) if norm != "SyncBN" else block.eval()(x), x)
+    if norm not in ("", "FrozenBN"):
+        assert (block.norm.weight == 1).all()
+    without = make_block(32, randomize=False, norm=norm, zero_init=False, zero_init_layer="out")
+    assert without.out.weight.any()
 
 
 @pytest.mark.parametrize("norm", NORMS)
