@@ -7,10 +7,10 @@ VENV := .venv
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo study-quick test lint clean
 
 help: ## List these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTHON=/path/to/python3 chooses the Python; a Detectron2 installed there is used."
 	@echo "ARGS='...' is passed on: make test ARGS='-k insertion'."
@@ -20,8 +20,11 @@ setup: $(READY) ## Install everything into .venv
 demo: $(READY) ## Train a small model with non-local blocks; show what it learnt in a page
 	$(VENV)/bin/python tools/quick_start.py $(ARGS)
 
-test: $(READY) ## Run the tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+study-quick: $(READY) ## Compare the block with a baseline and a local control, in minutes
+	$(VENV)/bin/python tools/study.py studies/quick.yaml $(ARGS)
+
+test: $(READY) ## Run the tests, a process for each core
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto $(ARGS)
 
 lint: $(READY) ## Check style and types
 	$(VENV)/bin/python -m ruff check .

@@ -13,7 +13,7 @@ VERSION = re.search(
 ).group(1)
 
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
-TEST = ["pytest>=7", "selenium", *ONNX]
+TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX]
 
 setup(
     name="nl_detectron",

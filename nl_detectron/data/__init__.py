@@ -1,8 +1,21 @@
-"""Datasets: the built-in shapes, and users' own in COCO's format."""
+"""Datasets: the built-in ones, and users' own in COCO's format."""
 
 from nl_detectron.data.coco_json import configure_for_dataset, register_coco_json
+from nl_detectron.data.long_range import (
+    default_long_range_root,
+    make_long_range,
+    register_long_range,
+)
 from nl_detectron.data.shapes import default_root, make_shapes, register_shapes
 
-__all__ = ["configure_for_dataset", "make_shapes", "register_coco_json", "register_shapes"]
+__all__ = [
+    "configure_for_dataset",
+    "make_long_range",
+    "make_shapes",
+    "register_coco_json",
+    "register_long_range",
+    "register_shapes",
+]
 
 register_shapes(default_root())
+register_long_range(default_long_range_root())

@@ -135,14 +135,26 @@ def sample_scene(rng: np.random.Generator, size: Size) -> list[SceneObject]:
     return scene
 
 
-def draw_scene(rng: np.random.Generator, scene: list[SceneObject], size: Size) -> Image.Image:
-    """Draw the objects, anti-aliased, on a cloudy background; `size` is (height, width)."""
-    height, width = size
-    canvas_size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
+def cloudy_background(rng: np.random.Generator, size: Size) -> Image.Image:
+    """A background for :func:`draw_scene`, dark or light."""
     brightness = rng.choice([rng.uniform(45, 85), rng.uniform(180, 215)])
     clouds = (brightness + rng.uniform(-22, 22, size=(4, 4, 3))).astype(np.uint8)
-    canvas = Image.fromarray(clouds).resize(canvas_size, Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(canvas)
+    height, width = size
+    canvas_size = (width * SUPERSAMPLING, height * SUPERSAMPLING)
+    return Image.fromarray(clouds).resize(canvas_size, Image.Resampling.BICUBIC)
+
+
+def plain_background(color: Color, size: Size) -> Image.Image:
+    """A background for :func:`draw_scene`."""
+    height, width = size
+    return Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), color)
+
+
+def draw_scene(
+    rng: np.random.Generator, scene: list[SceneObject], background: Image.Image
+) -> Image.Image:
+    """Draw the objects, anti-aliased and with grain, over `background`, which is changed."""
+    draw = ImageDraw.Draw(background)
     for item in reversed(scene):
         for polygon in hole_free_polygons(item.outline):
             points = SUPERSAMPLING * np.asarray(polygon.exterior.coords)
@@ -152,7 +164,7 @@ def draw_scene(rng: np.random.Generator, scene: list[SceneObject], size: Size) -
                 r = item.mark_radius
                 disc = SUPERSAMPLING * np.array([x - r, y - r, x + r, y + r])
                 draw.ellipse(disc.tolist(), fill=mark)
-    pixels = np.asarray(canvas.reduce(SUPERSAMPLING)).astype(np.int16)
+    pixels = np.asarray(background.reduce(SUPERSAMPLING)).astype(np.int16)
     grain = rng.integers(-3, 4, size=pixels.shape)
     return Image.fromarray((pixels + grain).clip(0, 255).astype(np.uint8))
 

@@ -7,31 +7,25 @@ head and a dark dot at its tail. Picture i of a split is the same on every machi
 
 from __future__ import annotations
 
-import json
-import logging
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
-from iopath.common.file_io import get_cache_dir
+from PIL import Image
 from shapely.geometry import MultiPolygon, Point, Polygon
 
+from nl_detectron.data.built_in import cache_folder, make_dataset, register_dataset
 from nl_detectron.data.scene import (
     SHAPES,
     SceneObject,
     Size,
+    cloudy_background,
     draw_scene,
     hole_free_polygons,
     picture_frame,
     sample_scene,
 )
-
-logger = logging.getLogger(__name__)
 
 KEYPOINT_NAMES = ["head", "tail"]
 # For drawing annotations and predictions, in the order of SHAPES; the colour-blind can tell them.
@@ -82,73 +76,20 @@ def annotate(item: SceneObject, size: Size) -> dict[str, Any]:
     }
 
 
-def _make_split(folder: Path, seed: int, num_images: int) -> dict[str, Any]:
-    """Draw the pictures of one split into `folder`; return their COCO annotations."""
-    folder.mkdir()
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image_id in range(1, num_images + 1):
-        rng = np.random.default_rng([seed, image_id])
-        height, width = size = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
-        scene = sample_scene(rng, size)
-        file_name = f"{image_id:06d}.png"
-        draw_scene(rng, scene, size).save(folder / file_name)
-        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for item in scene:
-            ids = {"id": len(annotations) + 1, "image_id": image_id}
-            annotations.append(ids | annotate(item, size))
-    categories = [
-        {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": [[1, 2]]}
-        for i, name in enumerate(SHAPES, start=1)
-    ]
-    return {
-        "info": {"description": "nl_detectron shapes", "version": "1"},
-        "licenses": [],
-        "images": images,
-        "annotations": annotations,
-        "categories": categories,
-    }
+def _draw(rng: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any]]]:
+    size = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
+    scene = sample_scene(rng, size)
+    picture = draw_scene(rng, scene, cloudy_background(rng, size))
+    return picture, [annotate(item, size) for item in scene]
 
 
 def make_shapes(root: str | Path, num_train: int = 600, num_val: int = 100) -> Path:
-    """Draw the shapes datasets: ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``.
-
-    Everything is made in a folder beside `root` which takes its name when complete: `root` is
-    never half-made, and processes may start at once. A complete `root` is left as it is.
-
-    Args:
-        root: the folder to make; its parents are made too.
-        num_train: number of training images.
-        num_val: number of validation images.
-
-    Returns:
-        `root`.
-
-    Raises:
-        FileExistsError: `root` exists and holds something else.
-    """
-    root = Path(root)
-    complete = root / "val.json"
-    if complete.exists():
-        return root
-    if root.exists():
-        raise FileExistsError(
-            f"{root} exists but holds no shapes; delete it or name another folder"
-        )
-    logger.info(f"Drawing {num_train} + {num_val} images of shapes into {root} ...")
-    draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}")
-    draft.mkdir(parents=True)
-    try:
-        for seed, (split, num_images) in enumerate([("train", num_train), ("val", num_val)]):
-            coco = _make_split(draft / split, seed, num_images)
-            (draft / f"{split}.json").write_text(json.dumps(coco))
-        draft.rename(root)
-    except OSError:
-        if not complete.exists():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return root
+    """Draw the shapes datasets; see :func:`make_dataset`, also for what is raised."""
+    categories: list[dict[str, Any]] = [
+        {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": [[1, 2]]}
+        for i, name in enumerate(SHAPES, start=1)
+    ]
+    return make_dataset(Path(root), "shapes", _draw, categories, num_train, num_val)
 
 
 def register_shapes(root: str | Path) -> None:
@@ -156,33 +97,18 @@ def register_shapes(root: str | Path) -> None:
 
     Registering again replaces what was registered.
     """
-    for split in ("train", "val"):
-        _register_split(f"shapes_{split}", Path(root), split)
-
-
-def _register_split(name: str, root: Path, split: str) -> None:
-    json_file, image_root = str(root / f"{split}.json"), str(root / split)
-
-    def load() -> list[dict[str, Any]]:
-        make_shapes(root)
-        return load_coco_json(json_file, image_root, name)
-
-    DatasetCatalog.pop(name, None)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.pop(name, None)
-    MetadataCatalog.get(name).set(
+    register_dataset(
+        "shapes",
+        Path(root),
+        make_shapes,
         thing_classes=list(SHAPES),
         thing_colors=CLASS_COLORS,
-        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(SHAPES))},
         keypoint_names=KEYPOINT_NAMES,
         keypoint_flip_map=[],  # neither is the other's mirror image
         keypoint_connection_rules=[("head", "tail", (255, 255, 255))],
-        json_file=json_file,
-        image_root=image_root,
-        evaluator_type="coco",
     )
 
 
 def default_root() -> Path:
     """The folder of the registered datasets, in Detectron2's cache (``$FVCORE_CACHE``)."""
-    return Path(get_cache_dir()) / "nl_detectron" / "shapes-v1"
+    return cache_folder("shapes-v1")

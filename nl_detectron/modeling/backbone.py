@@ -17,6 +17,8 @@ from nl_detectron.modeling.insertion import (
 from nl_detectron.validation import check_choice
 
 _AFTER_BLOCKS = "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"
+# Those that build MODEL.NONLOCAL.BACKBONE: naming one there would have no end.
+_WRAPPERS = ("build_nonlocal_backbone", "build_local_control_backbone")
 
 
 @BACKBONE_REGISTRY.register()
@@ -29,7 +31,7 @@ def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """
     options = block_options(cfg)
     node = cfg.MODEL.NONLOCAL
-    builders = sorted(name for name, _ in BACKBONE_REGISTRY if name != "build_nonlocal_backbone")
+    builders = sorted(name for name, _ in BACKBONE_REGISTRY if name not in _WRAPPERS)
     check_choice("MODEL.NONLOCAL.BACKBONE", node.BACKBONE, builders)
     _check_lists(node.AFTER_BLOCKS_PER_STAGE)
 

@@ -1,0 +1,134 @@
+"""Built-in datasets in COCO's format: drawn into Detectron2's cache when they are first used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+from iopath.common.file_io import get_cache_dir
+from PIL import Image
+
+from nl_detectron.data.coco_format import Record
+
+logger = logging.getLogger(__name__)
+
+Draw = Callable[[np.random.Generator], tuple[Image.Image, list[Record]]]
+"""From a source of chance to a picture and its annotations, which have no ids yet."""
+
+
+def make_dataset(
+    root: Path, name: str, draw: Draw, categories: list[Record], num_train: int, num_val: int
+) -> Path:
+    """
+    Draw a dataset: ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``. Picture i of a
+    split is the same on every machine.
+
+    Everything is made in a folder beside ``root`` which takes its name when complete: ``root`` is
+    never half-made, and processes may start at once. A complete ``root`` is left as it is.
+
+    Args:
+        root: the folder to make; its parents are made too.
+        name: the dataset's, for messages.
+        draw: draws one picture.
+        categories: COCO's.
+        num_train: number of training images.
+        num_val: number of validation images.
+
+    Returns:
+        ``root``.
+
+    Raises:
+        FileExistsError: ``root`` exists and holds something else.
+    """
+    complete = root / "val.json"
+    if complete.exists():
+        return root
+    if root.exists():
+        raise FileExistsError(
+            f"{root} exists but holds no {name}; delete it or name another folder"
+        )
+    logger.info(f"Drawing {num_train} + {num_val} images of {name} into {root} ...")
+    draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}")
+    draft.mkdir(parents=True)
+    try:
+        for seed, (split, num_images) in enumerate([("train", num_train), ("val", num_val)]):
+            coco = {
+                "info": {"description": f"nl_detectron {name}", "version": "1"},
+                "licenses": [],
+                **_make_split(draft / split, seed, num_images, draw),
+                "categories": categories,
+            }
+            (draft / f"{split}.json").write_text(json.dumps(coco))
+        draft.rename(root)
+    except OSError:
+        if not complete.exists():  # else another process was first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return root
+
+
+def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **metadata: Any) -> None:
+    """
+    Register the splits ``{name}_train`` and ``{name}_val``, to be made on first use. Registering
+    again replaces what was registered.
+
+    Args:
+        name: the dataset's.
+        root: its folder.
+        make: makes it there, if it is not.
+        **metadata: for Detectron2's ``MetadataCatalog``; ``thing_classes`` is needed.
+    """
+    for split in ("train", "val"):
+        _register_split(f"{name}_{split}", root, split, make, metadata)
+
+
+def cache_folder(name: str) -> Path:
+    """A folder in Detectron2's cache (``$FVCORE_CACHE``)."""
+    return Path(get_cache_dir()) / "nl_detectron" / name
+
+
+def _make_split(folder: Path, seed: int, num_images: int, draw: Draw) -> Record:
+    """Draw the pictures of one split into ``folder``; return COCO's images and annotations."""
+    folder.mkdir()
+    images: list[Record] = []
+    annotations: list[Record] = []
+    for image_id in range(1, num_images + 1):
+        picture, annotations_of_picture = draw(np.random.default_rng([seed, image_id]))
+        file_name = f"{image_id:06d}.png"
+        picture.save(folder / file_name)
+        width, height = picture.size
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for annotation in annotations_of_picture:
+            ids = {"id": len(annotations) + 1, "image_id": image_id}
+            annotations.append(ids | annotation)
+    return {"images": images, "annotations": annotations}
+
+
+def _register_split(
+    name: str, root: Path, split: str, make: Callable[[Path], Path], metadata: dict[str, Any]
+) -> None:
+    json_file, image_root = str(root / f"{split}.json"), str(root / split)
+
+    def load() -> list[Record]:
+        make(root)
+        return load_coco_json(json_file, image_root, name)
+
+    DatasetCatalog.pop(name, None)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.pop(name, None)
+    MetadataCatalog.get(name).set(
+        **metadata,
+        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(metadata["thing_classes"]))},
+        json_file=json_file,
+        image_root=image_root,
+        evaluator_type="coco",
+    )

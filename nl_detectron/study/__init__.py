@@ -1,0 +1,1 @@
+"""Comparing settings over several seeds: a plan of runs, running them, reporting what came out."""

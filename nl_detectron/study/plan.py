@@ -1,0 +1,135 @@
+"""What a study compares, read from a YAML file, and the training runs that this takes."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nl_detectron.engine import build_config
+from nl_detectron.validation import check_choice
+
+KEYS = ("config", "seeds", "settings", "groups")
+_OWN_KEYS = ("SEED", "OUTPUT_DIR")  # set for each run
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a setting with a seed."""
+
+    setting: str
+    seed: int
+    folder: Path
+    config: str  # the whole of it, but for OUTPUT_DIR, as YAML
+
+    def __str__(self) -> str:
+        return f"{self.setting}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study; see :func:`load_plan`."""
+
+    config: Path
+    seeds: list[int]
+    settings: dict[str, dict[str, Any]]
+    groups: dict[str, list[str]]
+
+    def runs(self, output: Path) -> list[Run]:
+        """
+        All runs, each with a folder of its own in ``output``: every setting with the first seed,
+        then every setting with the second, so that a study that is cut short is a smaller study.
+
+        Raises:
+            ValueError: a setting's overrides do not fit the config; the message names it.
+        """
+        return [
+            Run(setting, seed, output / setting / f"seed_{seed}", self._config(setting, seed))
+            for seed in self.seeds
+            for setting in self.settings
+        ]
+
+    def _config(self, setting: str, seed: int) -> str:
+        overrides = [word for item in self.settings[setting].items() for word in item]
+        try:
+            cfg = build_config(Namespace(config_file=str(self.config), opts=overrides))
+        # What yacs raises for a value of the wrong type, and for an unknown or a renamed key.
+        except (ValueError, KeyError, AssertionError) as error:
+            raise ValueError(f"settings: {setting}: {error.args[0]}") from error
+        cfg.SEED = seed
+        cfg.OUTPUT_DIR = ""
+        return cfg.dump()
+
+
+def load_plan(path: Path) -> Plan:
+    """
+    Read a plan such as ::
+
+        config: ../configs/long_range.yaml  # relative to the plan
+        seeds: [1, 2, 3]
+        settings:  # name to overrides of the config
+          nl: {}
+          nl_dot_product: {MODEL.NONLOCAL.PAIRWISE: dot_product}
+        groups:  # a title to the settings that are compared below it
+          Pairwise functions: [nl, nl_dot_product]
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a plan; the message names the file and the place in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        _check(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    config = path.parent / content["config"]
+    if not config.is_file():
+        raise ValueError(f"{path}: config is {content['config']}, but there is no file {config}")
+    settings = {name: overrides or {} for name, overrides in content["settings"].items()}
+    return Plan(config, content["seeds"], settings, content["groups"])
+
+
+def _check(content: Any) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"a plan is a mapping with the keys {', '.join(KEYS)}")
+    for key in content:
+        check_choice("a key", key, KEYS)
+    for key in KEYS:
+        if not content.get(key):
+            raise ValueError(f"it has no {key}")
+    _check_kinds(content)
+    for name, overrides in content["settings"].items():
+        # It becomes the name of a folder.
+        if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+            raise ValueError(
+                f"settings: {name!r} is no name: letters, digits, - and _, the first no digit"
+            )
+        if not isinstance(overrides, (dict, type(None))):
+            raise ValueError(f"settings: {name} is {overrides!r}, not a mapping of config keys")
+        for key in overrides or {}:
+            if key in _OWN_KEYS:
+                raise ValueError(f"settings: {name}: {key} is for the study itself to set")
+    for title, names in content["groups"].items():
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"groups: {title} is {names!r}, not a list of settings")
+        for name in names:
+            check_choice(f"groups: {title}: a setting", name, list(content["settings"]))
+
+
+def _check_kinds(content: dict[str, Any]) -> None:
+    if not isinstance(content["config"], str):
+        raise ValueError(f"config is {content['config']!r}, not the path of a file")
+    seeds = content["seeds"]
+    are_integers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
+    if not are_integers or len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        # Detectron2 takes a negative seed for "a random one".
+        raise ValueError(f"seeds is {seeds!r}, not a list of different integers from 0")
+    for key in ("settings", "groups"):
+        if not isinstance(content[key], dict):
+            raise ValueError(f"{key} is {content[key]!r}, not a mapping")

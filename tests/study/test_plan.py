@@ -1,0 +1,117 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+
+from nl_detectron.study.plan import load_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+PLAN = {
+    "config": str(ROOT / "configs" / "quick_start.yaml"),
+    "seeds": [3, 1],
+    "settings": {"nl": None, "dot-product": {"MODEL.NONLOCAL.PAIRWISE": "dot_product"}},
+    "groups": {"Pairwise functions": ["nl", "dot-product"]},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(**changes):
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump({**PLAN, **changes}, sort_keys=False))
+        return load_plan(path)
+
+    return load
+
+
+def test_every_setting_with_the_first_seed_comes_first(load, tmp_path):
+    runs = load().runs(tmp_path)
+    order = [("nl", 3), ("dot-product", 3), ("nl", 1), ("dot-product", 1)]
+    assert [(run.setting, run.seed) for run in runs] == order
+    assert runs[3].folder == tmp_path / "dot-product" / "seed_1"
+    assert len({run.folder for run in runs}) == 4
+
+
+def test_configs_have_the_overrides_and_the_seed(load, tmp_path):
+    configs = [CfgNode.load_cfg(run.config) for run in load().runs(tmp_path)]
+    assert [cfg.SEED for cfg in configs] == [3, 3, 1, 1]
+    pairwise = [cfg.MODEL.NONLOCAL.PAIRWISE for cfg in configs]
+    assert pairwise == ["embedded_gaussian", "dot_product"] * 2
+    assert configs[0].DATASETS.TRAIN == ["shapes_train"]
+
+
+def test_config_is_relative_to_the_plan(load, tmp_path):
+    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
+    run = load(config="own.yaml").runs(tmp_path)[0]
+    assert CfgNode.load_cfg(run.config).SOLVER.MAX_ITER == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": [1]}, "a key is 'seed', .*did you mean 'seeds'"),
+        ({"groups": None}, "it has no groups"),
+        ({"config": 3}, "config is 3"),
+        ({"config": "none.yaml"}, "there is no file .*none.yaml"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
+        ({"seeds": [-1]}, r"seeds is \[-1\]"),
+        ({"seeds": [True]}, r"seeds is \[True\]"),
+        ({"seeds": 1}, "seeds is 1"),
+        ({"settings": ["nl"]}, r"settings is \['nl'\]"),
+        ({"settings": {"../nl": {}}}, "settings: '../nl' is no name"),
+        ({"settings": {"nl": "GN"}}, "settings: nl is 'GN'"),
+        ({"settings": {"nl": {"SEED": 1}}}, "settings: nl: SEED is for the study"),
+        ({"groups": ["nl"]}, r"groups is \['nl'\]"),
+        ({"groups": {"All": []}}, r"groups: All is \[\]"),
+        ({"groups": {"All": ["nll"]}}, "groups: All: a setting is 'nll', .*did you mean 'nl'"),
+    ],
+)
+def test_bad_plans_are_refused(load, changes, message):
+    with pytest.raises(ValueError, match=rf"plan\.yaml: .*{message}"):
+        load(**changes)
+
+
+@pytest.mark.parametrize("text", ["settings: [", "- nl", ""])
+def test_other_files_are_named(tmp_path, text):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"plan\.yaml"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"MODEL.NONLOCAL.PAIRWIZE": "gaussian"}, "settings: nl: .*did you mean .*PAIRWISE"),
+        ({"SOLVER.BASE_LR": "fast"}, "settings: nl: .*SOLVER.BASE_LR"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(load, tmp_path, overrides, message):
+    plan = load(settings={"nl": overrides}, groups={"All": ["nl"]})
+    with pytest.raises(ValueError, match=message):
+        plan.runs(tmp_path)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_that_come_with_the_package(path, tmp_path):
+    plan = load_plan(path)
+    grouped = {name for names in plan.groups.values() for name in names}
+    assert grouped == set(plan.settings)
+    runs = plan.runs(tmp_path)
+    assert len({run.config for run in runs}) == len(runs)  # no setting is another's twin
+    for run in runs[: len(plan.settings)]:
+        cfg = CfgNode.load_cfg(run.config)
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            build_model(cfg)
+        assert {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} <= set(DatasetCatalog.list())
+
+
+def test_quick_study_is_a_part_of_the_whole(tmp_path):
+    quick, whole = (load_plan(ROOT / "studies" / f"{n}.yaml") for n in ("quick", "long_range"))
+    assert set(quick.runs(tmp_path)) <= set(whole.runs(tmp_path))

@@ -1,0 +1,69 @@
+import json
+
+import numpy as np
+import pytest
+
+from nl_detectron.study.report import draw_group, group_table, write_report
+from nl_detectron.study.runner import prepare_runs
+
+
+def finish(run, **aps):
+    result = {"bbox/AP": 50.0, "bbox/AP50": 80.0, "seconds": 60.0, **aps}
+    (run.folder / "result.json").write_text(json.dumps(result))
+    lines = [{"iteration": 9, "bbox/AP": 10.0}, {"iteration": 19, "bbox/AP": result["bbox/AP"]}]
+    (run.folder / "metrics.json").write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.fixture
+def runs(study):
+    prepare_runs(study.runs)
+    nl_1, baseline_1, nl_2, _ = study.runs
+    finish(nl_1, **{"bbox/AP": 90.0, "segm/AP": 70.0})
+    finish(nl_2, **{"bbox/AP": 93.0, "segm/AP": 70.0})
+    finish(baseline_1)
+    return {"nl": [nl_1, nl_2], "baseline": [baseline_1]}
+
+
+def test_table_has_mean_deviation_and_n(runs):
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in group_table(runs).splitlines()
+    )
+    assert header == ["setting", "box AP", "box AP50", "mask AP", "n"]
+    assert rows == [
+        ["`nl`", "91.5 ± 2.1", "80.0 ± 0.0", "70.0 ± 0.0", "2"],
+        ["`baseline`", "50.0", "80.0", "", "1"],
+    ]
+
+
+def test_figure_has_dots_and_curves(runs):
+    box, mask, curves = draw_group(runs).axes
+    assert [label.get_text() for label in box.get_yticklabels()] == ["nl", "baseline"]
+    dots = [line for line in box.lines if line.get_marker() == "o"]
+    assert [list(line.get_xdata()) for line in dots] == [[90.0, 93.0], [50.0]]
+    assert [list(line.get_xdata()) for line in mask.lines if line.get_marker() == "o"] == [
+        [70.0, 70.0],
+        [],
+    ]
+    nl, baseline = curves.lines
+    assert [nl.get_label(), baseline.get_label()] == ["nl", "baseline"]
+    assert np.allclose(nl.get_xydata(), [[9, 10.0], [19, 91.5]])
+    assert np.allclose(curves.collections[0].get_datalim(curves.transData).intervaly, [10, 93])
+
+
+def test_report_of_an_unfinished_study(study, runs):
+    report = write_report(study.plan.groups, study.runs, study.output, "Study of two")
+    text = report.read_text()
+    assert text.startswith(
+        "# Study of two\n\n3 of 4 runs are finished. A run took 60 s on average, 3 min in sum.\n"
+    )
+    assert text.index("## All") < text.index("group_1.png") < text.index("## One")
+    for name in ("group_1.png", "group_2.png"):
+        assert f"]({name})" in text
+        assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_a_study_not_begun(study):
+    text = write_report(study.plan.groups, study.runs, study.output, "Study").read_text()
+    assert "0 of 4 runs are finished." in text
+    assert text.count("No run of this group is finished.") == 2

@@ -1,0 +1,82 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import study
+from nl_detectron.data import make_long_range
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "SOLVER.MAX_ITER": 2,
+    "SOLVER.STEPS": [],
+    "SOLVER.IMS_PER_BATCH": 2,
+    "TEST.EVAL_PERIOD": 0,
+}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    """The path of a plan of one tiny run."""
+    path = tmp_path / "tiny.yaml"
+    content = {
+        "config": str(ROOT / "configs" / "long_range.yaml"),
+        "seeds": [1],
+        "settings": {"nl": TINY},
+        "groups": {"All": ["nl"]},
+    }
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def fail(capsys, *words):
+    """The one line on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        study.main([str(word) for word in words])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    return line
+
+
+@pytest.mark.slow
+def test_trains_and_reports(plan, tmp_path):
+    data = tmp_path / "cache" / "nl_detectron" / "long_range-v1" / "far"
+    make_long_range(data, "far", num_train=4, num_val=2)
+    command = [sys.executable, ROOT / "tools" / "study.py", plan]
+    environment = {**os.environ, "FVCORE_CACHE": str(tmp_path / "cache")}
+    for expected in ("1 runs, 0 of them finished", "1 runs, 1 of them finished"):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+    result = json.loads((tmp_path / "output/studies/tiny/nl/seed_1/result.json").read_text())
+    aps = {f"{task}/{ap}" for task in ("bbox", "segm") for ap in ("AP", "AP50", "AP75")}
+    assert result.keys() == aps | {"seconds"}
+    assert (tmp_path / "output/studies/tiny/report.md").read_text() in done.stdout
+
+
+def test_failed_runs_are_named(plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "TRAIN", ["false"])
+    assert study.main([str(plan), "--output", str(tmp_path / "out"), "--workers", "1"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.endswith("1 runs failed: nl, seed 1\n")
+    assert "0 of 1 runs are finished" in captured.out
+
+
+def test_report_only_trains_nothing(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "TRAIN", ["false"])
+    assert study.main([str(plan), "--output", str(tmp_path / "out"), "--report-only"]) == 0
+
+
+def test_errors_of_the_user(plan, tmp_path, capsys):
+    assert "none.yaml" in fail(capsys, tmp_path / "none.yaml")
+    assert "--workers: '0' is not" in fail(capsys, plan, "--workers", "0")
+    plan.write_text(plan.read_text().replace("MAX_ITER", "MAX_ITERS"))
+    assert "did you mean 'SOLVER.MAX_ITER'" in fail(capsys, plan)
+    plan.write_text("nl")
+    assert f"{plan}: a plan is" in fail(capsys, plan)
