@@ -23,7 +23,7 @@ is timed.
 
 Examples:
 
-Everything, about 15 minutes on 2 cores; --accuracy takes about 5, --scaling about 3:
+Everything, about 22 minutes on 2 cores; --accuracy takes about 5, --scaling about 2:
     $ python -m nl_detectron.benchmark --json benchmark.json --plot benchmark.png
 
 A try, in seconds:
