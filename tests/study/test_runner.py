@@ -114,7 +114,12 @@ def test_an_interrupt_stops_the_children(study, signal_):
     study.behave("hang")
     prepare_runs(study.runs)
     command = [sys.executable, "-c", RUN_ALL, str(study.output), *study.train]
-    parent = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        # What runs in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 30
     while len(study.starts()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -68,8 +68,8 @@ def test_errors_of_the_user(folder, tmp_path, capsys):
     assert "--config-file" in fail(capsys, alone, *image)
     assert "none.png" in fail(capsys, weights, "--image", folder / "none.png")
     assert "config.yaml" in fail(capsys, weights, "--image", folder / "config.yaml")
-    dataset = ["DATASETS.TEST", "('val',)"]
-    assert "'val'" in fail(capsys, weights, *dataset)
+    dataset = ["DATASETS.TEST", "('never_registered',)"]
+    assert "'never_registered'" in fail(capsys, weights, *dataset)
     assert "--image" in fail(capsys, weights, "DATASETS.TEST", "()")
     assert "--num-images is 0" in fail(capsys, weights, "--num-images", 0)
     assert "KEY VALUE" in fail(capsys, weights, "MODEL.DEVICE")
