@@ -14,7 +14,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
@@ -33,6 +32,7 @@ from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.placement import Point
 from nl_detectron.analysis.predictions import trained_config
 from nl_detectron.engine import NonLocalCheckpointer
+from nl_detectron.engine.arguments import fit_device, message_of, score
 
 EPILOG = """
 Examples:
@@ -115,13 +115,6 @@ def point(text: str) -> Point:
     return x, y
 
 
-def score(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def count(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -139,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         model = load_model(cfg, args.block)
         args.output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, KeyError) as error:
-        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
+        parser.error(message_of(error))
     resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     for path in tqdm(args.input, unit="image"):
         record = record_attention(
@@ -184,8 +177,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def load_model(cfg: CfgNode, blocks: Sequence[str]) -> nn.Module:
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    fit_device(cfg)
     model = build_model(cfg)
     choose_blocks(model, blocks)  # an error before the weights are loaded
     NonLocalCheckpointer(model).load(cfg.MODEL.WEIGHTS)

@@ -27,6 +27,7 @@ from nl_detectron.analysis.predictions import (
     trained_config,
 )
 from nl_detectron.data import register_coco_json
+from nl_detectron.engine.arguments import message_of, score
 
 EPILOG = """
 Examples:
@@ -103,13 +104,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def score(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_intermixed_args(arguments)
@@ -127,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         models = [Model(*pair) for pair in zip(captions(args), map(Predictor, configs))]
     except (OSError, ValueError, KeyError) as error:
-        parser.error(str(error.args[0] if isinstance(error, KeyError) else error))
+        parser.error(message_of(error))
     if args.input:
         failures = draw_images(targets, models)
     else:

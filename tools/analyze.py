@@ -34,7 +34,7 @@ from torch import Tensor
 
 from nl_detectron.analysis.cost import Cost, CostReport, measure_cost
 from nl_detectron.analysis.predictions import Predictor, trained_config
-from nl_detectron.engine import build_config
+from nl_detectron.engine.arguments import build_config, fit_device, message_of
 
 COST_HEADERS = ("parameters (M)", "GMACs", "time (ms)", "peak memory (MiB)")
 # Blocks that add nothing would be skipped, and regions that are nothing likely be dropped.
@@ -55,8 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.json:
             args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2))
     except (OSError, ValueError, KeyError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
+        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,22 +83,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> CostReport:
-    if not Path(args.config_file).is_file():
-        raise FileNotFoundError(f"--config-file {args.config_file} does not exist")
     if bool(args.weights) != bool(args.image):
         raise ValueError("--weights and --image are needed together, or neither")
     if args.repeats < 1:
         raise ValueError(f"--repeats is {args.repeats}, but must be at least 1")
-    if len(args.opts) % 2:
-        raise ValueError(f"overrides come in pairs of KEY VALUE, but got {' '.join(args.opts)}")
     if args.weights:
         cfg = trained_config(args.config_file, args.weights, args.opts)
         inputs = [DatasetMapper(cfg, is_train=False)({"file_name": args.image})]
         return measure_cost(Predictor(cfg).model, inputs, args.repeats)
     args.opts = [*RANDOM_WEIGHTS, *args.opts]
     cfg = build_config(args)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    fit_device(cfg)
     inputs = [{"image": faint_noise(cfg, args.size or evaluation_size(cfg))}]
     torch.manual_seed(0)  # the same random weights each time
     return measure_cost(build_model(cfg), inputs, args.repeats)

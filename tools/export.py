@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from nl_detectron.analysis.predictions import trained_config
 from nl_detectron.engine import NonLocalCheckpointer
+from nl_detectron.engine.arguments import message_of
 from nl_detectron.export import FORMATS, ExportError, export_detector
 
 EPILOG = """
@@ -84,8 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         export(args)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
+        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
     except ExportError as error:
         print(f"{args.output} is not written: {error}", file=sys.stderr)
         return 1

@@ -33,6 +33,7 @@ from tabulate import tabulate
 
 from nl_detectron.analysis.block_report import BlockReport, inspect_blocks
 from nl_detectron.analysis.predictions import Predictor, trained_config
+from nl_detectron.engine.arguments import message_of
 
 HEADERS = (
     "block",
@@ -55,8 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.json:
             args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
     except (OSError, ValueError, KeyError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        parser.exit(2, f"{parser.prog}: error: {message}\n")
+        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
 
 
 def make_parser() -> argparse.ArgumentParser:

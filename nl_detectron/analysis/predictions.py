@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
@@ -18,7 +16,7 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
 from nl_detectron.data.coco_format import Record
-from nl_detectron.engine.arguments import build_config
+from nl_detectron.engine.arguments import build_config, fit_device, is_missing_file
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 
 GAP = 8  # between pictures, in pixels
@@ -47,8 +45,7 @@ class Predictor(DefaultPredictor):
         unloaded = cfg.clone()
         unloaded.defrost()
         unloaded.MODEL.WEIGHTS = ""
-        if unloaded.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-            unloaded.MODEL.DEVICE = "cpu"
+        fit_device(unloaded)
         super().__init__(unloaded)
         self.metadata = dataset_metadata(cfg)
         NonLocalCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
@@ -76,15 +73,11 @@ def trained_config(
         ValueError: there are no weights, an override has no value, or the file is no config.
         KeyError: an unknown config key; the message names the nearest one.
     """
-    if not Path(config_file).is_file():
-        raise FileNotFoundError(f"the config {config_file} does not exist")
-    if len(overrides) % 2:
-        raise ValueError(f"overrides come in pairs of KEY VALUE, but got {' '.join(overrides)}")
     cfg = build_config(argparse.Namespace(config_file=config_file, opts=list(overrides)))
     cfg.MODEL.WEIGHTS = weights = weights or cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError(f"no weights are given, nor has {config_file} any in MODEL.WEIGHTS")
-    if "://" not in weights and not Path(weights).is_file():
+    if is_missing_file(weights):
         raise FileNotFoundError(f"the weights {weights} do not exist")
     return cfg
 

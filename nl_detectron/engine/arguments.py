@@ -111,9 +111,15 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     file (plain YAML only: a tag that would run Python is an error), the overrides.
 
     Raises:
+        FileNotFoundError: there is no such config file.
         KeyError: an unknown config key; the message names the nearest one.
-        ValueError: the file cannot be read as a config; the message names it.
+        ValueError: an override has no value, or the file cannot be read as a config; the message
+            names it.
     """
+    if not Path(args.config_file).is_file():
+        raise FileNotFoundError(f"the config {args.config_file} does not exist")
+    if len(args.opts) % 2:
+        raise ValueError(f"overrides come in pairs of KEY VALUE, but got {' '.join(args.opts)}")
     cfg = get_cfg()
     add_nonlocal_config(cfg)
     try:
@@ -147,8 +153,7 @@ def fit_config(cfg: CfgNode, args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: see ``register_coco_json`` and ``configure_for_dataset``.
     """
     weights = cfg.MODEL.WEIGHTS
-    is_url = "://" in weights
-    if weights and not (args.resume or is_url or Path(weights).is_file()):
+    if weights and not args.resume and is_missing_file(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS is {weights}, a file that does not exist")
     if args.train_json is not None:
         register_coco_json("train", args.train_json, args.train_images)
@@ -157,9 +162,37 @@ def fit_config(cfg: CfgNode, args: argparse.Namespace) -> None:
             configure_for_dataset(cfg, "train", "val")
         except ValueError as error:
             raise ValueError(f"{args.train_json}, {args.val_json}: {error}") from error
+    fit_device(cfg)
+
+
+def fit_device(cfg: CfgNode) -> None:
+    """Without CUDA, make ``MODEL.DEVICE`` "cpu", in place."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.info("There is no CUDA device: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
+
+
+def is_missing_file(weights: str) -> bool:
+    """Do the weights, which may also be a URL, name a file that does not exist?"""
+    return "://" not in weights and not Path(weights).is_file()
+
+
+def score(text: str) -> float:
+    """
+    A confidence, from the command line.
+
+    Raises:
+        ValueError, ArgumentTypeError: it is no number from 0 to 1.
+    """
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def message_of(error: Exception) -> str:
+    """What an error says, without the quotes that KeyError puts around it."""
+    return str(error.args[0] if isinstance(error, KeyError) else error)
 
 
 def _unknown_key(cfg: CfgNode, error: Exception) -> str | None:

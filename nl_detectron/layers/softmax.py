@@ -28,13 +28,11 @@ def fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor
     width = max(theta.shape[2], g.shape[2])
     if theta.is_cuda:
         width += -width % 8  # the kernels that hold no N_q x N_k weights read 16 bytes at a time
-    keys, values = accumulable(phi), accumulable(g)
-    # See _BlockwiseSoftmax.
-    mean = values.mean(1, keepdim=True)
+    (keys, _), (values, mean) = _centred(phi), _centred(g)  # see _BlockwiseSoftmax
     y = functional.scaled_dot_product_attention(
         _widened(theta.to(g.dtype), width),
-        _widened((keys - keys.mean(1, keepdim=True)).to(g.dtype), width),
-        _widened((values - mean).to(g.dtype), width),
+        _widened(keys.to(g.dtype), width),
+        _widened(values.to(g.dtype), width),
         scale=scale,
     )
     return (y.squeeze(1)[:, :, : g.shape[2]] + mean).to(g.dtype)
