@@ -8,29 +8,20 @@ import numpy as np
 import pytest
 
 from demo import attention
-from tests.random_model import save_random_model
 
 SIZE = (48, 80)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of a small model with random weights."""
-    folder = tmp_path_factory.mktemp("model")
-    save_random_model(folder)
-    return folder
-
-
 @pytest.fixture
-def run(folder, tmp_path):
+def run(trained, tmp_path):
     def run(*words):
         attention.main(
             [
                 *(
                     "--config-file",
-                    str(folder / "config.yaml"),
+                    str(trained / "config.yaml"),
                     "--weights",
-                    str(folder / "model_final.pth"),
+                    str(trained / "model_final.pth"),
                 ),
                 *("--output", str(tmp_path / "output"), *map(str, words)),
             ]

@@ -11,16 +11,9 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from demo import demo
-from tests.random_model import QUICK_START, save_random_model
+from tests.random_model import QUICK_START
 
 SIZE = (64, 48)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    save_random_model(folder)
-    return folder
 
 
 @pytest.fixture
