@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Draw the losses and APs of one or several training runs from their metrics.json.
+"""Draw what metrics.json has of one or several training runs: losses, APs, weights of the blocks.
 
     python tools/plot_metrics.py output/quick_start --output curves.png
     python tools/plot_metrics.py output/baseline output/nl --labels "R50" "R50 + NL" \\
         --output curves.pdf
 
 Thin lines are the losses as they were written, which are medians of 20 iterations each; thick lines
-are their mean over 4 % of the run. APs are points, with the last one in figures.
+are their mean over 4 % of the run. APs are points, with the last one in figures. Of each non-local
+block there are ||W_z|| and the mean of |gamma|.
 """
 
 from __future__ import annotations

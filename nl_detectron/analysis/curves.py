@@ -1,4 +1,5 @@
-"""The losses and APs of training runs, drawn from what Detectron2 writes to metrics.json."""
+"""The losses and APs of training runs and the weights of their non-local blocks, drawn from what
+metrics.json has of them."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ _LOG_FROM = 5  # the ratio of the largest to the smallest loss from which its ax
 
 def plot_metrics(runs: Mapping[str, Path]) -> Figure:
     """
-    Draw the losses and APs of one or several runs, a panel for each that any of them has. Thin
-    lines are the losses as they were written, thick ones their mean over 4 % of the run.
+    Draw the losses and APs of one or several runs, and ||W_z|| and the mean of |gamma| of their
+    non-local blocks, a panel for each that any of them has. Thin lines are the losses as they were
+    written, thick ones their mean over 4 % of the run.
 
     Args:
         runs: label to a folder with ``metrics.json``, or to such a file.
@@ -53,8 +55,9 @@ def plot_metrics(runs: Mapping[str, Path]) -> Figure:
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows + 0.6), dpi=120, layout="constrained")
     for index, name in enumerate(names):
-        panel = figure.add_subplot(rows, columns, index + 1, title=name)
-        draw = _draw_ap if _is_ap(name) else _draw_loss
+        panel = figure.add_subplot(rows, columns, index + 1)
+        panel.set_title(_title(name), fontsize=10)
+        draw = _draw_ap if _is_ap(name) else _draw_weight if _is_weight(name) else _draw_loss
         for style, run in zip(itertools.cycle(_STYLES), curves.values()):
             if name in run:
                 draw(panel, *run[name], style)
@@ -70,8 +73,9 @@ def read_curves(path: Path) -> dict[str, Curve]:
         path: ``metrics.json``, or the folder that it lies in.
 
     Returns:
-        Name to curve of the losses and APs in it. Of an iteration that a resumed run has written
-        again, the last values count. Values that are not finite are left out.
+        Name to curve of the losses, the APs and the weights of blocks in it. Of an iteration that a
+        resumed run has written again, the last values count. Values that are not finite are left
+        out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -88,7 +92,8 @@ def read_curves(path: Path) -> dict[str, Curve]:
                 f"{file}, line {number}, is not a JSON object with an iteration: {line[:60]!r}"
             ) from error
         for name, value in record.items():
-            if ("loss" in name or _is_ap(name)) and math.isfinite(value):
+            is_drawn = "loss" in name or _is_ap(name) or _is_weight(name)
+            if is_drawn and math.isfinite(value):
                 values.setdefault(name, {})[iteration] = value
     if not values:
         raise ValueError(f"{file} has neither losses nor APs")
@@ -99,8 +104,20 @@ def _is_ap(name: str) -> bool:
     return name.endswith("/AP")
 
 
-def _order(name: str) -> tuple[bool, bool, str]:
-    return _is_ap(name), name != "total_loss", name
+def _is_weight(name: str) -> bool:
+    return name.startswith("nonlocal/")
+
+
+def _order(name: str) -> tuple[bool, bool, bool, str]:
+    return _is_weight(name), _is_ap(name), name != "total_loss", name
+
+
+def _title(name: str) -> str:
+    if not _is_weight(name):
+        return name
+    _, block, weight = name.split("/")
+    symbols = {"out_weight_norm": r"$\Vert W_z\Vert$", "mean_abs_gamma": r"mean $|\gamma|$"}
+    return f"{symbols.get(weight, weight)}, {'.'.join(block.split('.')[-2:])}"
 
 
 def _sorted(by_iteration: dict[int, float]) -> Curve:
@@ -120,6 +137,12 @@ def _draw_ap(panel: Axes, iterations: np.ndarray, aps: np.ndarray, style: dict[s
     panel.plot(iterations, aps, **style, linewidth=1.2, marker="o", markersize=4, label=label)
 
 
+def _draw_weight(
+    panel: Axes, iterations: np.ndarray, values: np.ndarray, style: dict[str, Any]
+) -> None:
+    panel.plot(iterations, values, **style, linewidth=1.6)
+
+
 def _smooth(values: np.ndarray) -> np.ndarray:
     window = np.ones(max(1, round(SMOOTHED_PART * len(values))))
     counts = np.convolve(np.ones(len(values)), window, "same")
@@ -136,6 +159,8 @@ def _set_axes(panel: Axes, name: str) -> None:
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     if _is_ap(name):
         panel.legend(title="last", fontsize=8, title_fontsize=8)
+        return
+    if _is_weight(name):
         return
     low, high = panel.dataLim.intervaly
     if 0 < _LOG_FROM * low < high:

@@ -87,6 +87,25 @@ def test_a_panel_for_each_metric_of_any_run(tmp_path):
     assert {line.get_color() for line in axes["segm/AP"].lines} == {colors[1]}
 
 
+def test_weights_of_blocks_come_last_as_they_were_written(tmp_path):
+    name = "nonlocal/backbone.bottom_up.res4.nonlocal4"
+    records = [
+        {
+            "iteration": i,
+            "total_loss": 1.0,
+            f"{name}/mean_abs_gamma": w,
+            f"{name}/out_weight_norm": 1,
+        }
+        for i, w in ((19, 0.0), (39, 0.125))
+    ]
+    run = write_run(tmp_path, *records, {"iteration": 39, "bbox/AP": 10.0})
+    axes = panels(plot_metrics({"run": run}))
+    gamma = r"mean $|\gamma|$, res4.nonlocal4"
+    assert list(axes) == ["total_loss", "bbox/AP", gamma, r"$\Vert W_z\Vert$, res4.nonlocal4"]
+    (line,) = axes[gamma].lines
+    np.testing.assert_equal(line.get_xydata(), [(19, 0), (39, 0.125)])
+
+
 def test_losses_are_drawn_as_written_and_smoothed(tmp_path):
     run = write_run(tmp_path, *losses(100))
     faint, thick = panels(plot_metrics({"run": run}))["total_loss"].lines
