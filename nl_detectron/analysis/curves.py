@@ -161,6 +161,7 @@ def _set_axes(panel: Axes, name: str) -> None:
         panel.legend(title="last", fontsize=8, title_fontsize=8)
         return
     if _is_weight(name):
+        panel.ticklabel_format(axis="y", useOffset=False)
         return
     low, high = panel.dataLim.intervaly
     if 0 < _LOG_FROM * low < high:
