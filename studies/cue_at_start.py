@@ -1,0 +1,76 @@
+#!/usr/bin/env python3
+"""How much a fresh block tells about the cue, for each setting of long_range.yaml with one block.
+
+    python studies/cue_at_start.py
+
+Before any training, on 128 pictures as one batch: half the distance between the block's mean output
+z - x for the one class and for the other, over the root mean square of its input x, in percent.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, detection_utils
+from detectron2.modeling import build_model
+from tabulate import tabulate
+
+from nl_detectron import NonLocalBlock, add_nonlocal_config
+from nl_detectron.study.plan import Run, load_plan
+
+NUM_PICTURES = 128
+
+
+def main() -> None:
+    plan = load_plan(Path(__file__).with_name("long_range.yaml"))
+    shares: dict[str, list[float]] = {}
+    for run in plan.runs(Path("unused")):
+        share = cue_share(run)
+        if share is not None:
+            shares.setdefault(run.setting, []).append(100 * share)
+    rows = [
+        (f"`{name}`", f"{np.mean(s):.1f} ± {np.std(s, ddof=1):.1f}") for name, s in shares.items()
+    ]
+    print(tabulate(rows, ["setting", "cue, % of x"], tablefmt="github", disable_numparse=True))
+
+
+def cue_share(run: Run) -> float | None:
+    """None if it is not about the far cue, or the backbone has not exactly one block."""
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    cfg.merge_from_other_cfg(CfgNode.load_cfg(run.config))
+    cfg.MODEL.DEVICE = "cpu"
+    if cfg.DATASETS.TRAIN != ("long_range_train",) or cfg.MODEL.KEYPOINT_ON:
+        return None
+    torch.manual_seed(run.seed)
+    model = build_model(cfg).train()
+    blocks = [module for module in model.backbone.modules() if isinstance(module, NonLocalBlock)]
+    if len(blocks) != 1:
+        return None
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(_block: Any, inputs: tuple[torch.Tensor], z: torch.Tensor) -> None:
+        seen.update(x=inputs[0], change=z - inputs[0])
+
+    blocks[0].register_forward_hook(keep)
+    pictures = DatasetCatalog.get("long_range_train")[:NUM_PICTURES]
+    batch = [{"image": _read(picture["file_name"], cfg.INPUT.FORMAT)} for picture in pictures]
+    with torch.no_grad():
+        model.backbone(model.preprocess_image(batch).tensor)
+    classes = torch.tensor([picture["annotations"][0]["category_id"] for picture in pictures])
+    means = [seen["change"][classes == c].mean((0, 2, 3)) for c in (0, 1)]
+    input_size = seen["x"].square().mean((0, 2, 3)).sum().sqrt()
+    return float((means[0] - means[1]).norm() / 2 / input_size)
+
+
+def _read(file: str, image_format: str) -> torch.Tensor:
+    pixels = detection_utils.read_image(file, image_format)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+if __name__ == "__main__":
+    main()
