@@ -37,9 +37,9 @@ class Trial:
 TRIALS = {
     "block_lr_10": Trial(faster=("", 10)),
     "gamma_lr_100": Trial(faster=("norm", 100)),
-    "std_0.1": Trial(weight_std=0.1),
     "std_0.1_gamma_lr_100": Trial(faster=("norm", 100), weight_std=0.1),
     "warm-up_200": Trial(overrides={"SOLVER.WARMUP_ITERS": 200}),
+    "iterations_1500": Trial(overrides={"SOLVER.MAX_ITER": 1500, "SOLVER.STEPS": "(1200,)"}),
 }
 
 
