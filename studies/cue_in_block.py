@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""How much a fresh block tells about the cue, for each setting of long_range.yaml with one block.
+"""How much a block tells about the cue, for each setting of long_range.yaml with one block.
 
-    python studies/cue_at_start.py
+    python studies/cue_in_block.py
+    python studies/cue_in_block.py --trained output/studies/long_range
 
-Before any training, on 128 pictures as one batch: half the distance between the block's mean output
-z - x for the one class and for the other, over the root mean square of its input x, in percent.
+On 128 pictures as one batch: half the distance between the block's mean output z - x for the one
+class and for the other, over the root mean square of its input x, in percent; of fresh blocks, or
+of those that a study has trained.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +23,22 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from nl_detectron import NonLocalBlock, add_nonlocal_config
+from nl_detectron.checkpoint_io import load_checkpoint
 from nl_detectron.study.plan import Run, load_plan
 
 NUM_PICTURES = 128
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trained", type=Path, metavar="STUDY", help="the folder of the study")
+    args = parser.parse_args()
     plan = load_plan(Path(__file__).with_name("long_range.yaml"))
     shares: dict[str, list[float]] = {}
-    for run in plan.runs(Path("unused")):
-        share = cue_share(run)
+    for run in plan.runs(args.trained or Path("unused")):
+        share = cue_share(run, is_trained=args.trained is not None)
         if share is not None:
             shares.setdefault(run.setting, []).append(100 * share)
     rows = [
@@ -38,7 +47,7 @@ def main() -> None:
     print(tabulate(rows, ["setting", "cue, % of x"], tablefmt="github", disable_numparse=True))
 
 
-def cue_share(run: Run) -> float | None:
+def cue_share(run: Run, is_trained: bool = False) -> float | None:
     """None if it is not about the far cue, or the backbone has not exactly one block."""
     cfg = get_cfg()
     add_nonlocal_config(cfg)
@@ -48,6 +57,8 @@ def cue_share(run: Run) -> float | None:
         return None
     torch.manual_seed(run.seed)
     model = build_model(cfg).train()
+    if is_trained:
+        model.load_state_dict(load_checkpoint(run.folder / "model_final.pth")["model"])
     blocks = [module for module in model.backbone.modules() if isinstance(module, NonLocalBlock)]
     if len(blocks) != 1:
         return None
