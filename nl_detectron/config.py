@@ -35,7 +35,8 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.NORM = "BN"
     # Start each block as the identity.
     node.ZERO_INIT = True
-    # By zeros in "norm" (gamma, as in the paper) or in "out" (W_z, which learns sooner).
+    # By zeros in "norm" (gamma, as in the paper) or in "out" (W_z, which learns much sooner:
+    # docs/STUDY.md).
     node.ZERO_INIT_LAYER = "norm"
     # Save memory in training: keep only the block's input and compute the rest again in the
     # backward pass.
