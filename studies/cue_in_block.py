@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, detection_utils
 from detectron2.modeling import build_model
 from tabulate import tabulate
 
-from nl_detectron import NonLocalBlock, add_nonlocal_config
+from nl_detectron import add_nonlocal_config
+from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
 from nl_detectron.checkpoint_io import load_checkpoint
 from nl_detectron.study.plan import Run, load_plan
+from nl_detectron.study.report import mean_and_deviation
 
 NUM_PICTURES = 128
 
@@ -41,9 +41,7 @@ def main() -> None:
         share = cue_share(run, is_trained=args.trained is not None)
         if share is not None:
             shares.setdefault(run.setting, []).append(100 * share)
-    rows = [
-        (f"`{name}`", f"{np.mean(s):.1f} ± {np.std(s, ddof=1):.1f}") for name, s in shares.items()
-    ]
+    rows = [(f"`{name}`", mean_and_deviation(values)) for name, values in shares.items()]
     print(tabulate(rows, ["setting", "cue, % of x"], tablefmt="github", disable_numparse=True))
 
 
@@ -59,22 +57,20 @@ def cue_share(run: Run, is_trained: bool = False) -> float | None:
     model = build_model(cfg).train()
     if is_trained:
         model.load_state_dict(load_checkpoint(run.folder / "model_final.pth")["model"])
-    blocks = [module for module in model.backbone.modules() if isinstance(module, NonLocalBlock)]
+    blocks = nonlocal_blocks(model.backbone)
     if len(blocks) != 1:
         return None
-    seen: dict[str, torch.Tensor] = {}
-
-    def keep(_block: Any, inputs: tuple[torch.Tensor], z: torch.Tensor) -> None:
-        seen.update(x=inputs[0], change=z - inputs[0])
-
-    blocks[0].register_forward_hook(keep)
+    ((name, block),) = blocks.items()
     pictures = DatasetCatalog.get("long_range_train")[:NUM_PICTURES]
     batch = [{"image": _read(picture["file_name"], cfg.INPUT.FORMAT)} for picture in pictures]
     with torch.no_grad():
-        model.backbone(model.preprocess_image(batch).tensor)
+        with record_calls(blocks) as calls:
+            model.backbone(model.preprocess_image(batch).tensor)
+        ((x,),) = calls[name]
+        change = block(x) - x
     classes = torch.tensor([picture["annotations"][0]["category_id"] for picture in pictures])
-    means = [seen["change"][classes == c].mean((0, 2, 3)) for c in (0, 1)]
-    input_size = seen["x"].square().mean((0, 2, 3)).sum().sqrt()
+    means = [change[classes == c].mean((0, 2, 3)) for c in (0, 1)]
+    input_size = x.square().mean((0, 2, 3)).sum().sqrt()
     return float((means[0] - means[1]).norm() / 2 / input_size)
 
 

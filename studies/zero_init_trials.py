@@ -21,7 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nl_detectron import NonLocalBlock
+from nl_detectron.analysis.recording import nonlocal_blocks
 from nl_detectron.engine import Trainer, build_config, fit_config, parse_arguments
+from nl_detectron.study.runner import last_aps
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "long_range.yaml"
 
@@ -61,13 +63,15 @@ def main() -> None:
         ]
         aps = ("AP", "AP50")
         rows.append(
-            (f"`{name}`", *(" / ".join(f"{r['bbox'][ap]:.1f}" for r in results) for ap in aps))
+            (f"`{name}`", *(" / ".join(f"{r[f'bbox/{ap}']:.1f}" for r in results) for ap in aps))
         )
     headers = ("trial", "box AP, by seed", "box AP50")
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
-def run(trial: Trial, seed: int, output: Path) -> dict[str, dict[str, float]]:
+def run(trial: Trial, seed: int, output: Path) -> dict[str, float]:
+    """Train, and return the last APs."""
+
     class TrialTrainer(Trainer):
         @classmethod
         def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -102,11 +106,11 @@ def run(trial: Trial, seed: int, output: Path) -> dict[str, dict[str, float]]:
     trainer = TrialTrainer(cfg)
     trainer.resume_or_load(resume=False)
     trainer.train()
-    return trainer.test(cfg, trainer.model)
+    return last_aps(output)
 
 
 def the_block(model: nn.Module) -> NonLocalBlock:
-    (block,) = (module for module in model.modules() if isinstance(module, NonLocalBlock))
+    (block,) = nonlocal_blocks(model).values()
     return block
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from nl_detectron.layers.norm import Norm, build_norm
+from nl_detectron.layers.norm import Norm, build_norm, zero_scale
 from nl_detectron.layers.numerics import accumulable, no_autocast
 from nl_detectron.layers.pairwise import (
     concatenation_pairwise,
@@ -124,13 +124,8 @@ class NonLocalBlock(CNNBlockBase):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if zero_layer is not None:
-            gamma = getattr(self.norm, "weight", None)
-            # FrozenBN's scale is a buffer: zero, it would stay zero.
-            if zero_layer == "norm" and isinstance(gamma, nn.Parameter):
-                nn.init.zeros_(gamma)
-            else:
-                nn.init.zeros_(self.out.weight)
+        if zero_layer == "out" or (zero_layer == "norm" and not zero_scale(self.norm)):
+            nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """

@@ -36,6 +36,16 @@ def build_norm(norm: Norm, channels: int) -> nn.Module | None:
     return ChannelLayerNorm(channels) if norm == "LN" else get_norm(norm, channels)
 
 
+def zero_scale(norm: nn.Module | None) -> bool:
+    """Make the scale (gamma) of a norm zero; False if it has none that is trained."""
+    gamma = getattr(norm, "weight", None)
+    # FrozenBN's scale is a buffer: zero, it would stay zero.
+    if not isinstance(gamma, nn.Parameter):
+        return False
+    nn.init.zeros_(gamma)
+    return True
+
+
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each position of (B, C, H, W)."""
 

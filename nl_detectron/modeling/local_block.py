@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nl_detectron.layers import NonLocalBlock
-from nl_detectron.layers.norm import Norm, build_norm
+from nl_detectron.layers.norm import Norm, build_norm, zero_scale
 from nl_detectron.modeling.backbone import build_nonlocal_backbone
 
 
@@ -42,9 +42,8 @@ class LocalBlock(CNNBlockBase):
         self.norm = build_norm(norm, in_channels)
         for convolution in (self.conv1, self.conv2, self.conv3):
             weight_init.c2_msra_fill(convolution)
-        if zero_init:
-            scale = getattr(self.norm, "weight", None)
-            nn.init.zeros_(scale if isinstance(scale, nn.Parameter) else self.conv3.weight)
+        if zero_init and not zero_scale(self.norm):
+            nn.init.zeros_(self.conv3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""

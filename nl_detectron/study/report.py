@@ -68,7 +68,7 @@ def group_table(runs: dict[str, list[Run]]) -> str:
     values = {name: _values(group) for name, group in runs.items()}
     metrics = [m for m in METRICS if any(m in of_setting for of_setting in values.values())]
     rows = [
-        [f"`{name}`", *(_cell(values[name].get(m, [])) for m in metrics), len(group)]
+        [f"`{name}`", *(mean_and_deviation(values[name].get(m, [])) for m in metrics), len(group)]
         for name, group in runs.items()
     ]
     headers = ["setting", *(f"{TASKS[m.split('/')[0]]} {m.split('/')[1]}" for m in metrics), "n"]
@@ -120,7 +120,8 @@ def _values(runs: Sequence[Run]) -> dict[str, list[float]]:
     return values
 
 
-def _cell(values: Sequence[float]) -> str:
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Such as "80.2 ± 2.2"; of a single value only that, of none nothing."""
     if not values:
         return ""
     mean = f"{np.mean(values):.1f}"

@@ -107,7 +107,11 @@ async def _run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> l
             idle.put_nowait(worker)
             if problem:
                 failed.append(run)
-                progress.write(f"{run}: FAILED, {problem}; see {run.folder / LOG}")
+                log = run.folder / LOG
+                progress.write(f"{run}: FAILED, {problem}; see {log}")
+                # What an error says is in the last line.
+                for line in log.read_text(errors="replace").splitlines()[-1:]:
+                    progress.write(f"    {line}")
             else:
                 progress.write(f"{run}: {_summary(run)}")
             progress.update()
@@ -146,7 +150,7 @@ async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> s
                 await process.wait()
     if status:
         return f"exit status {status}"
-    aps = _last_aps(run.folder)
+    aps = last_aps(run.folder)
     if not aps:
         return "no AP in its metrics.json"
     draft = run.folder / f"{RESULT}.draft"
@@ -155,7 +159,8 @@ async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> s
     return None
 
 
-def _last_aps(folder: Path) -> dict[str, float]:
+def last_aps(folder: Path) -> dict[str, float]:
+    """The last "bbox/AP", "bbox/AP50" and so on in the ``metrics.json`` of a run, in percent."""
     file = folder / "metrics.json"
     metrics: dict[str, float] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:

@@ -49,7 +49,7 @@ def test_a_failure_does_not_stop_the_others(study, capsys):
     assert prepare_runs(study.runs) == failed
     output = capsys.readouterr().out
     log = failed[0].folder / "run.log"
-    assert f"nl, seed 1: FAILED, exit status 1; see {log}\n" in output
+    assert f"nl, seed 1: FAILED, exit status 1; see {log}\n    CUDA out of memory\n" in output
     assert "baseline, seed 2: bbox/AP 61.0 (" in output
     assert log.read_text() == "CUDA out of memory\n"
 
