@@ -37,8 +37,8 @@ One stage and function, two images, on one core:
 """
 # For how many seconds the implementations take turns, for each level and pass of a case.
 BUDGET, QUICK_BUDGET = 1.0, 0.02
-# With it, res2 has 2,560 positions: the functions differ, and what copies pairs is out of memory.
-QUICK_IMAGE_SIZE = (160, 256)
+# With it, res2 has 1,536 positions: the functions differ, and what copies pairs is out of memory.
+QUICK_IMAGE_SIZE = (128, 192)
 CPU_LIMIT, QUICK_CPU_LIMIT = 8 * 2**30, 2 * 2**30
 # log2 of N for --scaling. The softmax takes O(N^2) time, whoever computes it, and stops early.
 POWERS, QUICK_POWERS, MAX_SOFTMAX_POWER = range(10, 19), range(7, 12), 15

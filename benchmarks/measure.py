@@ -65,9 +65,9 @@ def measure(
     """
     Measure all ``trials`` in one pass. First each is run once for its memory and its results,
     which have to be those of the first that fits into memory. Then all that passed take turns,
-    so that whatever else the machine does meets all alike. The first run's time counts, too: it
-    may be longer than the others, but that does not move the median. They do so for ``budget`` seconds all
-    together, and at least ``MIN_ROUNDS`` times.
+    for ``budget`` seconds all together and at least ``MIN_ROUNDS`` times, so that whatever else
+    the machine does meets all alike. The first run's time counts, too: it may be longer than the
+    others, but that does not move the median.
     """
     outcomes: dict[str, Outcome] = {}
     seconds: dict[str, list[float]] = {}

@@ -149,7 +149,8 @@ def _exponent(rows: Iterable[Row], quantity: str) -> float | None:
     points = sorted((r.case.positions, getattr(r.outcome, quantity)) for r in rows)
     if len(points) < 2:
         return None
-    return float(np.polyfit(*np.log(np.array(points[-_FITTED_POINTS:], dtype=float).T), 1)[0])
+    log_n, log_cost = np.log(np.array(points[-_FITTED_POINTS:], dtype=float)).T
+    return float(np.polyfit(log_n, log_cost, 1)[0])
 
 
 def plot_growth(rows: Sequence[Row], file: Path) -> None:
@@ -169,7 +170,8 @@ def plot_growth(rows: Sequence[Row], file: Path) -> None:
             )
         axes.set(title=f"{title}, forward + backward", xlabel="positions N")
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k"))
+        binary = FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}")
+        axes.xaxis.set_major_formatter(binary)
         axes.yaxis.set_major_formatter(form)
         axes.grid(color="0.9")
         axes.legend(frameon=False, fontsize="small")
@@ -208,10 +210,10 @@ def _draw_ratios(axes: Axes, cases: list[Case], rows: list[Row], quantity: str) 
         if value and our and name != OURS:
             axes.plot(value / our, y, marker, color=color, markersize=5)
         elif outcome.status not in (UNAVAILABLE, MEASURED):
-            beside = {"transform": axes.get_yaxis_transform(), "clip_on": False}
-            axes.plot(1.04, y, marker, color=color, markersize=5, **beside)
-    above = {"transform": axes.transAxes, "ha": "center", "va": "bottom"}
-    axes.text(1.04, 1, "out of memory\nor error", **above)
+            (mark,) = axes.plot(1.04, y, marker, color=color, markersize=5, clip_on=False)
+            mark.set_transform(axes.get_yaxis_transform())
+    beside = "out of memory\nor error"
+    axes.text(1.04, 1, beside, transform=axes.transAxes, ha="center", va="bottom")
     pooled = {"none": "", "embeddings": ", pooled", "input": ", pooled input"}
     labels = [f"{c.stage} {c.pairwise.replace('_', ' ')}{pooled[c.subsample]}" for c in cases]
     axes.set_yticks(range(len(cases)), labels)
@@ -223,3 +225,5 @@ def _draw_ratios(axes: Axes, cases: list[Case], rows: list[Row], quantity: str) 
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
+    for y in range(0, len(cases), 2):
+        axes.axhspan(y - 0.5, y + 0.5, color="0.96", zorder=0)
