@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from detectron2.config import CfgNode
-
-from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE, ZERO_INIT_LAYERS
-from nl_detectron.layers.norm import NORMS
-from nl_detectron.validation import check_choice
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, to ``cfg``."""
+    """
+    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO.
+
+    Args:
+        cfg: Detectron2's config, changed in place.
+    """
     cfg.MODEL.NONLOCAL = node = CfgNode()
 
     # The registered backbone that build_nonlocal_backbone builds and puts blocks into.
@@ -21,6 +20,9 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # comes; negatives count from the end, so -2 is "right before the last residual block".
     node.AFTER_BLOCKS_PER_STAGE = [[], [], [-2], []]
 
+    # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, LocalBlock (a control without
+    # attention), or one of your own. Each reads those of the keys below that mean something to it.
+    node.BLOCK = "NonLocalBlock"
     # The pairwise function: gaussian, embedded_gaussian, dot_product or concatenation.
     node.PAIRWISE = "embedded_gaussian"
     # Block channels divided by the channels of theta, phi and g.
@@ -46,30 +48,17 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.KEYPOINT_HEAD_EVERY = 2
 
 
-def block_options(cfg: CfgNode) -> dict[str, Any]:
+def nonlocal_node(cfg: CfgNode) -> CfgNode:
     """
-    The keyword arguments of :class:`NonLocalBlock` that ``MODEL.NONLOCAL`` asks for.
+    Args:
+        cfg: a config.
+
+    Returns:
+        Its ``MODEL.NONLOCAL``.
 
     Raises:
-        ValueError: an option's value is not legal; the message names the key. Or there is no
-            ``MODEL.NONLOCAL``.
+        ValueError: there is none.
     """
     if "NONLOCAL" not in cfg.MODEL:
         raise ValueError("The config has no MODEL.NONLOCAL: call add_nonlocal_config(cfg) first")
-    node = cfg.MODEL.NONLOCAL
-    check_choice("MODEL.NONLOCAL.PAIRWISE", node.PAIRWISE, PAIRWISE)
-    check_choice("MODEL.NONLOCAL.SUBSAMPLE", node.SUBSAMPLE, SUBSAMPLE)
-    check_choice("MODEL.NONLOCAL.NORM", node.NORM, NORMS)
-    check_choice("MODEL.NONLOCAL.ZERO_INIT_LAYER", node.ZERO_INIT_LAYER, ZERO_INIT_LAYERS)
-    if node.REDUCTION < 1:
-        raise ValueError(f"MODEL.NONLOCAL.REDUCTION is {node.REDUCTION}, but must be at least 1")
-    return {
-        "pairwise": node.PAIRWISE,
-        "reduction": node.REDUCTION,
-        "scale": node.SCALE,
-        "subsample": node.SUBSAMPLE,
-        "norm": node.NORM,
-        "zero_init": node.ZERO_INIT,
-        "zero_init_layer": node.ZERO_INIT_LAYER,
-        "use_act_checkpoint": node.USE_ACT_CHECKPOINT,
-    }
+    return cfg.MODEL.NONLOCAL

@@ -21,8 +21,9 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 
 from nl_detectron import add_nonlocal_config
-from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
+from nl_detectron.analysis.recording import record_calls
 from nl_detectron.checkpoint_io import load_checkpoint
+from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.study.plan import Run, load_plan
 from nl_detectron.study.report import mean_and_deviation
 

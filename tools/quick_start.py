@@ -34,9 +34,9 @@ from nl_detectron.analysis.predictions import (
     side_by_side,
     trained_config,
 )
-from nl_detectron.analysis.recording import nonlocal_blocks
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine import build_config
+from nl_detectron.modeling import nonlocal_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
-from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
+from nl_detectron.analysis.recording import record_calls
 from nl_detectron.layers import NonLocalBlock
+from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.validation import check_choice, did_you_mean
 
 # The heads that Detectron2 calls with (features of regions, instances).
@@ -182,7 +183,7 @@ def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonL
     Raises:
         ValueError: the model has no such block, or none at all; the message lists what there is.
     """
-    blocks = nonlocal_blocks(model)
+    blocks = nonlocal_blocks(model, NonLocalBlock)
     if not blocks:
         raise ValueError("the model has no non-local blocks")
     for name in names:

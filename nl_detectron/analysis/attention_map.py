@@ -9,11 +9,7 @@ import torch
 from torch.nn import functional
 
 from nl_detectron.analysis.placement import Box, Point
-
-# What to expect of the weights f / C, by pairwise function: the Gaussians' are a softmax, the dot
-# product's have any sign, the concatenation's are not negative.
-SUM_TO_ONE = ("gaussian", "embedded_gaussian")
-SIGNED = ("dot_product",)
+from nl_detectron.layers import PAIRWISE
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,6 @@ class AttentionMaps:
 
 def format_weight(weight: float, pairwise: str) -> str:
     """In per cent where the weights sum to 1."""
-    if pairwise not in SUM_TO_ONE:
+    if not PAIRWISE[pairwise].is_softmax:
         return f"{weight:.3g}"
     return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"

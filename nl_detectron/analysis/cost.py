@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nl_detectron.analysis.flops import flop_handles
 from nl_detectron.analysis.memory import peak_memory
-from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.analysis.recording import record_calls
+from nl_detectron.modeling import nonlocal_blocks
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
         setattr(model.get_submodule(parent), child, replacement)
 
 
-def _measure_block(block: NonLocalBlock, inputs: Sequence[Tensor], repeats: int) -> Cost:
+def _measure_block(block: nn.Module, inputs: Sequence[Tensor], repeats: int) -> Cost:
     costs = [
         _measure(block, x, x.device, [_time(block, x) for _ in range(repeats)])
         for x in inputs

@@ -1,4 +1,4 @@
-"""Finding a model's non-local blocks, and what modules of it are given."""
+"""What modules of a model are given."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-
-from nl_detectron.layers import NonLocalBlock
-
-
-def nonlocal_blocks(model: nn.Module) -> dict[str, NonLocalBlock]:
-    """The model's non-local blocks by their full names, such as ``backbone.res4.nonlocal4``."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBlock)}
 
 
 @contextmanager
