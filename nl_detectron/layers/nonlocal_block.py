@@ -242,7 +242,7 @@ class NonLocalBlock(CNNBlockBase):
         return _positions(theta), phi, g
 
     def _max_pool(self, x: Tensor) -> Tensor:
-        """Pooling with kernel and stride 2 in space, but for dimensions of size 1."""
+        """Pooling with kernel and stride 2 in space; a dimension of size 1 is left alone."""
         images = x
         if self.dims == 1:
             images = x.unsqueeze(2)
