@@ -9,7 +9,6 @@ KEY VALUE pairs override the config's, as for train_net.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -28,15 +27,21 @@ from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.curves import plot_metrics
-from nl_detectron.analysis.predictions import (
+from nl_detectron.analysis.recording import nonlocal_blocks
+from nl_detectron.config import build_config
+from nl_detectron.data.coco_format import Record
+from nl_detectron.engine.command_line import (
+    Parser,
+    add_overrides,
+    exit_on_user_error,
+    parse_with_overrides,
+)
+from nl_detectron.engine.predictor import (
     Predictor,
     draw_ground_truth,
     side_by_side,
     trained_config,
 )
-from nl_detectron.analysis.recording import nonlocal_blocks
-from nl_detectron.data.coco_format import Record
-from nl_detectron.engine import build_config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
@@ -53,19 +58,14 @@ are close to an even share.</p>"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--skip-training", action="store_true", help="show what was trained in OUTPUT_DIR before"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="such as OUTPUT_DIR folder")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        cfg = build_config(argparse.Namespace(config_file=str(CONFIG_FILE), opts=args.opts))
-    except (AssertionError, KeyError, ValueError) as error:
-        parser.error(error.args[0])
-    output = Path(cfg.OUTPUT_DIR)
+    add_overrides(parser)
+    args = parse_with_overrides(parser, arguments)
+    with exit_on_user_error():
+        output = Path(build_config(CONFIG_FILE, args.opts).OUTPUT_DIR)
     minutes = None
     if not args.skip_training:
         start = time.perf_counter()
