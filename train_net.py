@@ -25,7 +25,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     cfg = build_config(args.config_file, args.opts)
     setup_logger(cfg.OUTPUT_DIR, name="nl_detectron", distributed_rank=comm.get_rank())
     if not args.resume:
-        check_weights_exist(cfg)
+        check_weights_exist("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if args.train_json is not None:
         use_own_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
     check_datasets_registered(cfg)

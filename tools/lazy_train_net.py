@@ -33,6 +33,7 @@ from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.arguments import add_training_options
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.setup import check_weights_exist
 
 logger = logging.getLogger("nl_detectron")
 
@@ -60,6 +61,8 @@ def setup(args: argparse.Namespace) -> DictConfig:
         reason = " ".join(str(error).split())
         raise ValueError(f"the overrides {' '.join(args.opts)}: {reason}") from error
     setup_logger(cfg.train.output_dir, name="nl_detectron", distributed_rank=comm.get_rank())
+    if not args.resume:
+        check_weights_exist("train.init_checkpoint", cfg.train.init_checkpoint)
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         logger.info("There is no CUDA device: train.device is set to cpu.")
         cfg.train.device = "cpu"

@@ -22,6 +22,7 @@ from string import Template
 import cv2
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
 
 from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
@@ -137,7 +138,7 @@ def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path)
     (output / "predictions").mkdir(exist_ok=True)
     figures = []
     for record in records:
-        image = cv2.imread(record["file_name"])
+        image = read_image(record["file_name"], "BGR")
         truth = draw_ground_truth(image, record, predictor.metadata, SCALE)
         prediction = predictor.draw(image, SCALE)
         picture = side_by_side([truth, prediction], ["ground truth", "prediction"])
@@ -165,7 +166,7 @@ def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: 
     """Write what the centres of the most confident objects attend to, if there are any; HTML."""
     attention = record_attention(
         predictor.model,
-        cv2.imread(record["file_name"]),
+        read_image(record["file_name"], "BGR"),
         augmentation=predictor.aug,
         input_format=predictor.input_format,
         min_score=MIN_SCORE,

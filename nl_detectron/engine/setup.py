@@ -26,17 +26,17 @@ def is_missing_file(weights: str) -> bool:
     return "://" not in weights and not Path(weights).is_file()
 
 
-def check_weights_exist(cfg: CfgNode) -> None:
+def check_weights_exist(key: str, weights: str) -> None:
     """
     Args:
-        cfg: the config; its ``MODEL.WEIGHTS`` may also be a URL, which is not looked up, or empty.
+        key: the config's key for weights, for the message.
+        weights: its value: a file; or a URL, which is not looked up; or empty, for none.
 
     Raises:
-        FileNotFoundError: ``MODEL.WEIGHTS`` is a file that does not exist.
+        FileNotFoundError: it is a file that does not exist.
     """
-    weights = cfg.MODEL.WEIGHTS
     if weights and is_missing_file(weights):
-        raise FileNotFoundError(f"MODEL.WEIGHTS is {weights}, a file that does not exist")
+        raise FileNotFoundError(f"{key} is {weights}, a file that does not exist")
 
 
 def check_datasets_registered(cfg: CfgNode) -> None:
