@@ -359,8 +359,9 @@ def check_hash(archive: Path) -> None:
 def unpack(archive: Path, directory: Path) -> Path:
     with tarfile.open(archive) as tar:
         # The content is known by its hash, so an older Python without `filter` is safe, too.
-        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        tar.extractall(directory, **safely)
+        if hasattr(tarfile, "data_filter"):
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(directory)
     return directory / ARCHIVE_NAME[: -len(".tar.gz")]
 
 

@@ -21,26 +21,25 @@ What the file does not tell has to be said; the error says what, and with which 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from nl_detectron.checkpoint_io import load_checkpoint, save_checkpoint
 from nl_detectron.conversion import SOURCES, TARGETS, convert
+from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
 
 
+@exit_on_user_error()
 def main() -> None:
     args = make_parser().parse_args()
     try:
         run(args)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{args.source} is not converted: {error}")
+    except ValueError as error:
+        raise ValueError(f"{args.source} is not converted: {error}") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help=".pth, .pkl or .safetensors, read as data only")
     parser.add_argument(
         "target",

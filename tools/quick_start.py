@@ -9,7 +9,6 @@ KEY VALUE pairs override the config's, as for train_net.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -23,19 +22,27 @@ from string import Template
 import cv2
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
 
 from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.curves import plot_metrics
-from nl_detectron.analysis.predictions import (
+from nl_detectron.analysis.recording import nonlocal_blocks
+from nl_detectron.config import build_config
+from nl_detectron.data.coco_format import Record
+from nl_detectron.engine.command_line import (
+    Parser,
+    add_overrides,
+    exit_on_user_error,
+    parse_with_overrides,
+)
+from nl_detectron.engine.predictor import (
     Predictor,
     draw_ground_truth,
     side_by_side,
     trained_config,
 )
-from nl_detectron.data.coco_format import Record
-from nl_detectron.engine import build_config
 from nl_detectron.modeling import nonlocal_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,19 +60,14 @@ are close to an even share.</p>"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--skip-training", action="store_true", help="show what was trained in OUTPUT_DIR before"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="such as OUTPUT_DIR folder")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        cfg = build_config(argparse.Namespace(config_file=str(CONFIG_FILE), opts=args.opts))
-    except (AssertionError, KeyError, ValueError) as error:
-        parser.error(error.args[0])
-    output = Path(cfg.OUTPUT_DIR)
+    add_overrides(parser)
+    args = parse_with_overrides(parser, arguments)
+    with exit_on_user_error():
+        output = Path(build_config(CONFIG_FILE, args.opts).OUTPUT_DIR)
     minutes = None
     if not args.skip_training:
         start = time.perf_counter()
@@ -137,7 +139,7 @@ def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path)
     (output / "predictions").mkdir(exist_ok=True)
     figures = []
     for record in records:
-        image = cv2.imread(record["file_name"])
+        image = read_image(record["file_name"], "BGR")
         truth = draw_ground_truth(image, record, predictor.metadata, SCALE)
         prediction = predictor.draw(image, SCALE)
         picture = side_by_side([truth, prediction], ["ground truth", "prediction"])
@@ -165,7 +167,7 @@ def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: 
     """Write what the centres of the most confident objects attend to, if there are any; HTML."""
     attention = record_attention(
         predictor.model,
-        cv2.imread(record["file_name"]),
+        read_image(record["file_name"], "BGR"),
         augmentation=predictor.aug,
         input_format=predictor.input_format,
         min_score=MIN_SCORE,

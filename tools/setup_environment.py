@@ -80,7 +80,7 @@ class Environment:
         (self.site_packages / LINK).unlink(missing_ok=True)
 
     def pip_install(self, *arguments: str) -> None:
-        command = [self.python, "-m", "pip", "--disable-pip-version-check", "install"]
+        command = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install"]
         subprocess.run([*command, *arguments], cwd=ROOT, check=True)
 
 
@@ -145,7 +145,7 @@ def is_complete(package: metadata.Distribution) -> bool:
         return False
     rows = csv.reader((package.read_text("RECORD") or "").splitlines())
     files = (row[0] for row in rows if row and not row[0].endswith(".pyc"))
-    return all(os.path.exists(package.locate_file(file)) for file in files)
+    return all(os.path.exists(str(package.locate_file(file))) for file in files)
 
 
 def output(*command: str | Path) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nl_detectron.engine import build_config
+from nl_detectron.config import build_config
 from nl_detectron.validation import check_choice
 
 KEYS = ("config", "seeds", "settings", "groups")
@@ -55,9 +54,8 @@ class Plan:
     def _config(self, setting: str, seed: int) -> str:
         overrides = [word for item in self.settings[setting].items() for word in item]
         try:
-            cfg = build_config(Namespace(config_file=str(self.config), opts=overrides))
-        # What yacs raises for a value of the wrong type, and for an unknown or a renamed key.
-        except (ValueError, KeyError, AssertionError) as error:
+            cfg = build_config(self.config, overrides)
+        except (ValueError, KeyError) as error:
             raise ValueError(f"settings: {setting}: {error.args[0]}") from error
         cfg.SEED = seed
         cfg.OUTPUT_DIR = ""
