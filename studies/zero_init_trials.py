@@ -20,7 +20,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nl_detectron import NonLocalBlock
-from nl_detectron.analysis.recording import nonlocal_blocks
 from nl_detectron.config import build_config
 from nl_detectron.engine import Trainer
 from nl_detectron.engine.command_line import Parser

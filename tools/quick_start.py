@@ -28,7 +28,6 @@ from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.curves import plot_metrics
-from nl_detectron.analysis.recording import nonlocal_blocks
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import (
