@@ -26,22 +26,32 @@ class Traits(NamedTuple):
     norm: str
 
 
+_UNKNOWN = Traits("", False, "", "")
+
+
 @dataclass
 class Block:
     """
     Attributes:
-        prefix: the name of the block in the file; empty at the root.
-        traits: what it computes.
-        tensors: as in a :class:`NonLocalBlock`'s state dict.
-        origins: which tensor of the file each of them was.
-        notes: by the names of ``tensors``, how each was changed, or why it is in ``origins`` only.
+        prefix: its name in the file; empty at the root.
+        tensors: by the names of :class:`NonLocalBlock`'s state dict; reading changes them so that
+            our block computes what the file's did.
+        origins: the names of the file's tensors, by ours.
+        parts: the implementation's names of the parts that it has, by ours.
+        faults: why it cannot be converted.
+        notes: by our names, how a tensor was changed, or why it is in ``origins`` only.
+        traits: what it computes, once it is read.
+        in_channels, inner_channels: C and d.
+        dims: of the convolutions.
     """
 
     prefix: str
-    traits: Traits
-    tensors: dict[str, Tensor]
-    origins: dict[str, str]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    traits: Traits = _UNKNOWN
 
     @property
     def in_channels(self) -> int:
@@ -64,15 +74,6 @@ class Block:
         """
         self.tensors[name] = tensor
         self.notes[name] = "; ".join(filter(None, (self.notes.get(name), note)))
-
-    def multiply_theta(self, factor: float, note: str) -> None:
-        """
-        Args:
-            factor: of all logits from now on.
-            note: added to what the table says of theta.
-        """
-        for name in ("theta.weight", "theta.bias"):
-            self.change(name, self.tensors[name] * factor, note)
 
 
 def affine_statistics(weight: Tensor) -> dict[str, Tensor]:

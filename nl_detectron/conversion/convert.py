@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,7 @@ from torch import Tensor
 from nl_detectron.conversion.block import Block
 from nl_detectron.conversion.families import FAMILIES
 from nl_detectron.conversion.families.torchvision import convert_torchvision, is_torchvision
-from nl_detectron.conversion.family import Family, Target, leave_out_rest
-from nl_detectron.conversion.finding import FoundBlock, find_blocks, in_residual_branch, place
+from nl_detectron.conversion.family import Family, Target
 from nl_detectron.conversion.options import Options
 from nl_detectron.conversion.reading import read_block
 from nl_detectron.conversion.report import Conversion, ConversionError
@@ -29,6 +29,8 @@ TARGETS = tuple(name for name, family in FAMILIES.items() if family.target)
 # Under which key training programs keep the state dict: Caffe2, SlowFast, mmcv and Lightning,
 # Detectron2.
 _WRAPPERS = ("blobs", "model_state", "state_dict", "model")
+# mmdet's plug-ins and timm's attention layers: within a residual block, before its sum.
+_IN_RESIDUAL_BRANCH = re.compile(r"(?:.*\.)?layer\d+\.\d+\..+")
 
 
 def convert(
@@ -47,8 +49,8 @@ def convert(
             checkpoint that has one under "blobs", "model_state", "state_dict" or "model".
         family: one of ``SOURCES``; by default recognised from the names.
         to: one of ``TARGETS``; other ones than "nl_detectron" take only non-local blocks.
-        options: ``pairwise``, ``scale``, ``subsample``, ``norm``, ``norm_eps``, ``dims`` and
-            ``rename``; :class:`Options` says what they mean.
+        **options: ``pairwise``, ``scale``, ``subsample``, ``norm``, ``norm_eps``, ``dims`` and
+            ``rename``, the attributes of :class:`Options`; None is as if not given.
 
     Returns:
         The converted tensors, their settings, and what became of each tensor of the source.
@@ -56,11 +58,10 @@ def convert(
     Raises:
         ConversionError: the weights are unknown or ambiguous, an option is missing, or the target
             cannot compute the same.
-        ValueError: an argument is not among the legal values.
-        TypeError: there is no option of this name.
+        ValueError: an argument, or the name of an option, is not among the legal ones.
     """
     check_choice("to", to, TARGETS)
-    given = Options.from_keywords(options)
+    given = _options_of(options)
     tensors, others = _tensors_of(checkpoint)
     if family is None:
         family = recognise(tensors)
@@ -91,7 +92,7 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
     Raises:
         ConversionError: none has, or several have.
     """
-    candidates = [name for name, family in FAMILIES.items() if find_blocks(tensors, family)]
+    candidates = [name for name, family in FAMILIES.items() if family.find(tensors)]
     if is_torchvision(tensors):
         candidates.append("torchvision")
     if is_detectron2(tensors) and "nl_detectron" not in candidates:
@@ -110,6 +111,12 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
     )
 
 
+def _options_of(keywords: Mapping[str, Any]) -> Options:
+    for name in keywords:
+        check_choice("option", name, [option.name for option in fields(Options)])
+    return Options(**{name: value for name, value in keywords.items() if value is not None})
+
+
 def _tensors_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the state dict, without "module." of data-parallel training; all the rest."""
     content: Mapping[str, Any] = checkpoint
@@ -118,12 +125,12 @@ def _tensors_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
         if isinstance(content.get(key), Mapping):
             others.update({name: value for name, value in content.items() if name != key})
             content = content[key]
-    tensors = {}
-    for name, value in content.items():
-        if isinstance(value, (Tensor, np.ndarray)):
-            tensors[name] = torch.as_tensor(value)
-        else:
-            others[name] = value
+    tensors = {
+        name: torch.as_tensor(value)
+        for name, value in content.items()
+        if isinstance(value, (Tensor, np.ndarray))
+    }
+    others.update({name: value for name, value in content.items() if name not in tensors})
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name[len("module.") :]: tensor for name, tensor in tensors.items()}
     return tensors, others
@@ -146,7 +153,7 @@ def _copy(tensors: Mapping[str, Tensor], result: Conversion) -> None:
 def _convert_blocks(
     tensors: Mapping[str, Tensor], family: Family, to: str, options: Options, result: Conversion
 ) -> None:
-    found = find_blocks(tensors, family)
+    found = family.find(tensors)
     if not found:
         raise ConversionError(f"there is no non-local block in {family.title}'s names")
     _check_rename(options.rename, found, family.separator)
@@ -155,8 +162,8 @@ def _convert_blocks(
     options = replace(options, dims=_dims_of(FAMILIES[to].title, target, options.dims))
 
     written: dict[str, Block] = {}
-    for where, block_found in _placed(found.values(), family, options.rename, result):
-        block = read_block(block_found, family, options, result.notes)
+    for where, block in _placed(found.values(), family, options.rename, result):
+        read_block(block, family, options, result.notes)
         written[where], names = write_block(block, FAMILIES[to], target)
         _add_block(written[where], names, where, result)
     if not written:
@@ -167,8 +174,11 @@ def _convert_blocks(
     rest = {name: tensor for name, tensor in tensors.items() if name not in handled}
     for name in [n for n in rest if n.endswith(family.optimizer)]:
         result.leave_out(name, rest.pop(name), "the optimizer's")
-    convert_rest = family.convert_rest if to == "nl_detectron" else leave_out_rest
-    convert_rest(rest, result)
+    if family.convert_rest and to == "nl_detectron":
+        family.convert_rest(rest, result)
+    else:
+        for name, tensor in rest.items():
+            result.leave_out(name, tensor, "not a non-local block's")
 
 
 def _dims_of(title: str, target: Target, dims: int | None) -> int | None:
@@ -190,16 +200,16 @@ def _check_rename(rename: Mapping[str, str], found: Iterable[str], separator: st
 
 
 def _placed(
-    found: Iterable[FoundBlock], family: Family, rename: Mapping[str, str], result: Conversion
-) -> Iterator[tuple[str, FoundBlock]]:
+    found: Iterable[Block], family: Family, rename: Mapping[str, str], result: Conversion
+) -> Iterator[tuple[str, Block]]:
     """The blocks that have a place in our model, or were given one, with their names there."""
     for block in found:
-        where = place(block.prefix, family, rename)
+        where = family.place(block.prefix, rename)
         note = (
             f"{block.prefix} is within a residual block's branch, before its sum; our blocks are "
             "between residual blocks"
         )
-        if not in_residual_branch(block.prefix):
+        if not _IN_RESIDUAL_BRANCH.fullmatch(block.prefix):
             yield where, block
         elif where != block.prefix:
             result.notes.append(f"NOT THE SAME NETWORK: {note}. {where} is the same block only.")

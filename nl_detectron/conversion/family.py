@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from nl_detectron.conversion.block import BATCH_NORMS, Block
+from nl_detectron.conversion.block import Block
 from nl_detectron.conversion.report import Conversion
 from nl_detectron.layers.nonlocal_block import SUBSAMPLE
 
@@ -17,31 +17,8 @@ _TORCH_LEAVES = {
     leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 }
 EITHER = (True, False)
-NO_SOFTMAX = ()
-
-
-def leave_out_rest(tensors: Mapping[str, Tensor], result: Conversion) -> None:
-    """
-    Args:
-        tensors: those of the file that are no non-local block's.
-        result: gets a row for each.
-    """
-    for name, tensor in tensors.items():
-        result.leave_out(name, tensor, "not a non-local block's")
-
-
-Settings = Callable[[Mapping[str, Block], list[str]], dict[str, Any]]
-
-
-def per_block(arguments: Callable[[Block], dict[str, Any]]) -> Settings:
-    """
-    Args:
-        arguments: what to build one block with.
-
-    Returns:
-        A function for :attr:`Target.settings`: the arguments of each block, by its name.
-    """
-    return lambda blocks, notes: {name: arguments(block) for name, block in blocks.items()}
+# Pairwise functions that have no logits to scale.
+NO_SOFTMAX: Mapping[str, Sequence[bool]] = {"dot_product": (), "concatenation": ()}
 
 
 @dataclass(frozen=True)
@@ -59,7 +36,7 @@ class Target:
 
     dims: Sequence[int | None]
     norms: Sequence[str]
-    settings: Settings
+    settings: Callable[[Mapping[str, Block], list[str]], dict[str, Any]]
     adapt: Callable[[Block], None] = lambda block: None
 
 
@@ -80,7 +57,7 @@ class Family:
         leaves: their name of a parameter or buffer to ours.
         separator: between block, part and leaf.
         optimizer: how the names of the optimizer's tensors end.
-        place: their name of a block (a pattern) and ours (a template).
+        place_names: a pattern of their names of blocks that tell the place, and a template of ours.
         recognises: whether a block with these names is theirs; for names that two families share.
         no_bias: parts that may lack their bias; "out" with a norm never has one then.
         affine: a norm without statistics is one multiplication and addition per channel.
@@ -88,7 +65,7 @@ class Family:
         usual: what it does by default.
         assume_usual: all its published weights were made so.
         adapt: changes a block of theirs, in our names, where ours computes another thing with it.
-        convert_rest: what to do with the tensors that are no block's.
+        convert_rest: converts the tensors that are no block's; None leaves them out.
         target: what it takes to write blocks for it; None where this cannot be done.
     """
 
@@ -99,7 +76,7 @@ class Family:
     leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH_LEAVES)
     separator: str = "."
     optimizer: tuple[str, ...] = ()
-    place: tuple[str, str] | None = None
+    place_names: tuple[str, str] = ("", "")
     recognises: Callable[[Sequence[str]], bool] = lambda names: True
     no_bias: Sequence[str] = ()
     affine: bool = False
@@ -107,16 +84,73 @@ class Family:
     usual: Mapping[str, Any] = field(default_factory=dict)
     assume_usual: bool = False
     adapt: Callable[[Block], None] = lambda block: None
-    convert_rest: Callable[[Mapping[str, Tensor], Conversion], None] = leave_out_rest
+    convert_rest: Callable[[Mapping[str, Tensor], Conversion], None] | None = None
     target: Target | None = None
 
-    def parts(self) -> dict[str, str]:
-        """Their names of the parts to ours."""
-        return {theirs: key.split()[0] for key, theirs in self.modules.items()}
+    def find(self, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
+        """
+        Args:
+            tensors: a state dict; what is no block's is ignored.
 
-    def pattern(self) -> re.Pattern[str]:
-        """Matches a full name; groups: block (None at the root), part, leaf."""
+        Returns:
+            Its blocks by their names in the file, with what is wrong with each.
+        """
+        pattern = self._pattern()
+        found: dict[str, Block] = {}
+        for name, tensor in tensors.items():
+            match = pattern.fullmatch(name)
+            if match:
+                prefix, module, leaf = match.groups(default="")
+                self._add(found.setdefault(prefix, Block(prefix)), module, leaf, name, tensor)
+        blocks = {p: b for p, b in found.items() if {"g", "out"} <= set(b.parts)}
+        if not self.recognises([name for b in blocks.values() for name in b.origins.values()]):
+            return {}
+        for block in blocks.values():
+            self._find_faults(block, tensors)
+        return blocks
+
+    def place(self, prefix: str, rename: Mapping[str, str]) -> str:
+        """
+        Args:
+            prefix: the name of a block in the file.
+            rename: new names of blocks, or of what they are in, by the old ones.
+
+        Returns:
+            Its name in our model, as ``rename`` has it, or where the name tells its place.
+        """
+        for old, new in rename.items():
+            if prefix == old or (old and prefix.startswith(old + self.separator)):
+                rest = prefix[len(old) :]
+                return new + rest if new else rest.lstrip(self.separator)
+        pattern, template = self.place_names
+        match = re.fullmatch(pattern, prefix)
+        return match.expand(template) if match else prefix
+
+    def _pattern(self) -> re.Pattern[str]:
+        """Matches a full name; groups: block (None at the root), module, leaf."""
         separator = re.escape(self.separator)
-        parts = "|".join(map(re.escape, self.modules.values()))
+        modules = "|".join(map(re.escape, self.modules.values()))
         leaves = "|".join(map(re.escape, self.leaves))
-        return re.compile(rf"(?:(.*){separator})?({parts}){separator}({leaves})")
+        return re.compile(rf"(?:(.*){separator})?({modules}){separator}({leaves})")
+
+    def _add(self, block: Block, module: str, leaf: str, name: str, tensor: Tensor) -> None:
+        part = next(key.split()[0] for key, theirs in self.modules.items() if theirs == module)
+        if block.parts.setdefault(part, module) != module:
+            block.faults.append(
+                f"it has both {block.parts[part]} and {module}, which are the same part in "
+                f"different variants of {self.title}'s block"
+            )
+        ours = f"{part}.{self.leaves[leaf]}"
+        block.tensors[ours], block.origins[ours] = tensor, name
+
+    def _find_faults(self, block: Block, names: Iterable[str]) -> None:
+        if ("theta" in block.parts) != ("phi" in block.parts):
+            block.faults.append("only one of theta and phi is there: it is incomplete")
+        start = block.prefix and block.prefix + self.separator
+        known = {*block.origins.values()}
+        for name in names:
+            if name.startswith(start) and name not in known and not name.endswith(self.optimizer):
+                block.faults.append(
+                    f"{name} is no part of {self.title}'s block, so with it the block computes "
+                    "something else"
+                )

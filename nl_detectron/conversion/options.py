@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
-from nl_detectron.validation import check_choice, did_you_mean
+from nl_detectron.validation import check_choice
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,3 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choice("dims", self.dims, (None, 1, 2, 3))
-
-    @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
-        """
-        Args:
-            keywords: names of attributes to values.
-
-        Raises:
-            TypeError: there is no such attribute.
-            ValueError: ``dims`` is not a number of dimensions.
-        """
-        names = [option.name for option in fields(cls)]
-        for name in keywords:
-            if name not in names:
-                raise TypeError(
-                    f"{name!r} is no option of convert, only {', '.join(map(repr, names))}"
-                    f"{did_you_mean(name, names)}"
-                )
-        return cls(**{name: value for name, value in keywords.items() if value is not None})

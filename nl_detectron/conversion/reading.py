@@ -14,49 +14,51 @@ from nl_detectron.conversion.block import (
     affine_statistics,
 )
 from nl_detectron.conversion.family import Family
-from nl_detectron.conversion.finding import FoundBlock
 from nl_detectron.conversion.options import Options
 from nl_detectron.conversion.report import ConversionError
 from nl_detectron.validation import check_choice
 
 # The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
 _CONVS = {"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "out": "Cd"}
+# The first of these parts that a block has tells which pairwise functions are possible.
+_KINDS = {
+    "concat": ("concatenation",),
+    "theta": ("embedded_gaussian", "dot_product"),
+    "g": ("gaussian",),
+}
 
 
-def read_block(found: FoundBlock, family: Family, options: Options, notes: list[str]) -> Block:
+def read_block(block: Block, family: Family, options: Options, notes: list[str]) -> None:
     """
+    Settle what a block computes, and change its tensors so that ours computes the same.
+
     Args:
-        found: a block of ``family``.
+        block: as it was found.
         family: whose block it is.
         options: what the caller knows about it; ``dims`` are those of the result.
         notes: gets one for each thing that was assumed.
-
-    Returns:
-        The block in our terms, changed so that it computes the same.
 
     Raises:
         ConversionError: it is incomplete, an option is missing, or ours cannot compute the same.
         ValueError: an option contradicts the names.
     """
     try:
-        if found.faults:
-            raise ConversionError(found.faults[0])
-        traits = _settle_traits(found, family, options, notes)
-        block = Block(found.prefix, traits, dict(found.tensors), dict(found.origins))
+        if block.faults:
+            raise ConversionError(block.faults[0])
+        block.traits = _settle_traits(block, family, options, notes)
         _drop_counter(block)
-        convs = [part for part in _CONVS if part in found.parts]
+        convs = [part for part in _CONVS if part in block.parts]
         _add_biases(block, convs, family)
         _reshape_convs(block, convs, options.dims)
         _check_norm(block)
         family.adapt(block)
         _carry_norm(block, family.norm_eps if options.norm_eps is None else options.norm_eps)
-        return block
     except ConversionError as error:
-        raise ConversionError(f"{found.prefix or 'the block'}: {error}") from error
+        raise ConversionError(f"{block.prefix or 'the block'}: {error}") from error
 
 
-def _settle_traits(found: FoundBlock, family: Family, options: Options, notes: list[str]) -> Traits:
-    legal: dict[str, Sequence[Any]] = {"pairwise": _pairwise_of(found, family)}
+def _settle_traits(block: Block, family: Family, options: Options, notes: list[str]) -> Traits:
+    legal: dict[str, Sequence[Any]] = {"pairwise": _pairwise_of(block, family)}
     pairwise = _settle("pairwise", legal["pairwise"], family, options, notes)
     # Where there is no softmax there is no scale; True is the config's default.
     scale: Any = True
@@ -64,9 +66,9 @@ def _settle_traits(found: FoundBlock, family: Family, options: Options, notes: l
     if scales:
         legal["scale"] = scales
         scale = _settle("scale", scales, family, options, notes)
-    legal["subsample"] = _subsample_of(found, family)
+    legal["subsample"] = _subsample_of(block, family)
     subsample = _settle("subsample", legal["subsample"], family, options, notes)
-    traits = Traits(pairwise, scale, subsample, _norm_of(found, family, options))
+    traits = Traits(pairwise, scale, subsample, _norm_of(block, family, options))
     unsettled = {key: legal[key] for key, value in traits._asdict().items() if value is None}
     if unsettled:
         raise ConversionError(_what_is_missing(family, unsettled))
@@ -108,27 +110,23 @@ def _what_is_missing(family: Family, unsettled: Mapping[str, Sequence[Any]]) -> 
     )
 
 
-def _pairwise_of(found: FoundBlock, family: Family) -> Sequence[str]:
-    kinds: tuple[str, ...] = ("gaussian",)
-    if "concat" in found.parts:
-        kinds = ("concatenation",)
-    elif "theta" in found.parts:
-        kinds = ("embedded_gaussian", "dot_product")
+def _pairwise_of(block: Block, family: Family) -> Sequence[str]:
+    kinds = next(kinds for part, kinds in _KINDS.items() if part in block.parts)
     had = [kind for kind in kinds if kind in family.scales]
     if not had:
         raise ConversionError(
-            f"with the parts {', '.join(sorted(found.parts))} it would be a {kinds[0]} block, "
+            f"with the parts {', '.join(sorted(block.parts))} it would be a {kinds[0]} block, "
             f"which {family.title} does not have: it is incomplete"
         )
     return had
 
 
-def _subsample_of(found: FoundBlock, family: Family) -> Sequence[str]:
-    pooled = {part: family.modules.get(f"{part} pooled") for part in found.parts}
+def _subsample_of(block: Block, family: Family) -> Sequence[str]:
+    pooled = {part: family.modules.get(f"{part} pooled") for part in block.parts}
     telling = [part for part in pooled if pooled[part]]
     if not telling:
         return family.subsample
-    subsampled = [part for part in telling if pooled[part] == found.parts[part]]
+    subsampled = [part for part in telling if pooled[part] == block.parts[part]]
     if not subsampled:
         return ("none",)
     if subsampled != telling:
@@ -136,11 +134,11 @@ def _subsample_of(found: FoundBlock, family: Family) -> Sequence[str]:
     return ("embeddings",)
 
 
-def _norm_of(found: FoundBlock, family: Family, options: Options) -> str:
+def _norm_of(block: Block, family: Family, options: Options) -> str:
     legal: tuple[str, ...] = ("GN", "LN")
-    if "norm" not in found.parts:
+    if "norm" not in block.parts:
         legal = ("",)
-    elif "norm.running_var" in found.tensors:
+    elif "norm.running_var" in block.tensors:
         legal = BATCH_NORMS
     elif family.affine:
         legal = ("FrozenBN",)

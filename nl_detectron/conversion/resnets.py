@@ -15,7 +15,7 @@ from torch import Tensor
 from nl_detectron.conversion.report import Conversion, ConversionError
 
 # Whether it is of bottlenecks, and the blocks in each stage, to MODEL.RESNETS.DEPTH.
-_DEPTHS = {
+_DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
     (True, (3, 4, 6, 3)): 50,

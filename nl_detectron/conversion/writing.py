@@ -54,7 +54,8 @@ def _rescale(block: Block, scale: bool, where: str) -> None:
             "nothing to carry the scale over to"
         )
     factor = block.inner_channels ** (0.5 if scale else -0.5)
-    block.multiply_theta(factor, f"times {factor:.6g}, for scale={scale}")
+    for name in ("theta.weight", "theta.bias"):
+        block.change(name, block.tensors[name] * factor, f"times {factor:.6g}, for scale={scale}")
     block.traits = block.traits._replace(scale=scale)
 
 

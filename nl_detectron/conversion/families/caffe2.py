@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nl_detectron.conversion.block import AFFINE_NOTE, affine_statistics
-from nl_detectron.conversion.family import EITHER, NO_SOFTMAX, Family
+from nl_detectron.conversion.family import EITHER, Family
 from nl_detectron.conversion.report import Conversion
 from nl_detectron.conversion.resnets import add_resnet_settings, rename
 
@@ -60,11 +60,10 @@ def convert_backbone(tensors: Mapping[str, Tensor], result: Conversion) -> None:
             result.leave_out(name, tensor, f"temporal kernel {tensor.shape[2]} has no 2-D form")
         elif inflated:
             result.leave_out(name, tensor, "belongs with the backbone's inflated convolutions")
-        elif tensor.dim() == 5:
-            note = "5-D weight (temporal kernel 1) as 4-D"
-            result.add(name, target, tensor.squeeze(2), note)
         else:
-            result.add(name, target, tensor)
+            is_5d = tensor.dim() == 5
+            note = "5-D weight (temporal kernel 1) as 4-D" if is_5d else ""
+            result.add(name, target, tensor.squeeze(2) if is_5d else tensor, note)
     if inflated:
         result.notes.append(_INFLATED_NOTE)
     elif any(ours.values()):
@@ -87,8 +86,8 @@ FAMILY = Family(
     leaves={"w": "weight", **_NORM_LEAVES},
     separator="_",
     optimizer=("_momentum",),
-    place=(r"nonlocal_conv(\d)(?:_group)?_(\d+)", r"res\1.nonlocal\2"),
-    scales={"embedded_gaussian": EITHER, "dot_product": NO_SOFTMAX},
+    place_names=(r"nonlocal_conv(\d)(?:_group)?_(\d+)", r"res\1.nonlocal\2"),
+    scales={"embedded_gaussian": EITHER, "dot_product": ()},
     subsample=("input", "none"),
     no_bias=("theta", "phi", "g", "out"),
     affine=True,

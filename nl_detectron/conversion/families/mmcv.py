@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nl_detectron.conversion.block import BATCH_NORMS, Block, common_reduction
-from nl_detectron.conversion.family import EITHER, NO_SOFTMAX, Family, Target, per_block
+from nl_detectron.conversion.family import EITHER, NO_SOFTMAX, Family, Target
+
+_NORMS = {"": None, "GN": {"type": "GN", "num_groups": 32}}
 
 
-def _arguments(block: Block) -> dict[str, Any]:
-    """Those of NonLocal1d, 2d or 3d."""
-    norms = {"": None, "GN": {"type": "GN", "num_groups": 32}}
+def _settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
+    """The arguments of NonLocal1d, 2d or 3d, by block."""
     return {
-        "type": f"NonLocal{block.dims}d",
-        "in_channels": block.in_channels,
-        "reduction": common_reduction([block]),
-        "use_scale": block.traits.scale,
-        "mode": block.traits.pairwise,
-        "sub_sample": block.traits.subsample == "embeddings",
-        "norm_cfg": norms.get(block.traits.norm, {"type": "BN"}),
+        name: {
+            "type": f"NonLocal{block.dims}d",
+            "in_channels": block.in_channels,
+            "reduction": common_reduction([block]),
+            "use_scale": block.traits.scale,
+            "mode": block.traits.pairwise,
+            "sub_sample": block.traits.subsample == "embeddings",
+            "norm_cfg": _NORMS.get(block.traits.norm, {"type": "BN"}),
+        }
+        for name, block in blocks.items()
     }
 
 
@@ -42,19 +47,14 @@ FAMILY = Family(
         "norm GN": "conv_out.gn",
         "concat": "concat_project.conv",
     },
-    scales={
-        "gaussian": (False,),
-        "embedded_gaussian": EITHER,
-        "dot_product": NO_SOFTMAX,
-        "concatenation": NO_SOFTMAX,
-    },
+    scales={"gaussian": (False,), "embedded_gaussian": EITHER, **NO_SOFTMAX},
     subsample=("none", "embeddings"),
     no_bias=("out",),
     usual={"pairwise": "embedded_gaussian", "scale": True},
     target=Target(
         dims=(None, 1, 2, 3),
         norms=("", *BATCH_NORMS, "GN"),
-        settings=per_block(_arguments),
+        settings=_settings,
         adapt=_concat_as_2d,
     ),
 )

@@ -48,12 +48,7 @@ def _settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
 FAMILY = Family(
     title="nl_detectron",
     modules={name: name for name in ("theta", "phi", "g", "out", "norm", "concat")},
-    scales={
-        "gaussian": EITHER,
-        "embedded_gaussian": EITHER,
-        "dot_product": NO_SOFTMAX,
-        "concatenation": NO_SOFTMAX,
-    },
+    scales={"gaussian": EITHER, "embedded_gaussian": EITHER, **NO_SOFTMAX},
     usual={"pairwise": "embedded_gaussian", "scale": True, "subsample": "embeddings"},
     target=Target(dims=(2, 1, 3), norms=("", *BATCH_NORMS, "GN", "LN"), settings=_settings),
 )

@@ -10,7 +10,8 @@ def _scale_by_inner_channels(block: Block) -> None:
     if block.traits.scale:
         factor = (block.inner_channels / block.in_channels) ** 0.5
         note = f"times (d/C)^1/2 = {factor:.6g}: timm scales by C^-1/2, we by d^-1/2"
-        block.multiply_theta(factor, note)
+        for name in ("theta.weight", "theta.bias"):
+            block.change(name, block.tensors[name] * factor, note)
 
 
 FAMILY = Family(

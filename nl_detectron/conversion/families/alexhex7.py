@@ -18,11 +18,6 @@ FAMILY = Family(
         "norm": "W.1",
         "concat": "concat_project.0",
     },
-    scales={
-        "gaussian": (False,),
-        "embedded_gaussian": (False,),
-        "dot_product": NO_SOFTMAX,
-        "concatenation": NO_SOFTMAX,
-    },
+    scales={"gaussian": (False,), "embedded_gaussian": (False,), **NO_SOFTMAX},
     subsample=("none", "embeddings"),
 )
