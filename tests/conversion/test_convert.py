@@ -107,6 +107,7 @@ def test_what_the_file_does_not_tell_has_to_be_said(family, said, message):
         ("timm", {"dims": 4}, "dims is 4"),
         ("timm", {"to": "mmdet"}, "to is 'mmdet'.*'mmcv'"),
         ("timm", {"norm": "BN"}, "norm is 'BN'.*one of ''"),
+        ("timm", {"pairwse": "x"}, "option is 'pairwse'.*'subsample'.*did you mean 'pairwise'"),
         ("timm", {"to": "pytorchvideo", "dims": 2}, "PyTorchVideo's blocks are 3-D, not 2-D"),
     ],
 )
