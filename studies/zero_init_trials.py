@@ -21,9 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nl_detectron import NonLocalBlock
+from nl_detectron.analysis.metrics import last_aps
 from nl_detectron.analysis.recording import nonlocal_blocks
 from nl_detectron.engine import Trainer, build_config, fit_config, parse_arguments
-from nl_detectron.study.runner import last_aps
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "long_range.yaml"
 

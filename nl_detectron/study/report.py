@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from nl_detectron.analysis.curves import COLORS, read_curves
+from nl_detectron.analysis.metrics import TASKS
 from nl_detectron.study.plan import Run
 from nl_detectron.study.runner import read_result
 
-TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 METRICS = [f"{task}/{ap}" for task in TASKS for ap in ("AP", "AP50")]
 CURVE = "bbox/AP"
 _STYLES = ("-", "--", ":", "-.")

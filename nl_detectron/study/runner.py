@@ -7,7 +7,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from nl_detectron.analysis.metrics import last_aps
 from nl_detectron.study.plan import Run
 
 CONFIG, LOG, RESULT = "run.yaml", "run.log", "result.json"
-_AP = re.compile(r"\w+/AP(50|75)?")
 
 
 def prepare_runs(runs: Sequence[Run]) -> list[Run]:
@@ -157,15 +156,6 @@ async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> s
     draft.write_text(json.dumps({**aps, "seconds": time.monotonic() - start}), encoding="utf-8")
     draft.replace(run.folder / RESULT)
     return None
-
-
-def last_aps(folder: Path) -> dict[str, float]:
-    """The last "bbox/AP", "bbox/AP50" and so on in the ``metrics.json`` of a run, in percent."""
-    file = folder / "metrics.json"
-    metrics: dict[str, float] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        metrics.update(json.loads(line))
-    return {name: value for name, value in metrics.items() if _AP.fullmatch(name)}
 
 
 def _summary(run: Run) -> str:
