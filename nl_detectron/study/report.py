@@ -121,7 +121,14 @@ def _values(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Such as "80.2 ± 2.2"; of a single value only that, of none nothing."""
+    """
+    Args:
+        values: of one metric, over the seeds.
+
+    Returns:
+        Mean and sample standard deviation such as "80.2 ± 2.2"; of a single value the value alone,
+        of none the empty string.
+    """
     if not values:
         return ""
     mean = f"{np.mean(values):.1f}"

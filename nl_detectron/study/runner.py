@@ -23,7 +23,13 @@ CONFIG, LOG, RESULT = "run.yaml", "run.log", "result.json"
 
 def prepare_runs(runs: Sequence[Run]) -> list[Run]:
     """
-    Make the folders of all runs, each with its config, and return those that are not finished.
+    Make the folders of all runs, each with its config.
+
+    Args:
+        runs: all of the study's.
+
+    Returns:
+        Those that are not finished.
 
     Raises:
         ValueError: a folder has the results of another config, which is not touched.
@@ -46,8 +52,11 @@ def sole_user(folder: Path) -> Iterator[None]:
     """
     Within the ``with``, no other process may be in a ``with`` of the same folder.
 
+    Args:
+        folder: the study's, which exists.
+
     Raises:
-        ValueError: one is.
+        ValueError: another process is.
     """
     with (folder / ".lock").open("w") as lock:
         try:
@@ -59,6 +68,9 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 def read_result(run: Run) -> dict[str, float] | None:
     """
+    Args:
+        run: a run of a plan.
+
     Returns:
         Of a finished run, "bbox/AP", "bbox/AP50" and so on, in percent, for each task that was
         evaluated, and "seconds", the time that it took since it was last started; else None.
@@ -85,12 +97,12 @@ def run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> list[Run
 
 
 def default_workers() -> int:
-    """One for each GPU, or for each core where there is none."""
+    """How many runs at a time: one for each GPU, or for each core where there is none."""
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
 async def _run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> list[Run]:
-    # A polite kill is to stop the children, too.
+    # SIGTERM, too, stops the children.
     this_task = asyncio.current_task()
     assert this_task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this_task.cancel)
