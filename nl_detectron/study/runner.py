@@ -52,11 +52,8 @@ def sole_user(folder: Path) -> Iterator[None]:
     """
     Within the ``with``, no other process may be in a ``with`` of the same folder.
 
-    Args:
-        folder: the study's, which exists.
-
     Raises:
-        ValueError: another process is.
+        ValueError: one is.
     """
     with (folder / ".lock").open("w") as lock:
         try:
