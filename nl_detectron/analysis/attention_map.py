@@ -88,10 +88,3 @@ class AttentionMaps:
     image: np.ndarray
     points: list[Point]
     blocks: list[BlockAttention]
-
-
-def format_weight(weight: float, pairwise: str) -> str:
-    """In per cent where the weights sum to 1."""
-    if pairwise not in SUM_TO_ONE:
-        return f"{weight:.3g}"
-    return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"

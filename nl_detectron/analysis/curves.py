@@ -1,5 +1,4 @@
-"""The losses and APs of training runs and the weights of their non-local blocks, drawn from what
-metrics.json has of them."""
+"""Figures of training runs: losses, APs and the weights of non-local blocks during training."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _list_of(is_legal: Check, length: int | None = None) -> Check:
 
 
 def _are_coordinates(value: Any) -> bool:
-    """A list of them: there are millions, so this has no loop of its own. A NaN shows in the sum."""
+    """A list of them; there are millions, so it has no loop of its own. A NaN shows in the sum."""
     if not isinstance(value, list) or not _NUMBERS.issuperset(map(type, value)):
         return False
     in_range = not value or (min(value) >= -MAX_PIXELS and max(value) <= MAX_PIXELS)
