@@ -20,12 +20,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nl_detectron import NonLocalBlock
+from nl_detectron.analysis.metrics import last_aps
 from nl_detectron.config import build_config
 from nl_detectron.engine import Trainer
 from nl_detectron.engine.command_line import Parser
 from nl_detectron.engine.setup import use_cpu_without_cuda
 from nl_detectron.modeling import nonlocal_blocks
-from nl_detectron.study.runner import last_aps
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "long_range.yaml"
 

@@ -9,7 +9,6 @@ KEY VALUE pairs override the config's, as for train_net.py.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.curves import plot_metrics
+from nl_detectron.analysis.metrics import TASKS, last_aps, metrics_file
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import (
@@ -46,7 +46,6 @@ from nl_detectron.modeling import nonlocal_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
-TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 NUM_PICTURES = 6
 NUM_ATTENTION = 2  # pictures, and points in each
 MIN_SCORE = 0.6
@@ -99,7 +98,7 @@ def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:
     page = Template((ROOT / "tools" / "quick_start.html").read_text(encoding="utf-8")).substitute(
         dataset=dataset,
         blocks=", ".join(f"<code>{escape(name)}</code>" for name in blocks) or "none",
-        results=results(output / "metrics.json", minutes),
+        results=results(output, minutes),
         min_score=f"{MIN_SCORE:.0%}",
         pictures=draw_pictures(predictor, records[:NUM_PICTURES], output),
         attention=draw_blocks(predictor, blocks, records[:NUM_ATTENTION], output),
@@ -109,28 +108,18 @@ def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:
     (output / "index.html").write_text(page, encoding="utf-8")
 
 
-def results(metrics_file: Path, minutes: float | None) -> str:
+def results(output: Path, minutes: float | None) -> str:
     """HTML: the APs, and the time."""
+    aps = last_aps(output)
     tiles = [
-        f"<div>{TASKS[task]} AP<b>{ap['AP']:.1f}</b>"
-        f"<small>AP50 {ap['AP50']:.1f}, AP75 {ap['AP75']:.1f}</small></div>"
-        for task, ap in last_aps(metrics_file).items()
+        f"<div>{name} AP<b>{aps[f'{task}/AP']:.1f}</b><small>AP50 {aps[f'{task}/AP50']:.1f}, "
+        f"AP75 {aps[f'{task}/AP75']:.1f}</small></div>"
+        for task, name in TASKS.items()
+        if f"{task}/AP" in aps
     ]
     if minutes is not None:
         tiles.append(f"<div>minutes<b>{minutes:.1f}</b><small>to train and evaluate</small></div>")
     return "\n".join(tiles)
-
-
-def last_aps(metrics_file: Path) -> dict[str, dict[str, float]]:
-    """Of each task that was evaluated, the last AP, AP50 and AP75 that Detectron2 wrote."""
-    metrics: dict[str, float] = {}
-    for line in metrics_file.read_text().splitlines():
-        metrics.update(json.loads(line))
-    return {
-        task: {name: metrics[f"{task}/{name}"] for name in ("AP", "AP50", "AP75")}
-        for task in TASKS
-        if f"{task}/AP" in metrics
-    }
 
 
 def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path) -> str:
@@ -197,13 +186,15 @@ def commands(output: Path) -> str:
 def print_summary(cfg: CfgNode, output: Path, minutes: float | None) -> None:
     time_taken = "" if minutes is None else f"Trained and evaluated in {minutes:.1f} minutes. "
     print(f"\n{time_taken}On {cfg.DATASETS.TEST[0]}:")
-    for task, ap in last_aps(output / "metrics.json").items():
-        print(f"  {TASKS[task]} AP {ap['AP']:.1f}")
+    aps = last_aps(output)
+    for task, name in TASKS.items():
+        if f"{task}/AP" in aps:
+            print(f"  {name} AP {aps[f'{task}/AP']:.1f}")
     print(
         f"""
 Page with pictures and curves         {output / "index.html"}
 Weights                               {output / "model_final.pth"}
-Losses and APs, a line of JSON each   {output / "metrics.json"}
+Losses and APs, a line of JSON each   {metrics_file(output)}
 Predictions in COCO's format          {output / "inference"}
 The whole log, and the whole config   {output / "log.txt"}, config.yaml
 Curves                                tensorboard --logdir {output}

@@ -12,8 +12,13 @@ from torch import nn
 @contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
     """
-    Within the ``with``, keep the positional arguments of each call of each module: its name to
-    its calls, in order. Modules that are not called have an empty list.
+    Within the ``with``, keep the positional arguments of each call of each module.
+
+    Args:
+        modules: by names of any kind.
+
+    Yields:
+        Name to the arguments of each call, in order; an empty list if the module is not called.
     """
     calls: dict[str, list[tuple]] = {name: [] for name in modules}
 
