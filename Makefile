@@ -26,15 +26,16 @@ study-quick: $(READY) ## Compare the block with a baseline and a local control, 
 test: $(READY) ## Run the tests, a process for each core
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto $(ARGS)
 
-lint: $(READY) ## Check style and types
+lint: $(READY) ## Check style, types, and that imports go in one direction
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/lint-imports --no-logo
 
 clean: ## Remove .venv and all that was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# The stamp comes last: an interrupted set-up leaves none, and the next call repairs it.
+# The stamp comes last: an interrupted set-up leaves none, and the next call starts again.
 $(READY): requirements.txt requirements-peers.txt setup.py tools/setup_environment.py tools/build_detectron2.py
 	$(PYTHON) tools/setup_environment.py $(VENV)
 	@touch $@

@@ -46,5 +46,5 @@ setup(
         "opencv-python-headless",
         "shapely",
     ],
-    extras_require={"onnx": ONNX, "test": TEST, "dev": [*TEST, "ruff", "mypy"]},
+    extras_require={"onnx": ONNX, "test": TEST, "dev": [*TEST, "ruff", "mypy", "import-linter"]},
 )

@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from nl_detectron.conversion import convert
 from nl_detectron.layers import (
+    PAIRWISE,
+    SUBSAMPLE,
     NonLocalBlock,
     concatenation_pairwise,
     dot_product_pairwise,
     softmax_pairwise,
 )
-from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
 
 # Channels and stride of a ResNet's stages.
 STAGES = {"res2": (256, 4), "res3": (512, 8), "res4": (1024, 16), "res5": (2048, 32)}
@@ -58,7 +59,7 @@ class Implementation(NamedTuple):
 
     name: str
     build: Callable[[NonLocalBlock], Built]  # raises ImportError if it is not installed
-    pairwise: tuple[str, ...] = PAIRWISE
+    pairwise: tuple[str, ...] = tuple(PAIRWISE)
     subsample: tuple[str, ...] = SUBSAMPLE
 
 

@@ -14,21 +14,22 @@ except ModuleNotFoundError as error:
 __version__ = "0.1.0"
 
 import nl_detectron.data  # noqa: F401
-from nl_detectron.analysis.flops import register_flop_handles
 from nl_detectron.config import add_nonlocal_config
 from nl_detectron.layers import NonLocalBlock
 from nl_detectron.modeling import (
+    NONLOCAL_BLOCK_REGISTRY,
     NonLocalKeypointHead,
     build_nonlocal_backbone,
+    insert_blocks,
     insert_nonlocal_blocks,
 )
 
-register_flop_handles()
-
 __all__ = [
+    "NONLOCAL_BLOCK_REGISTRY",
     "NonLocalBlock",
     "NonLocalKeypointHead",
     "add_nonlocal_config",
     "build_nonlocal_backbone",
+    "insert_blocks",
     "insert_nonlocal_blocks",
 ]

@@ -8,6 +8,11 @@ from collections.abc import Collection
 
 def check_choice(name: str, value: object, legal: Collection[object]) -> None:
     """
+    Args:
+        name: what the value is of, as the user knows it.
+        value: the value.
+        legal: all legal ones; a bool is not an integer here.
+
     Raises:
         ValueError: ``value`` is not among ``legal``.
     """
@@ -21,7 +26,14 @@ def check_choice(name: str, value: object, legal: Collection[object]) -> None:
 
 
 def did_you_mean(value: object, legal: Collection[object]) -> str:
-    """``; did you mean 'res4'?`` for a string close to a legal one, else the empty string."""
+    """
+    Args:
+        value: what somebody wrote.
+        legal: what is legal.
+
+    Returns:
+        ``; did you mean 'res4'?`` for a string close to a legal one, else the empty string.
+    """
     words = [choice for choice in legal if isinstance(choice, str)]
     near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -2,8 +2,7 @@ import pytest
 from detectron2.config import get_cfg
 
 from nl_detectron import add_nonlocal_config
-from nl_detectron.config import block_options
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.modeling import build_block
 
 
 def config():
@@ -17,6 +16,7 @@ def test_defaults_are_the_papers_block():
     assert dict(node) == {
         "BACKBONE": "build_resnet_fpn_backbone",
         "AFTER_BLOCKS_PER_STAGE": [[], [], [-2], []],
+        "BLOCK": "NonLocalBlock",
         "PAIRWISE": "embedded_gaussian",
         "REDUCTION": 2,
         "SCALE": True,
@@ -35,8 +35,8 @@ def test_nothing_else_changes():
     assert cfg == get_cfg()
 
 
-def test_block_options_make_a_block():
-    block = NonLocalBlock(64, **block_options(config()))
+def test_the_config_makes_a_block():
+    block = build_block(config(), 64)
     assert (block.pairwise, block.subsample, block.g.out_channels) == (
         "embedded_gaussian",
         "embeddings",
@@ -44,14 +44,14 @@ def test_block_options_make_a_block():
     )
 
 
-def test_block_options_need_the_node():
+def test_a_block_needs_the_node():
     with pytest.raises(ValueError, match=r"call add_nonlocal_config\(cfg\) first"):
-        block_options(get_cfg())
+        build_block(get_cfg(), 64)
 
 
-@pytest.mark.parametrize("key", ["PAIRWISE", "SUBSAMPLE", "NORM"])
-def test_block_options_refuse(key):
+@pytest.mark.parametrize("key", ["BLOCK", "PAIRWISE", "SUBSAMPLE", "NORM", "ZERO_INIT_LAYER"])
+def test_a_block_refuses(key):
     cfg = config()
     cfg.MODEL.NONLOCAL[key] = "nothing of the sort"
     with pytest.raises(ValueError, match=f"MODEL.NONLOCAL.{key} is 'nothing of the sort'"):
-        block_options(cfg)
+        build_block(cfg, 64)

@@ -17,7 +17,6 @@ from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
-    default_argument_parser,
     default_setup,
     default_writers,
     hooks,
@@ -31,19 +30,20 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nl_detectron.engine import NonLocalCheckpointer
-from nl_detectron.engine.arguments import add_weights_options
+from nl_detectron.engine.arguments import add_training_options
+from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.setup import check_weights_exist
 
 logger = logging.getLogger("nl_detectron")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Detectron2's own command line, with the options for loading weights."""
-    parser = default_argument_parser(epilog=" ")
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_weights_options(parser)
-    args = parser.parse_args(arguments)
+    """Detectron2's own command line, with the options for loading weights and for errors."""
+    parser = Parser(__doc__)
+    add_training_options(parser)
+    parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config")
+    args = parser.parse_intermixed_args(arguments)
     if not args.config_file.endswith(".py"):
         parser.error(f"--config-file is {args.config_file!r}, not a .py; see train_net.py for YAML")
     return args
@@ -54,8 +54,15 @@ def setup(args: argparse.Namespace) -> DictConfig:
     The config file with the overrides (``key.subkey=value``); without CUDA, ``train.device``
     becomes "cpu".
     """
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    cfg = LazyConfig.load(args.config_file)
+    try:
+        cfg = LazyConfig.apply_overrides(cfg, args.opts)
+    except Exception as error:  # of Hydra's or OmegaConf's own kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the overrides {' '.join(args.opts)}: {reason}") from error
     setup_logger(cfg.train.output_dir, name="nl_detectron", distributed_rank=comm.get_rank())
+    if not args.resume:
+        check_weights_exist("train.init_checkpoint", cfg.train.init_checkpoint)
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         logger.info("There is no CUDA device: train.device is set to cpu.")
         cfg.train.device = "cpu"
@@ -70,7 +77,10 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     return results
 
 
-def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
+def build_trainer(
+    cfg: DictConfig, model: nn.Module, args: argparse.Namespace
+) -> tuple[SimpleTrainer, int]:
+    """The trainer with its hooks and all that is loaded, and the iteration that it starts from."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     block_weights = BlockWeightsHook(model, cfg.train.log_period)
@@ -95,7 +105,7 @@ def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     # A checkpoint holds the iteration that was just finished.
     start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
-    trainer.train(start, cfg.train.max_iter)
+    return trainer, start
 
 
 def build_checkpointer(
@@ -111,14 +121,21 @@ def build_checkpointer(
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
-    cfg = setup(args)
-    model = instantiate(cfg.model).to(cfg.train.device)
+    # Errors of the user show up until all is built and loaded; later ones are the program's.
+    with exit_on_user_error(traceback=args.traceback):
+        cfg = setup(args)
+        model = instantiate(cfg.model).to(cfg.train.device)
+        if args.eval_only:
+            checkpointer = build_checkpointer(cfg, model, args)
+            checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        else:
+            trainer, start = build_trainer(cfg, model, args)
+
     if not args.eval_only:
-        train(cfg, model, args)
+        trainer.train(start, cfg.train.max_iter)
         return None
-    checkpointer = build_checkpointer(cfg, model, args)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    return evaluate(cfg, create_ddp_model(model))
+    with exit_on_user_error((OSError,), traceback=args.traceback):  # of data that is not there
+        return evaluate(cfg, create_ddp_model(model))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import asyncio
 import sys
 from pathlib import Path
 
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.study.plan import load_plan
 from nl_detectron.study.report import write_report
 from nl_detectron.study.runner import default_workers, prepare_runs, run_all, sole_user
@@ -25,6 +26,7 @@ from nl_detectron.study.runner import default_workers, prepare_runs, run_all, so
 TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train_net.py")]
 
 
+@exit_on_user_error()
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 1 if a run failed."""
     parser = make_parser()
@@ -40,8 +42,6 @@ def main(arguments: list[str] | None = None) -> int:
             with sole_user(output):
                 failed = run_all(todo, TRAIN, args.workers)
         report = write_report(plan.groups, runs, output, title=f"Study {args.plan.stem}")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (KeyboardInterrupt, asyncio.CancelledError):
         parser.exit(130, f"{parser.prog}: stopped; the same command goes on\n")
     print(f"\n{report.read_text(encoding='utf-8')}\n{report}")
@@ -51,16 +51,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("plan", type=Path, metavar="STUDY.yaml", help="what to compare")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="default: output/studies/ and the plan's name"
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         default=default_workers(),
         help="runs at a time (default: one for each GPU, or core where there is none; here "
@@ -70,12 +68,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--report-only", action="store_true", help="only write the report of what is finished"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

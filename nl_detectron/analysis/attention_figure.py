@@ -15,14 +15,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
 from nl_detectron.analysis.attention_map import (
-    SIGNED,
-    SUM_TO_ONE,
     AttentionMap,
     AttentionMaps,
     BlockAttention,
-    format_weight,
 )
 from nl_detectron.analysis.placement import Box, Point
+from nl_detectron.layers import PAIRWISE
 
 _PANEL = 4.0  # inches, the longer side of the picture in a panel
 _WEIGHTS_PER_LINE = 5
@@ -62,12 +60,12 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
     return figure
 
 
-def describe(attention_map: AttentionMap, pairwise: str) -> str:
-    """What the colours do not tell of some weights: how uneven they are, and what is not shown."""
-    if pairwise in SUM_TO_ONE:
+def _describe(attention_map: AttentionMap, pairwise: str) -> str:
+    """What the colours do not tell: how uneven the weights are, and what is not shown."""
+    if PAIRWISE[pairwise].is_softmax:
         ratio = attention_map.weights.max() * attention_map.keys
         meaning = f"at most {ratio:.3g} times an even share"
-    elif pairwise in SIGNED:
+    elif PAIRWISE[pairwise].is_signed:
         meaning = "weights of any sign and sum, arrows by magnitude"
     else:
         meaning = "weights of any sum"
@@ -78,10 +76,17 @@ def describe(attention_map: AttentionMap, pairwise: str) -> str:
 
 
 def heat_colors(pairwise: str) -> Colormap:
-    """Weights of little magnitude are transparent, so that the image can be seen."""
+    """
+    Args:
+        pairwise: the pairwise function that the weights are of.
+
+    Returns:
+        Colours from the lowest to the highest weight, or, where weights have a sign, from -w to w.
+        Weights of small magnitude are transparent, so that the image can be seen.
+    """
     steps = np.linspace(0, 1, 256)
-    rgba = colormaps["PuOr_r" if pairwise in SIGNED else "plasma"](steps)
-    rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if pairwise in SIGNED else steps) ** 0.5
+    rgba = colormaps["PuOr_r" if PAIRWISE[pairwise].is_signed else "plasma"](steps)
+    rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if PAIRWISE[pairwise].is_signed else steps) ** 0.5
     return ListedColormap(rgba)
 
 
@@ -100,7 +105,7 @@ def _draw_panel(
     else:
         _draw_weights(panel, attention_map, block.pairwise)
         legend = _draw_arrows(panel, attention_map, point, arrows, block.pairwise)
-        legend += describe(attention_map, block.pairwise)
+        legend += _describe(attention_map, block.pairwise)
         _zoom(panel, attention_map.extent, (width, height))
     panel.set_xlabel(legend, fontsize=8)
     panel.plot(*point, "o", color=_POINT_COLOR, mec="black", ms=7, zorder=4)
@@ -111,11 +116,11 @@ def _draw_weights(panel: Axes, attention_map: AttentionMap, pairwise: str) -> No
     heat = panel.imshow(
         attention_map.weights,
         cmap=heat_colors(pairwise),
-        norm=CenteredNorm() if pairwise in SIGNED else None,
+        norm=CenteredNorm() if PAIRWISE[pairwise].is_signed else None,
         extent=(left, right, bottom, top),
         interpolation="nearest",
     )
-    in_percent = PercentFormatter(xmax=1, symbol=" %") if pairwise in SUM_TO_ONE else None
+    in_percent = PercentFormatter(xmax=1, symbol=" %") if PAIRWISE[pairwise].is_softmax else None
     bar = panel.figure.colorbar(heat, shrink=0.8, format=in_percent)
     bar.ax.tick_params(labelsize=8)
     left, top, right, bottom = attention_map.query
@@ -140,8 +145,17 @@ def _draw_arrows(
             path_effects=_OUTLINE,
         )
         last_in_line = number % _WEIGHTS_PER_LINE == 0
-        legend += f"{number}: {format_weight(weight, pairwise)}" + ("\n" if last_in_line else "   ")
+        legend += f"{number}: {_format_weight(weight, pairwise)}" + (
+            "\n" if last_in_line else "   "
+        )
     return legend.rstrip() + "\n"
+
+
+def _format_weight(weight: float, pairwise: str) -> str:
+    """In per cent where the weights sum to 1."""
+    if not PAIRWISE[pairwise].is_softmax:
+        return f"{weight:.3g}"
+    return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"
 
 
 def _zoom(panel: Axes, extent: Box, image_size: tuple[int, int]) -> None:

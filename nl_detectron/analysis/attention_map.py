@@ -10,11 +10,6 @@ from torch.nn import functional
 
 from nl_detectron.analysis.placement import Box, Point
 
-# What to expect of the weights f / C, by pairwise function: the Gaussians' are a softmax, the dot
-# product's have any sign, the concatenation's are not negative.
-SUM_TO_ONE = ("gaussian", "embedded_gaussian")
-SIGNED = ("dot_product",)
-
 
 @dataclass(frozen=True)
 class AttentionMap:
@@ -88,10 +83,3 @@ class AttentionMaps:
     image: np.ndarray
     points: list[Point]
     blocks: list[BlockAttention]
-
-
-def format_weight(weight: float, pairwise: str) -> str:
-    """In per cent where the weights sum to 1."""
-    if pairwise not in SUM_TO_ONE:
-        return f"{weight:.3g}"
-    return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"

@@ -11,8 +11,9 @@ import torch
 from detectron2.evaluation import inference_context
 from torch import Tensor, nn
 
-from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.analysis.recording import record_calls
+from nl_detectron.layers import PAIRWISE, NonLocalBlock
+from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
 # Where the sentences of a BlockReport change.
 MIN_CHANGE = 1e-3
@@ -29,7 +30,7 @@ class BlockReport:
     block: str
     """Its full name in the model."""
     pairwise: str
-    out_weight_norm: float
+    out_weight_norm: float | None
     """||W_z||, the Frobenius norm."""
     mean_abs_gamma: float | None
     """The mean of |gamma|, the scale of the norm after W_z; None without one."""
@@ -87,7 +88,7 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
     Returns:
         A report for each block, in the model's order.
     """
-    blocks = nonlocal_blocks(model)
+    blocks = nonlocal_blocks(model, NonLocalBlock)
     measured: dict[str, list[_Measurement]] = {name: [] for name in blocks}
     with inference_context(model), torch.no_grad():
         for batch in batches:
@@ -108,17 +109,6 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
         )
         for name, block in blocks.items()
     ]
-
-
-def out_weight_norm(block: NonLocalBlock) -> float:
-    """||W_z||, the Frobenius norm."""
-    return block.out.weight.detach().float().norm().item()
-
-
-def mean_abs_gamma(block: NonLocalBlock) -> float | None:
-    """The mean of |gamma|, the scale of the norm after W_z; None without one."""
-    gamma = getattr(block.norm, "weight", None)
-    return None if gamma is None else gamma.detach().float().abs().mean().item()
 
 
 def _effective_norm(block: NonLocalBlock) -> float | None:
@@ -143,10 +133,10 @@ class _Measurement:
 def _measure(block: NonLocalBlock, x: Tensor) -> _Measurement:
     positions = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
     weights = block.attention(x, positions[:_MAX_QUERIES]).flatten(2).double()
-    is_distribution = block.pairwise in ("gaussian", "embedded_gaussian")
+    is_softmax = PAIRWISE[block.pairwise].is_softmax
     return _Measurement(
         relative_change=((block(x) - x).float().norm() / x.float().norm()).item(),
-        attention_entropy=_normalised_entropy(weights) if is_distribution else math.nan,
+        attention_entropy=_normalised_entropy(weights) if is_softmax else math.nan,
         query_dependence=_mean_cosine_distance(weights),
     )
 

@@ -1,10 +1,8 @@
-"""The losses and APs of training runs and the weights of their non-local blocks, drawn from what
-metrics.json has of them."""
+"""Figures of training runs: losses, APs and the weights of non-local blocks during training."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+from nl_detectron.analysis.metrics import metrics_file, read_metrics
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Iterations (T,), ascending, and the values (T,) of a metric at them."""
@@ -81,22 +81,14 @@ def read_curves(path: Path) -> dict[str, Curve]:
         FileNotFoundError: there is no such file.
         ValueError: it is broken, or has neither losses nor APs.
     """
-    file = path / "metrics.json" if path.is_dir() else path
     values: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            iteration = record["iteration"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file}, line {number}, is not a JSON object with an iteration: {line[:60]!r}"
-            ) from error
+    for record in read_metrics(path):
         for name, value in record.items():
             is_drawn = "loss" in name or _is_ap(name) or _is_weight(name)
             if is_drawn and math.isfinite(value):
-                values.setdefault(name, {})[iteration] = value
+                values.setdefault(name, {})[record["iteration"]] = value
     if not values:
-        raise ValueError(f"{file} has neither losses nor APs")
+        raise ValueError(f"{metrics_file(path)} has neither losses nor APs")
     return {name: _sorted(by_iteration) for name, by_iteration in values.items()}
 
 

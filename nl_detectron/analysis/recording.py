@@ -1,4 +1,4 @@
-"""Finding a model's non-local blocks, and what modules of it are given."""
+"""What modules of a model are given."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 
 from torch import nn
 
-from nl_detectron.layers import NonLocalBlock
-
-
-def nonlocal_blocks(model: nn.Module) -> dict[str, NonLocalBlock]:
-    """The model's non-local blocks by their full names, such as ``backbone.res4.nonlocal4``."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBlock)}
-
 
 @contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
     """
-    Within the ``with``, keep the positional arguments of each call of each module: its name to
-    its calls, in order. Modules that are not called have an empty list.
+    Within the ``with``, keep the positional arguments of each call of each module.
+
+    Args:
+        modules: by names of any kind.
+
+    Yields:
+        Name to the arguments of each call, in order; an empty list if the module is not called.
     """
     calls: dict[str, list[tuple]] = {name: [] for name in modules}
 

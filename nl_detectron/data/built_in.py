@@ -21,7 +21,7 @@ from nl_detectron.data.coco_format import Record
 logger = logging.getLogger(__name__)
 
 Draw = Callable[[np.random.Generator], tuple[Image.Image, list[Record]]]
-"""From a source of chance to a picture and its annotations, which have no ids yet."""
+"""Draws a picture from random numbers; returns it and its annotations, which have no ids yet."""
 
 
 def make_dataset(
@@ -84,7 +84,7 @@ def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **meta
     Args:
         name: the dataset's.
         root: its folder.
-        make: makes it there, if it is not.
+        make: makes it in a folder, unless it is there.
         **metadata: for Detectron2's ``MetadataCatalog``; ``thing_classes`` is needed.
     """
     for split in ("train", "val"):
@@ -92,7 +92,14 @@ def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **meta
 
 
 def cache_folder(name: str) -> Path:
-    """A folder in Detectron2's cache (``$FVCORE_CACHE``)."""
+    """
+    Args:
+        name: the folder's.
+
+    Returns:
+        The path of a folder for this package's data in Detectron2's cache (``$FVCORE_CACHE``); it
+        need not exist.
+    """
     return Path(get_cache_dir()) / "nl_detectron" / name
 
 

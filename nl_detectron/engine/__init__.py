@@ -1,5 +1,6 @@
-from nl_detectron.engine.arguments import build_config, fit_config, parse_arguments
+from nl_detectron.config import build_config
+from nl_detectron.engine.arguments import parse_arguments
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.trainer import Trainer
 
-__all__ = ["NonLocalCheckpointer", "Trainer", "build_config", "fit_config", "parse_arguments"]
+__all__ = ["NonLocalCheckpointer", "Trainer", "build_config", "parse_arguments"]

@@ -7,14 +7,20 @@ from collections.abc import Mapping, Sequence
 
 Shapes = Mapping[str, Sequence[int]]
 
-_TENSOR = re.compile(r"(?:(?P<parent>.+)\.)?nonlocal(?P<index>\d+)\.(?P<child>\w+\.\w+)")
+_TENSOR = re.compile(r"(?:(?P<parent>.+)\.)?nonlocal(?P<index>\d+)\.(?P<tensor>.+)")
 _KEYPOINT_HEAD = "keypoint_head"
 
 
 def block_of(tensor: str) -> str | None:
-    """The non-local block that a tensor belongs to, by its name; None if to none."""
+    """
+    Args:
+        tensor: its name in a state dict.
+
+    Returns:
+        The name of the inserted block that it belongs to; None if it belongs to none.
+    """
     match = _TENSOR.fullmatch(tensor)
-    return tensor[: match.start("child") - 1] if match else None
+    return tensor[: match.start("tensor") - 1] if match else None
 
 
 def block_settings(shapes: Shapes, stages: Sequence[str]) -> dict[str, str]:
@@ -52,10 +58,15 @@ def _options(shapes: Shapes, block: str | None) -> dict[str, str]:
     own = {
         name[len(f"{block}.") :]: shape for name, shape in shapes.items() if block_of(name) == block
     }
-    settings = {"MODEL.NONLOCAL.PAIRWISE": _pairwise(own), "MODEL.NONLOCAL.NORM": _norm(own)}
+    settings = {"MODEL.NONLOCAL.NORM": _norm(own)}
     if "g.weight" in own:
         inner_channels, channels = own["g.weight"][:2]
+        settings["MODEL.NONLOCAL.PAIRWISE"] = _pairwise(own)
         settings["MODEL.NONLOCAL.REDUCTION"] = str(channels // inner_channels)
+    elif "conv3.weight" in own:
+        settings["MODEL.NONLOCAL.BLOCK"] = "LocalBlock"
+    else:
+        settings["MODEL.NONLOCAL.BLOCK"] = f"(one that has {', '.join(own)})"
     return settings
 
 

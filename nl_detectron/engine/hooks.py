@@ -6,8 +6,7 @@ from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from nl_detectron.analysis.block_report import mean_abs_gamma, out_weight_norm
-from nl_detectron.analysis.recording import nonlocal_blocks
+from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
 
 class BlockWeightsHook(HookBase):

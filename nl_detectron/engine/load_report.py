@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from nl_detectron.engine.block_settings import Shapes, block_of, block_settings
-from nl_detectron.layers import NonLocalBlock
-from nl_detectron.modeling.insertion import find_stages
+from nl_detectron.modeling import find_stages, nonlocal_blocks
 
 Shape = tuple[int, ...]
 
@@ -53,6 +52,9 @@ class LoadReport:
             shapes: shapes of the checkpoint's tensors, under the names they were loaded by.
             incompatible: fvcore's record with the lists ``missing_keys``, ``unexpected_keys`` and
                 ``incorrect_shapes`` (key, shape in the checkpoint, shape in the model).
+
+        Returns:
+            The report.
         """
         unused = set(incompatible.unexpected_keys)
         missing = set(incompatible.missing_keys)
@@ -69,7 +71,7 @@ class LoadReport:
         loaded = tensors - missing - mismatched.keys()
         fresh = missing - mismatched.keys()
 
-        blocks = [name for name, m in model.named_modules() if isinstance(m, NonLocalBlock)]
+        blocks = nonlocal_blocks(model)
         fresh_blocks = [name for name in blocks if not _below([name], tensors - fresh)]
         body = _classifier_parts(model)
         is_classifier = bool(loaded) and loaded == _below(body, loaded)
@@ -113,8 +115,12 @@ class LoadReport:
 
     def table(self, model: nn.Module) -> str:
         """
-        Every tensor (but batch norm's counters) and what became of it. What was loaded is put
-        together by modules; what starts fresh is described by the values that it has.
+        Args:
+            model: the model, after loading.
+
+        Returns:
+            Every tensor, except batch norm's counters, and what became of it, as a table. What was
+            loaded is put together by modules; what starts fresh is described by its values.
         """
         state_dict = model.state_dict()
         others = {*self.fresh, *self.mismatched}
@@ -153,8 +159,13 @@ class LoadReport:
 
     def block_problem(self, model: nn.Module) -> str | None:
         """
-        What to set, if the checkpoint has non-local blocks which the model lacks or has otherwise;
-        None if it has not. Blocks that only the model has are no problem: they start fresh.
+        Args:
+            model: the model, after loading.
+
+        Returns:
+            What to set, if the checkpoint has non-local blocks that the model lacks or has in
+            another form; else None. Blocks that only the model has are no problem: they start
+            fresh.
         """
         lacking = {block_of(name) for name in (*self.unused, *self.mismatched)}
         partly = {block_of(name) for name in self.fresh} & {block_of(n) for n in self.loaded}
@@ -162,22 +173,16 @@ class LoadReport:
         if not blocks:
             return None
         own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        stages = _stages(model)
-        present = block_settings(own_shapes, stages)
-        wanted = block_settings(self.shapes, stages)
+        stages = list(find_stages(getattr(model, "backbone", model)))
+        default = {"MODEL.NONLOCAL.BLOCK": "NonLocalBlock"}
+        present = {**default, **block_settings(own_shapes, stages)}
+        wanted = {**default, **block_settings(self.shapes, stages)}
         changes = [f"{key} {value}" for key, value in wanted.items() if present.get(key) != value]
         advice = "Set " + "\n    ".join(["", *changes]) if changes else "\n".join(self.warnings)
         return (
             f"{self.source} has non-local blocks that this model lacks or has in another form: "
             f"{', '.join(blocks)}. {advice}"
         )
-
-
-def _stages(model: nn.Module) -> Sequence[str]:
-    try:
-        return list(find_stages(getattr(model, "backbone", model)))
-    except ValueError:
-        return []
 
 
 def _below(modules: Iterable[str], keys: Iterable[str]) -> set[str]:

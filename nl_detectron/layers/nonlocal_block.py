@@ -7,23 +7,24 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
+from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from nl_detectron.layers.norm import Norm, build_norm, zero_scale
 from nl_detectron.layers.numerics import accumulable, no_autocast
 from nl_detectron.layers.pairwise import (
+    PAIRWISE,
     concatenation_pairwise,
+    concatenation_weights,
     dot_product_pairwise,
-    is_recorded,
+    dot_product_weights,
     softmax_pairwise,
+    softmax_weights,
 )
 from nl_detectron.validation import check_choice
 
-PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 SUBSAMPLE = ("none", "embeddings", "input")
 ZERO_INIT_LAYERS = ("norm", "out")
 
@@ -101,7 +102,7 @@ class NonLocalBlock(CNNBlockBase):
         conv: Any = _CONV[dims]
         self.theta: Any = None
         self.phi: Any = None
-        if pairwise != "gaussian":
+        if PAIRWISE[pairwise].has_embeddings:
             self.theta = conv(in_channels, inner_channels, kernel_size=1)
             self.phi = conv(in_channels, inner_channels, kernel_size=1)
         self.g = conv(in_channels, inner_channels, kernel_size=1)
@@ -114,7 +115,8 @@ class NonLocalBlock(CNNBlockBase):
         # a video from those of an image one pixel wide.
         self._norm_as_image = dims != 2 and isinstance(norm, str)
 
-        embedding_channels = in_channels if pairwise == "gaussian" else inner_channels
+        has_embeddings = PAIRWISE[pairwise].has_embeddings
+        embedding_channels = inner_channels if has_embeddings else in_channels
         self.logit_scale = embedding_channels**-0.5 if scale else 1.0
         self._init_weights(zero_init_layer if zero_init else None)
 
@@ -133,9 +135,8 @@ class NonLocalBlock(CNNBlockBase):
             x: (B, C, *grid), floating point; grid is L, H x W or T x H x W. B may be 0.
 
         Returns:
-            z, same shape and dtype; x itself, if there is nothing to add at inference. (In
-            training, batch norm itself needs more than one position in the batch: a single one of
-            a 1 x 1 grid is refused by PyTorch.)
+            z, same shape and dtype. (In training, batch norm itself needs more than one position in
+            the batch: PyTorch refuses a single one of a 1 x 1 grid.)
 
         Raises:
             ValueError: x has another number of dimensions or channels than the block.
@@ -144,8 +145,6 @@ class NonLocalBlock(CNNBlockBase):
             z = self._transform(x)
         else:
             self._check_input(x)
-            if self._adds_nothing(x):
-                return x
             if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
                 z = checkpoint(self._transform, x, use_reentrant=False)
             else:
@@ -183,14 +182,7 @@ class NonLocalBlock(CNNBlockBase):
         key_grid = phi.shape[2:]
         theta, phi = accumulable(theta), accumulable(_positions(phi))
         with no_autocast(x):
-            if self.pairwise == "dot_product":
-                weights = theta @ phi.mT / phi.shape[1]
-            elif self.concat is not None:
-                a, b = self._concat_terms(theta, phi)
-                weights = (a.unsqueeze(2) + b.unsqueeze(1)).relu() / phi.shape[1]
-            else:
-                weights = (self.logit_scale * theta @ phi.mT).softmax(2)
-        return weights.unflatten(2, key_grid)
+            return self._weights(theta, phi).unflatten(2, key_grid)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
@@ -200,21 +192,6 @@ class NonLocalBlock(CNNBlockBase):
                 + ", size" * self.dims
                 + ")"
             )
-
-    def _adds_nothing(self, x: Tensor) -> bool:
-        """Is the block, at inference, still the identity that it starts as?"""
-        # Elsewhere than on a CPU, looking would cost more than it saves: it waits for the device.
-        on_cpu = x.device.type == "cpu"
-        if self.training or torch.is_grad_enabled() or is_recorded() or not on_cpu:
-            return False
-        if self.norm is not None and not isinstance(self.norm, (_BatchNorm, FrozenBatchNorm2d)):
-            return False  # what others make of W_z y, no single position can tell
-        gamma = getattr(self.norm, "weight", None)
-        if self.out.weight.any() and (gamma is None or gamma.any()):
-            return False
-        # z is the same for every y, and at every position.
-        y = self.out.weight.new_zeros(1, self.out.in_channels, *[1] * self.dims)
-        return not self._normalize(self.out(y)).any()
 
     def _transform(self, x: Tensor) -> Tensor:
         """W_z y before the norm, (B, C, *grid)."""
@@ -246,6 +223,14 @@ class NonLocalBlock(CNNBlockBase):
             return dot_product_pairwise(theta, phi, g)
         return softmax_pairwise(theta, phi, g, self.logit_scale)
 
+    def _weights(self, theta: Tensor, phi: Tensor) -> Tensor:
+        """f / C, (B, N_q, N_k), from (B, N_q, d) and (B, N_k, d)."""
+        if self.concat is not None:
+            return concatenation_weights(*self._concat_terms(theta, phi))
+        if self.pairwise == "dot_product":
+            return dot_product_weights(theta, phi)
+        return softmax_weights(theta, phi, self.logit_scale)
+
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta as (B, N_q, d); phi (B, d, *key grid) and g (B, c, *key grid), subsampled."""
         keys = self._max_pool(x) if self.subsample == "input" else x
@@ -257,7 +242,7 @@ class NonLocalBlock(CNNBlockBase):
         return _positions(theta), phi, g
 
     def _max_pool(self, x: Tensor) -> Tensor:
-        """Pooling with kernel and stride 2 in space, but for dimensions of size 1."""
+        """Pooling with kernel and stride 2 in space; a dimension of size 1 is left alone."""
         images = x
         if self.dims == 1:
             images = x.unsqueeze(2)

@@ -22,6 +22,9 @@ def build_norm(norm: Norm, channels: int) -> nn.Module | None:
             callable from channels to a module, or ``""`` or None for no normalisation.
         channels: channels of the input.
 
+    Returns:
+        The module; None for no normalisation.
+
     Raises:
         ValueError: the name is unknown, or "GN" (32 groups) does not divide the channels.
     """
@@ -37,7 +40,15 @@ def build_norm(norm: Norm, channels: int) -> nn.Module | None:
 
 
 def zero_scale(norm: nn.Module | None) -> bool:
-    """Make the scale (gamma) of a norm zero; False if it has none that is trained."""
+    """
+    Make the scale (gamma) of a norm zero, in place.
+
+    Args:
+        norm: what :func:`build_norm` returns.
+
+    Returns:
+        False if it has no scale that is trained; then nothing is changed.
+    """
     gamma = getattr(norm, "weight", None)
     # FrozenBN's scale is a buffer: zero, it would stay zero.
     if not isinstance(gamma, nn.Parameter):
@@ -47,9 +58,16 @@ def zero_scale(norm: nn.Module | None) -> bool:
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer norm over the channels of each position of (B, C, H, W)."""
+    """Layer norm over the channels of each position."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, C, H, W), floating point.
+
+        Returns:
+            Same shape and dtype.
+        """
         x = x.movedim(1, -1)
         # Not super().forward: TorchScript does not know it.
         x = functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)

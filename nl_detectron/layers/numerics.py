@@ -13,23 +13,42 @@ MAX_SUMMED = 4096
 
 
 def accumulable(x: Tensor) -> Tensor:
-    """x, in float32 if it is of half precision."""
+    """
+    Args:
+        x: any tensor.
+
+    Returns:
+        x, in float32 if it is float16 or bfloat16.
+    """
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Keeps autocast from lowering the precision again of what is computed from x."""
+    """
+    Keep autocast from lowering the precision of what is computed from x.
+
+    Args:
+        x: any tensor; its device counts.
+
+    Returns:
+        A context manager.
+    """
     # Shapes are all that the meta device computes; it has no autocast.
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def sum_of_products(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
-    x (B, n, N) times y (B, N, m), a part of N at a time: for few channels the kernels of libraries
-    add up float32 in a row.
+    A matrix product, a part of N at a time: for few channels the kernels of libraries add up
+    float32 in a row.
 
     Args:
+        x: (B, n, N), floating point.
+        y: (B, N, m), same dtype.
         out: (B, n, m), to be overwritten; there are no gradients then.
+
+    Returns:
+        x y, (B, n, m), same dtype.
     """
     first, *rest = zip(x.split(MAX_SUMMED, 2), y.split(MAX_SUMMED, 1))
     total = torch.bmm(*first, out=out)

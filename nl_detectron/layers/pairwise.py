@@ -22,7 +22,7 @@ Half precision inputs are accumulated in float32. The softmax kinds return the d
 y is an average of g, so it fits. The 1 / N_k kinds return float32 for float16 inputs: their y is a
 product of three embeddings and may well not fit.
 
-Gradients are exact; gradients of gradients there are none, but for the dot product.
+Gradients are exact. Only the dot product has gradients of gradients.
 
 What is recorded to be run elsewhere (TorchScript, torch.export, torch.compile, ONNX) is made of
 PyTorch's own operators only, in a form that holds for every input size.
@@ -30,7 +30,7 @@ PyTorch's own operators only, in a form that holds for every input size.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,30 @@ from torch.nn import functional
 
 from nl_detectron.layers.numerics import MAX_SUMMED, accumulable, no_autocast, sum_of_products
 from nl_detectron.layers.softmax import blockwise_softmax, fused_softmax
+
+
+class PairwiseFunction(NamedTuple):
+    """
+    What holds for all weights f / C of one pairwise function.
+
+    Attributes:
+        has_embeddings: f is a function of theta and phi, and not of x itself.
+        is_softmax: the weights of a query are positive and sum to 1.
+        is_signed: weights may be negative.
+    """
+
+    has_embeddings: bool = True
+    is_softmax: bool = False
+    is_signed: bool = False
+
+
+PAIRWISE = {
+    "gaussian": PairwiseFunction(has_embeddings=False, is_softmax=True),
+    "embedded_gaussian": PairwiseFunction(is_softmax=True),
+    "dot_product": PairwiseFunction(is_signed=True),
+    "concatenation": PairwiseFunction(),
+}
+"""The pairwise functions of Section 3.2 by the names that they have here."""
 
 # PyTorch 2.1 has it under a private name only.
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
@@ -58,9 +82,24 @@ def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) 
     Returns:
         (B, N_q, c), dtype of g.
     """
-    if not torch.jit.is_scripting() and not (theta.is_cuda or is_recorded()):
+    if not torch.jit.is_scripting() and not (theta.is_cuda or _is_recorded()):
         return blockwise_softmax(theta, phi, g, scale)
     return fused_softmax(theta, phi, g, scale)
+
+
+def softmax_weights(theta: Tensor, phi: Tensor, scale: float = 1.0) -> Tensor:
+    """
+    The weights f / C of :func:`softmax_pairwise`, one for each pair: for a few queries.
+
+    Args:
+        theta: (B, N_q, d), float32 or float64.
+        phi: (B, N_k, d), same dtype.
+        scale: multiplies the logits.
+
+    Returns:
+        (B, N_q, N_k), same dtype.
+    """
+    return (scale * theta @ phi.mT).softmax(2)
 
 
 def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -85,6 +124,20 @@ def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         with no_autocast(theta):
             y = _triple_product(accumulable(theta), accumulable(phi), accumulable(g))
     return y.to(output_dtype)
+
+
+def dot_product_weights(theta: Tensor, phi: Tensor) -> Tensor:
+    """
+    The weights f / C of :func:`dot_product_pairwise`, one for each pair: for a few queries.
+
+    Args:
+        theta: (B, N_q, d), float32 or float64.
+        phi: (B, N_k, d), same dtype.
+
+    Returns:
+        (B, N_q, N_k), same dtype.
+    """
+    return theta @ phi.mT / phi.shape[1]
 
 
 def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
@@ -112,7 +165,21 @@ def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     return (y / b.shape[1]).to(output_dtype)
 
 
-def is_recorded() -> bool:
+def concatenation_weights(a: Tensor, b: Tensor) -> Tensor:
+    """
+    The weights f / C of :func:`concatenation_pairwise`, one for each pair: for a few queries.
+
+    Args:
+        a: (B, N_q), float32 or float64.
+        b: (B, N_k), same dtype.
+
+    Returns:
+        (B, N_q, N_k), same dtype.
+    """
+    return (a.unsqueeze(2) + b.unsqueeze(1)).relu() / b.shape[1]
+
+
+def _is_recorded() -> bool:
     """Is a tracer, an exporter or a compiler writing down the operators that are called?"""
     return torch.jit.is_tracing() or _is_compiling()
 
@@ -126,7 +193,7 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     queries, d = theta.shape[1], theta.shape[2]
     keys, c = g.shape[1], g.shape[2]
     # A recording is for other sizes too.
-    if not torch.jit.is_scripting() and not is_recorded():
+    if not torch.jit.is_scripting() and not _is_recorded():
         pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
         if pairs_first < channels_first:
             return (theta @ phi.mT / keys) @ g
@@ -137,7 +204,7 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
 
 def _ramp_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    return _sums_over_active(a, b, g)[1] if is_recorded() else _RampSum.apply(a, b, g)
+    return _sums_over_active(a, b, g)[1] if _is_recorded() else _RampSum.apply(a, b, g)
 
 
 class _RampSum(torch.autograd.Function):
@@ -180,7 +247,7 @@ def _count_below(x: Tensor, sorted_values: Tensor) -> Tensor:
     How many of the ascending values (B, M) are below each x (B, N). Recordings, for which ONNX has
     to know all operators, may or may not count one that is equal; its pair contributes nothing.
     """
-    if not torch.jit.is_scripting() and not is_recorded():
+    if not torch.jit.is_scripting() and not _is_recorded():
         return torch.searchsorted(sorted_values, x)
     order = torch.cat([x, sorted_values], 1).argsort(1)
     values_so_far = (order >= x.shape[1]).long().cumsum(1)

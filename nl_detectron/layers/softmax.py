@@ -23,7 +23,17 @@ _MAX_PAIRS_KEPT = 2**25
 
 def fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
     """
-    By PyTorch's own kernel, which without a word makes all N_q x N_k weights if d differs from c.
+    softmax(scale * theta phi^T) g by PyTorch's ``scaled_dot_product_attention``. Where d differs
+    from c, that would make all N_q x N_k weights; theta, phi and g are widened to the same width.
+
+    Args:
+        theta: (B, N_q, d), floating point.
+        phi: (B, N_k, d), same dtype.
+        g: (B, N_k, c), same dtype.
+        scale: multiplies the logits.
+
+    Returns:
+        (B, N_q, c), dtype of g.
     """
     width = max(theta.shape[2], g.shape[2])
     if theta.is_cuda:
@@ -45,6 +55,18 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 
 def blockwise_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
+    """
+    softmax(scale * theta phi^T) g, some of the queries at a time; see :class:`_BlockwiseSoftmax`.
+
+    Args:
+        theta: (B, N_q, d), floating point.
+        phi: (B, N_k, d), same dtype.
+        g: (B, N_k, c), same dtype.
+        scale: multiplies the logits.
+
+    Returns:
+        (B, N_q, c), dtype of g.
+    """
     pairs = theta.shape[0] * theta.shape[1] * phi.shape[1]
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (theta, phi, g))
     return _BlockwiseSoftmax.apply(theta, phi, g, scale, learns and pairs <= _MAX_PAIRS_KEPT)

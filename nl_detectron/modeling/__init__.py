@@ -1,13 +1,27 @@
-from nl_detectron.modeling.backbone import build_nonlocal_backbone
-from nl_detectron.modeling.insertion import insert_nonlocal_blocks
+from nl_detectron.modeling.backbone import (
+    build_nonlocal_backbone,
+    build_resnet_fpn_no_top_block_backbone,
+)
+from nl_detectron.modeling.blocks import (
+    NONLOCAL_BLOCK_REGISTRY,
+    build_block,
+    mean_abs_gamma,
+    nonlocal_blocks,
+    out_weight_norm,
+)
+from nl_detectron.modeling.insertion import find_stages, insert_blocks, insert_nonlocal_blocks
 from nl_detectron.modeling.keypoint_head import NonLocalKeypointHead
-from nl_detectron.modeling.local_block import build_local_control_backbone
-from nl_detectron.modeling.topless_fpn import build_resnet_topless_fpn_backbone
 
 __all__ = [
+    "NONLOCAL_BLOCK_REGISTRY",
     "NonLocalKeypointHead",
-    "build_local_control_backbone",
+    "build_block",
     "build_nonlocal_backbone",
-    "build_resnet_topless_fpn_backbone",
+    "build_resnet_fpn_no_top_block_backbone",
+    "find_stages",
+    "insert_blocks",
     "insert_nonlocal_blocks",
+    "mean_abs_gamma",
+    "nonlocal_blocks",
+    "out_weight_norm",
 ]

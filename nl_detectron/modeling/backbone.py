@@ -1,24 +1,17 @@
-"""The registered backbone: any other registered one, with non-local blocks put into it."""
+"""The registered backbones: any other registered one with blocks put into it, and an FPN."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 
-from nl_detectron.config import block_options
-from nl_detectron.modeling.insertion import (
-    check_after_blocks,
-    find_stages,
-    insert_nonlocal_blocks,
-)
+from nl_detectron.config import nonlocal_node
+from nl_detectron.modeling.blocks import build_block
+from nl_detectron.modeling.insertion import PlacementError, insert_blocks
 from nl_detectron.validation import check_choice
-
-_AFTER_BLOCKS = "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"
-# Those that build MODEL.NONLOCAL.BACKBONE: naming one there would have no end.
-_WRAPPERS = ("build_nonlocal_backbone", "build_local_control_backbone")
 
 
 @BACKBONE_REGISTRY.register()
@@ -26,46 +19,50 @@ def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """
     Build ``cfg.MODEL.NONLOCAL.BACKBONE`` and insert blocks as ``cfg.MODEL.NONLOCAL`` says.
 
+    Args:
+        cfg: a config with ``MODEL.NONLOCAL``.
+        input_shape: the input's, for the wrapped builder.
+
+    Returns:
+        The backbone.
+
     Raises:
         ValueError: a value in ``MODEL.NONLOCAL`` is not legal; the message names the key.
     """
-    options = block_options(cfg)
-    node = cfg.MODEL.NONLOCAL
-    builders = sorted(name for name, _ in BACKBONE_REGISTRY if name not in _WRAPPERS)
-    check_choice("MODEL.NONLOCAL.BACKBONE", node.BACKBONE, builders)
-    _check_lists(node.AFTER_BLOCKS_PER_STAGE)
-
+    node = nonlocal_node(cfg)
+    builders = [name for name, _ in BACKBONE_REGISTRY if name != "build_nonlocal_backbone"]
+    check_choice("MODEL.NONLOCAL.BACKBONE", node.BACKBONE, sorted(builders))
     backbone = BACKBONE_REGISTRY.get(node.BACKBONE)(cfg, input_shape)
     if not any(node.AFTER_BLOCKS_PER_STAGE):
         return backbone
-    # How many blocks a stage has, the backbone alone knows; nothing else is built yet.
-    stages = find_stages(backbone)
-    names = list(stages)
-    after_blocks = {}
-    for position, indices in enumerate(node.AFTER_BLOCKS_PER_STAGE):
-        if indices and position >= len(names):
-            raise ValueError(
-                f"{_AFTER_BLOCKS} asks for blocks in stage number {position + 1}, but "
-                f"{node.BACKBONE} has {len(names)} with this config: {', '.join(names)}"
-            )
-        if indices:
-            after_blocks[names[position]] = indices
     try:
-        check_after_blocks(stages, after_blocks)
-    except ValueError as error:
-        raise ValueError(f"{_AFTER_BLOCKS} is {node.AFTER_BLOCKS_PER_STAGE}: {error}") from error
-    try:
-        return insert_nonlocal_blocks(backbone, after_blocks, **options)
-    except ValueError as error:
-        raise ValueError(f"MODEL.NONLOCAL: {error}") from error
-
-
-def _check_lists(after_blocks_per_stage: Any) -> None:
-    sequence = (list, tuple)
-    if not isinstance(after_blocks_per_stage, sequence) or not all(
-        isinstance(indices, sequence) for indices in after_blocks_per_stage
-    ):
+        return insert_blocks(backbone, node.AFTER_BLOCKS_PER_STAGE, partial(build_block, cfg))
+    except PlacementError as error:
         raise ValueError(
-            f"{_AFTER_BLOCKS} is {after_blocks_per_stage!r}, but must be a list with a list of "
-            "block indices for each stage, such as [[], [], [-2], []]"
-        )
+            f"MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE is {node.AFTER_BLOCKS_PER_STAGE}, but must be "
+            "a list with a list of block indices for each stage, such as [[], [], [-2], []]: "
+            f"{error} ({node.BACKBONE})"
+        ) from error
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_fpn_no_top_block_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """
+    Detectron2's ``build_resnet_fpn_backbone`` without its ``top_block``, the p6 that is pooled from
+    p5: it works with any ``MODEL.FPN.IN_FEATURES``, such as ``[res3, res4]``, whose receptive
+    fields are smaller.
+
+    Args:
+        cfg: a config; ``MODEL.RESNETS`` and ``MODEL.FPN`` are read.
+        input_shape: the input's.
+
+    Returns:
+        The FPN.
+    """
+    return FPN(
+        bottom_up=build_resnet_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import ROI_KEYPOINT_HEAD_REGISTRY
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
+from torch import nn
 
-from nl_detectron.config import block_options
 from nl_detectron.layers import NonLocalBlock
+from nl_detectron.modeling.blocks import build_block
 from nl_detectron.modeling.insertion import insert_child
 
 
@@ -29,7 +32,8 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
         *,
         conv_dims: list[int],
         nonlocal_every: int,
-        nonlocal_options: dict[str, Any],
+        make_block: Callable[..., nn.Module] = NonLocalBlock,
+        nonlocal_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         """
@@ -37,12 +41,14 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
             input_shape: shape of the region features.
             conv_dims: output channels of each convolution.
             nonlocal_every: a block after every so many convolutions; 0 is none.
-            nonlocal_options: keyword arguments of :class:`NonLocalBlock`.
+            make_block: from a number of channels to a block that keeps channels and size.
+            nonlocal_options: keyword arguments of ``make_block``, such as
+                ``{"subsample": "embeddings"}``.
             **kwargs: those of ``KRCNNConvDeconvUpsampleHead``.
 
         Raises:
             ValueError: ``nonlocal_every`` is negative or more than there are convolutions, or
-                :class:`NonLocalBlock` refuses an option.
+                ``make_block`` refuses an option.
         """
         if not 0 <= nonlocal_every <= len(conv_dims):
             raise ValueError(
@@ -53,16 +59,21 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
         # Only now: the parent's own initialisation runs over every parameter it finds.
         if nonlocal_every:
             for number in range(nonlocal_every, len(conv_dims) + 1, nonlocal_every):
-                try:
-                    block = NonLocalBlock(conv_dims[number - 1], **nonlocal_options)
-                except ValueError as error:
-                    raise ValueError(f"MODEL.NONLOCAL, in the keypoint head: {error}") from error
+                block = make_block(conv_dims[number - 1], **(nonlocal_options or {}))
                 insert_child(self, f"conv_fcn_relu{number}", f"nonlocal{number}", block)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """
+        Args:
+            cfg: a config with ``MODEL.NONLOCAL``.
+            input_shape: shape of the region features.
+
+        Returns:
+            The arguments of ``__init__``.
+        """
         return {
             **super().from_config(cfg, input_shape),
-            "nonlocal_options": block_options(cfg),
+            "make_block": partial(build_block, cfg),
             "nonlocal_every": cfg.MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY,
         }

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from nl_detectron import NonLocalBlock
-from nl_detectron.analysis.recording import nonlocal_blocks, record_calls
+from nl_detectron.analysis.recording import record_calls
+from nl_detectron.modeling import nonlocal_blocks
 
 
 def make_act(model, gain=1.0):

@@ -161,7 +161,7 @@ def test_no_blocks_is_the_wrapped_backbone():
         ("SUBSAMPLE", "embedding", "MODEL.NONLOCAL.SUBSAMPLE.*did you mean 'embeddings'"),
         ("NORM", "bn", "MODEL.NONLOCAL.NORM is 'bn'.*'BN'"),
         ("REDUCTION", 0, "MODEL.NONLOCAL.REDUCTION is 0"),
-        ("REDUCTION", 2000, "MODEL.NONLOCAL: reduction is 2000.*in_channels=1024"),
+        ("REDUCTION", 2000, "MODEL.NONLOCAL.REDUCTION is 2000.*in_channels=1024"),
         ("BACKBONE", "build_resnet_fpn", "MODEL.NONLOCAL.BACKBONE.*'build_resnet_fpn_backbone'"),
         ("BACKBONE", "build_nonlocal_backbone", "MODEL.NONLOCAL.BACKBONE is"),
         ("AFTER_BLOCKS_PER_STAGE", [[], [], [6], []], "AFTER_BLOCKS_PER_STAGE.*6 in res4.*-6 to 5"),

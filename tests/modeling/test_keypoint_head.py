@@ -61,7 +61,7 @@ def test_refuses(every):
 
 
 def test_refuses_options_by_name():
-    with pytest.raises(ValueError, match=r"MODEL.NONLOCAL, in the keypoint head: reduction is 40"):
+    with pytest.raises(ValueError, match=r"MODEL.NONLOCAL.REDUCTION is 40, .*in_channels=32"):
         build(REDUCTION=40)
 
 

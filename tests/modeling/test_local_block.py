@@ -4,27 +4,30 @@ from detectron2.modeling import build_backbone
 from fvcore.nn import FlopCountAnalysis
 
 from nl_detectron import NonLocalBlock, model_zoo
-from nl_detectron.modeling.local_block import LocalBlock
+from nl_detectron.analysis.flops import flop_handles
+from nl_detectron.layers import LocalBlock
+from nl_detectron.modeling import nonlocal_blocks
 
 STUDY_GRID = (2, 16)  # res4 of a picture of the long-range datasets
 
 
 def config(*overrides):
     cfg = model_zoo.get_config("long_range")
-    cfg.MODEL.BACKBONE.NAME = "build_local_control_backbone"
+    cfg.MODEL.NONLOCAL.BLOCK = "LocalBlock"
     cfg.merge_from_list(list(overrides))
     return cfg
 
 
 def local_blocks(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, LocalBlock)}
+    return nonlocal_blocks(model, LocalBlock)
 
 
 def cost(block, grid):
     """Parameters, and multiply-adds for one image."""
     block = block.eval().requires_grad_(False)
     x = torch.randn(1, block.in_channels, *grid)
-    flops = FlopCountAnalysis(block, x).unsupported_ops_warnings(False)
+    flops = FlopCountAnalysis(block, x).set_op_handle(**flop_handles())
+    flops.unsupported_ops_warnings(False)
     return sum(p.numel() for p in block.parameters()), flops.total()
 
 
@@ -62,9 +65,7 @@ def test_without_zero_init_adds_something(norm):
 def test_backbone_has_them_in_the_places_of_the_nonlocal_blocks():
     overrides = ["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", [[], [1], [-2]]]
     backbone = build_backbone(config(*overrides, "MODEL.NONLOCAL.NORM", "GN"))
-    nonlocal_backbone = build_backbone(
-        config(*overrides, "MODEL.BACKBONE.NAME", "build_nonlocal_backbone")
-    )
+    nonlocal_backbone = build_backbone(config(*overrides, "MODEL.NONLOCAL.BLOCK", "NonLocalBlock"))
     blocks = local_blocks(backbone)
     assert list(blocks) == ["bottom_up.res3.nonlocal1", "bottom_up.res4.nonlocal0"]
     assert all(isinstance(block.norm, torch.nn.GroupNorm) for block in blocks.values())

@@ -11,7 +11,10 @@ from nl_detectron.data.long_range import HEIGHT, MIN_GAP, WIDTH
 
 SQUARE_RIGHT = 43  # no square at the left end reaches further
 PROPOSAL = [0.0, 0.0, 68.0, 32.0]  # nor any box of its height that has an IoU of 0.5 with it
-LOCAL = ["build_resnet_topless_fpn_backbone", "build_local_control_backbone"]
+LOCAL = [
+    ("MODEL.BACKBONE.NAME", "build_resnet_fpn_no_top_block_backbone"),
+    ("MODEL.NONLOCAL.BLOCK", "LocalBlock"),
+]
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def seen(request):
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.KEYPOINT_ON = True
     cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
-    cfg.MODEL.BACKBONE.NAME = request.param
+    cfg.merge_from_list(request.param)
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     image = torch.randn(1, 3, HEIGHT, WIDTH, requires_grad=True)
@@ -48,6 +51,6 @@ def test_local_models_do_not_see_the_far_cue(seen):
     assert seen[: SQUARE_RIGHT + 40].all()  # but whatever is near
 
 
-@pytest.mark.parametrize("seen", ["build_nonlocal_backbone"], indirect=True)
+@pytest.mark.parametrize("seen", [()], indirect=True)
 def test_nonlocal_model_sees_everything(seen):
     assert seen.all()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 
-from detectron2.config import CfgNode
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.layers import CNNBlockBase, Conv2d
 from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nl_detectron.layers import NonLocalBlock
 from nl_detectron.layers.norm import Norm, build_norm, zero_scale
-from nl_detectron.modeling.backbone import build_nonlocal_backbone
 
 
 class LocalBlock(CNNBlockBase):
@@ -32,6 +28,9 @@ class LocalBlock(CNNBlockBase):
             norm: as for :class:`NonLocalBlock`.
             zero_init: start as the identity: the norm's scale, or the last convolution where there
                 is no trainable scale, is zero.
+
+        Raises:
+            ValueError: an unknown norm.
         """
         super().__init__(in_channels, in_channels, stride=1)
         # Equal weights: 2 C w + 9 w^2 = 4 C (C / 2).
@@ -46,30 +45,14 @@ class LocalBlock(CNNBlockBase):
             nn.init.zeros_(self.conv3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
+        """
+        Args:
+            x: (B, C, H, W), floating point.
+
+        Returns:
+            Same shape and dtype.
+        """
         z = functional.relu(self.conv1(x))
         z = functional.relu(self.conv2(z))
         z = self.conv3(z)
         return x + (z if self.norm is None else self.norm(z))
-
-
-@BACKBONE_REGISTRY.register()
-def build_local_control_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """
-    The backbone of :func:`build_nonlocal_backbone` for the same config, with a :class:`LocalBlock`
-    in the place of each non-local block. Of ``MODEL.NONLOCAL`` it obeys ``BACKBONE``,
-    ``AFTER_BLOCKS_PER_STAGE``, ``NORM`` and ``ZERO_INIT``.
-
-    Raises:
-        ValueError: a value in ``MODEL.NONLOCAL`` is not legal; the message names the key.
-    """
-    backbone = build_nonlocal_backbone(cfg, input_shape)
-    options = {"norm": cfg.MODEL.NONLOCAL.NORM, "zero_init": cfg.MODEL.NONLOCAL.ZERO_INIT}
-    for parent in list(backbone.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, NonLocalBlock):
-                block = LocalBlock(child.in_channels, **options)
-                if not any(p.requires_grad for p in child.parameters()):
-                    block.freeze()
-                setattr(parent, name, block)
-    return backbone

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,9 +14,10 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
+from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
-from nl_detectron.engine.arguments import build_config, fit_device, is_missing_file
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
+from nl_detectron.engine.setup import is_missing_file, use_cpu_without_cuda
 
 GAP = 8  # between pictures, in pixels
 
@@ -45,7 +45,7 @@ class Predictor(DefaultPredictor):
         unloaded = cfg.clone()
         unloaded.defrost()
         unloaded.MODEL.WEIGHTS = ""
-        fit_device(unloaded)
+        use_cpu_without_cuda(unloaded)
         super().__init__(unloaded)
         self.metadata = dataset_metadata(cfg)
         NonLocalCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
@@ -73,7 +73,7 @@ def trained_config(
         ValueError: there are no weights, an override has no value, or the file is no config.
         KeyError: an unknown config key; the message names the nearest one.
     """
-    cfg = build_config(argparse.Namespace(config_file=config_file, opts=list(overrides)))
+    cfg = build_config(config_file, overrides)
     cfg.MODEL.WEIGHTS = weights = weights or cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError(f"no weights are given, nor has {config_file} any in MODEL.WEIGHTS")

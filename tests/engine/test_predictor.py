@@ -1,5 +1,3 @@
-import argparse
-
 import cv2
 import numpy as np
 import pytest
@@ -9,15 +7,15 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
-from nl_detectron.analysis.predictions import (
+from nl_detectron.checkpoint_io import CheckpointError
+from nl_detectron.config import build_config
+from nl_detectron.engine.predictor import (
     Predictor,
     dataset_metadata,
     draw_ground_truth,
     draw_predictions,
     side_by_side,
 )
-from nl_detectron.checkpoint_io import CheckpointError
-from nl_detectron.engine import build_config
 from tests.random_model import QUICK_START, save_random_model
 
 SIZE = (60, 80)
@@ -162,5 +160,5 @@ def test_predictor_runs_without_cuda(tmp_path):
     ],
 )
 def test_names_are_known_if_they_fit_the_model(overrides, is_known):
-    cfg = build_config(argparse.Namespace(config_file=str(QUICK_START), opts=overrides))
+    cfg = build_config(QUICK_START, overrides)
     assert bool(dataset_metadata(cfg).get("thing_classes")) == is_known

@@ -1,0 +1,100 @@
+"""The registry of blocks, and what is asked about the blocks of a model."""
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.layers import CNNBlockBase, ShapeSpec
+from detectron2.modeling import build_backbone
+from torch import nn
+
+from nl_detectron import NonLocalBlock, add_nonlocal_config, insert_blocks
+from nl_detectron.layers import LocalBlock
+from nl_detectron.modeling import (
+    NONLOCAL_BLOCK_REGISTRY,
+    build_block,
+    mean_abs_gamma,
+    nonlocal_blocks,
+    out_weight_norm,
+)
+
+
+@NONLOCAL_BLOCK_REGISTRY.register()
+class SignOfTest(CNNBlockBase):
+    """A block of a user's own."""
+
+    def __init__(self, cfg, in_channels):
+        super().__init__(in_channels, in_channels, stride=1)
+        self.gain = nn.Parameter(torch.tensor(float(cfg.MODEL.NONLOCAL.REDUCTION)))
+
+    def forward(self, x):
+        return x + self.gain * x.sign()
+
+
+def config(*overrides):
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = "build_nonlocal_backbone"
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("name", "block_class"),
+    [("NonLocalBlock", NonLocalBlock), ("LocalBlock", LocalBlock), ("SignOfTest", SignOfTest)],
+)
+def test_the_config_chooses_the_kind_of_block(name, block_class):
+    cfg = config("MODEL.NONLOCAL.BLOCK", name)
+    assert type(build_block(cfg, 64)) is block_class
+    backbone = build_backbone(cfg, ShapeSpec(channels=3))
+    blocks = nonlocal_blocks(backbone)
+    assert list(blocks) == ["bottom_up.res4.nonlocal0"]
+    assert type(blocks["bottom_up.res4.nonlocal0"]) is block_class
+    assert nonlocal_blocks(backbone, block_class) == blocks
+    assert backbone(torch.zeros(1, 3, 64, 64))["p4"].shape == (1, 256, 4, 4)
+
+
+def test_a_block_of_ones_own_reads_the_config():
+    cfg = config("MODEL.NONLOCAL.BLOCK", "SignOfTest", "MODEL.NONLOCAL.REDUCTION", 3)
+    assert build_block(cfg, 64).gain == 3
+
+
+def test_a_registered_block_takes_a_config_or_its_own_arguments():
+    make = NONLOCAL_BLOCK_REGISTRY.get("NonLocalBlock")
+    assert make(config("MODEL.NONLOCAL.PAIRWISE", "gaussian"), 64).pairwise == "gaussian"
+    assert make(64, pairwise="dot_product").pairwise == "dot_product"
+
+
+def test_refuses_an_unknown_kind_and_names_the_nearest():
+    with pytest.raises(ValueError, match=r"MODEL.NONLOCAL.BLOCK is 'LocalBlok'.*'LocalBlock'\?"):
+        build_block(config("MODEL.NONLOCAL.BLOCK", "LocalBlok"), 64)
+
+
+def test_an_error_of_another_kind_keeps_its_words():
+    cfg = config("MODEL.NONLOCAL.NORM", "GN")
+    with pytest.raises(ValueError, match=r'^MODEL.NONLOCAL.NORM "GN" has 32 groups.* 48 channels'):
+        build_block(cfg, 48)
+
+
+@pytest.mark.parametrize("after_blocks", [{"res4": [-2]}, [[], [], [-2]], [[], [], [-2], [], []]])
+def test_insert_blocks_by_name_or_by_position(after_blocks):
+    cfg = config("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", [[], [], [], []])
+    backbone = build_backbone(cfg, ShapeSpec(channels=3))
+    insert_blocks(backbone, after_blocks, lambda channels: SignOfTest(cfg, channels))
+    assert list(nonlocal_blocks(backbone)) == ["bottom_up.res4.nonlocal0"]
+
+
+def test_blocks_are_found_by_their_class_too():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), NonLocalBlock(8), LocalBlock(8))
+    assert list(nonlocal_blocks(model)) == ["1"]
+
+
+def test_what_a_block_does_not_have_is_none():
+    block = NonLocalBlock(8, norm="", zero_init=False)
+    assert mean_abs_gamma(block) is None
+    assert out_weight_norm(block) == pytest.approx(block.out.weight.norm().item())
+    assert out_weight_norm(LocalBlock(8)) is None
+    assert mean_abs_gamma(LocalBlock(8)) == 0
