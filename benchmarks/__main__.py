@@ -88,15 +88,15 @@ def _scaling_cases(args: argparse.Namespace) -> list[Case]:
 
 def _measure(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], bool]:
     """The rows of all cases, and whether all could be measured."""
-    what = ((OPERATION,), (OURS, TEXTBOOK)) if args.scaling else (tuple(PASSES), NAMES)
-    call = compare, args.device, QUICK_BUDGET if args.quick else BUDGET, *what
+    levels, names = ((OPERATION,), (OURS, TEXTBOOK)) if args.scaling else (tuple(PASSES), NAMES)
+    budget = QUICK_BUDGET if args.quick else BUDGET
     limits = {"device": args.device, "threads": args.threads, "memory_limit": args.memory_limit}
     rows: list[Row] = []
     is_complete = True
     for case in (progress := tqdm(cases, unit="case")):
         progress.set_description(str(case))
         try:
-            rows += run_limited(call[0], case, *call[1:], **limits)
+            rows += run_limited(compare, case, args.device, budget, levels, names, **limits)
         except (BrokenProcessPool, RuntimeError, MemoryError) as error:
             is_killed = isinstance(error, BrokenProcessPool)
             if not is_killed and not is_out_of_memory(error):

@@ -47,7 +47,7 @@ def measured(monkeypatch):
     """Lets the processes return what the test puts here for each pairwise function, or raise it."""
     outcomes = {}
 
-    def run(function, case, device, budget, levels, names, **options):
+    def run(function, case, on, budget, levels, names, **options):
         found = outcomes[case.pairwise]
         if isinstance(found, Exception):
             raise found
