@@ -103,7 +103,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flip", action="store_true", help="mirror what the model sees, as test-time augmentation"
     )
-    add_overrides(parser, ", but not right behind --input, --points or --block")
+    add_overrides(parser, "but not right behind --input, --points or --block")
     return parser
 
 

@@ -99,7 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
     names = parser.add_argument_group("names of the classes, for your own data in COCO's format")
     names.add_argument("--val-json", metavar="FILE", help="annotations as for train_net.py")
     names.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
-    add_overrides(parser, ", but not right behind --input; for both models")
+    add_overrides(parser, "but not right behind --input; they are for both models")
     return parser
 
 

@@ -124,7 +124,7 @@ def test_errors_of_the_user_with_a_lazy_config(words, message, run, tmp_path):
 
 def test_traceback_on_request():
     words = ["--config-file", str(QUICK_START), "SOLVER.BASE_RL", "1", "--traceback"]
-    with pytest.raises(KeyError, match="did you mean 'SOLVER.BASE_LR"):
+    with pytest.raises(KeyError, match=r"did you mean 'SOLVER.BASE_LR'"):
         train_net.main(parse_arguments(words))
 
 

@@ -54,10 +54,10 @@ def add_overrides(parser: argparse.ArgumentParser, note: str = "") -> None:
 
     Args:
         parser: the parser to add them to.
-        note: what else is to be said about them.
+        note: what else is to be said about them, in a line of its own.
     """
     text = "config keys and their values, such as SOLVER.BASE_LR 0.01, anywhere among the options"
-    parser.add_argument_group("KEY VALUE", f"{text}{note}")
+    parser.add_argument_group("KEY VALUE", f"{text}\n{note}")
 
 
 def parse_with_overrides(
