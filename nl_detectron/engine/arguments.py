@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.engine import default_argument_parser
 
-from nl_detectron.engine.command_line import Parser, add_overrides, parse_with_overrides
+from nl_detectron.engine.command_line import Parser
 
 EPILOG = """
 Examples:
@@ -61,9 +61,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     own.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
     own.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
     own.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
-    add_overrides(parser)
+    parser.add_overrides()
 
-    args = parse_with_overrides(parser, arguments)
+    args = parser.parse_with_overrides(arguments)
     if not args.config_file:
         parser.error("--config-file is needed, such as configs/quick_start.yaml")
     if not Path(args.config_file).is_file():

@@ -5,11 +5,8 @@ import pytest
 
 from nl_detectron.engine.command_line import (
     Parser,
-    add_model_arguments,
-    add_overrides,
     exit_on_user_error,
     message_of,
-    parse_with_overrides,
     positive_int,
     score,
 )
@@ -20,8 +17,8 @@ MODEL = ["--config-file", "a.yaml"]
 @pytest.fixture
 def parser():
     parser = Parser("What it does.", "Examples:\n    one\n    two")
-    add_model_arguments(parser)
-    add_overrides(parser, "not for cats")
+    parser.add_model_arguments()
+    parser.add_overrides("not for cats")
     return parser
 
 
@@ -34,7 +31,7 @@ def parser():
     ],
 )
 def test_overrides_stand_anywhere_and_may_be_negative(words, parser):
-    args = parse_with_overrides(parser, words)
+    args = parser.parse_with_overrides(words)
     assert (args.config_file, args.weights) == ("a.yaml", "w")
     assert args.opts == ["A.B", "-1e-4", "C", "-inf"]
 
@@ -50,7 +47,7 @@ def test_overrides_stand_anywhere_and_may_be_negative(words, parser):
 )
 def test_errors_are_one_line(words, message, parser, capsys):
     with pytest.raises(SystemExit) as exit_:
-        parse_with_overrides(parser, words)
+        parser.parse_with_overrides(words)
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{parser.prog}: error: {message}"
