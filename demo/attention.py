@@ -31,14 +31,7 @@ from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.placement import Point
 from nl_detectron.engine import NonLocalCheckpointer
-from nl_detectron.engine.command_line import (
-    Parser,
-    add_model_arguments,
-    add_overrides,
-    exit_on_user_error,
-    parse_with_overrides,
-    score,
-)
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
 from nl_detectron.engine.predictor import trained_config
 from nl_detectron.engine.setup import use_cpu_without_cuda
 
@@ -65,9 +58,9 @@ MAX_OBJECTS = 6
 GRID = 3
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__, EPILOG)
-    add_model_arguments(parser)
+    parser.add_model_arguments()
     parser.add_argument("--input", nargs="+", type=Path, metavar="IMAGE", required=True)
     parser.add_argument(
         "--output",
@@ -103,7 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flip", action="store_true", help="mirror what the model sees, as test-time augmentation"
     )
-    add_overrides(parser, ", but not right behind --input, --points or --block")
+    parser.add_overrides("but not right behind --input, --points or --block")
     return parser
 
 
@@ -123,7 +116,7 @@ def count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_with_overrides(make_parser(), arguments)
+    args = make_parser().parse_with_overrides(arguments)
     setup_logger(name="nl_detectron")
     with exit_on_user_error():
         cfg = trained_config(args.config_file, args.weights, args.opts)

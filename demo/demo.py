@@ -21,14 +21,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from nl_detectron.data import register_coco_json
-from nl_detectron.engine.command_line import (
-    Parser,
-    add_model_arguments,
-    add_overrides,
-    exit_on_user_error,
-    parse_with_overrides,
-    score,
-)
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
 from nl_detectron.engine.predictor import (
     Predictor,
     dataset_metadata,
@@ -75,9 +68,9 @@ class Model(NamedTuple):
     predictor: Predictor
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__, EPILOG)
-    add_model_arguments(parser)
+    parser.add_model_arguments()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="images, folders of images, quoted patterns"
@@ -99,12 +92,12 @@ def make_parser() -> argparse.ArgumentParser:
     names = parser.add_argument_group("names of the classes, for your own data in COCO's format")
     names.add_argument("--val-json", metavar="FILE", help="annotations as for train_net.py")
     names.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
-    add_overrides(parser, ", but not right behind --input; for both models")
+    parser.add_overrides("but not right behind --input; they are for both models")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_with_overrides(make_parser(), arguments)
+    args = make_parser().parse_with_overrides(arguments)
     setup_logger(name="nl_detectron")
     with exit_on_user_error():
         check_combinations(args)

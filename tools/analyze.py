@@ -34,14 +34,7 @@ from torch import Tensor
 
 from nl_detectron.analysis.cost import Cost, CostReport, measure_cost
 from nl_detectron.config import build_config
-from nl_detectron.engine.command_line import (
-    Parser,
-    add_model_arguments,
-    add_overrides,
-    exit_on_user_error,
-    parse_with_overrides,
-    positive_int,
-)
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.engine.setup import use_cpu_without_cuda
 
@@ -57,16 +50,16 @@ NOISE = 1e-4
 
 @exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_with_overrides(make_parser(), arguments)
+    args = make_parser().parse_with_overrides(arguments)
     report = run(args)
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
-    add_model_arguments(parser, weights="trained weights (default: random)")
+    parser.add_model_arguments(weights="trained weights (default: random)")
     image = parser.add_mutually_exclusive_group()
     image.add_argument("--image", metavar="FILE", help="an image, resized as in evaluation")
     image.add_argument(
@@ -85,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="timed calls (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    add_overrides(parser)
+    parser.add_overrides()
     return parser
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         raise ValueError(f"{args.source} is not converted: {error}") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help=".pth, .pkl or .safetensors, read as data only")
     parser.add_argument(

@@ -17,14 +17,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from nl_detectron.engine import NonLocalCheckpointer
-from nl_detectron.engine.command_line import (
-    USER_ERRORS,
-    Parser,
-    add_model_arguments,
-    add_overrides,
-    exit_on_user_error,
-    parse_with_overrides,
-)
+from nl_detectron.engine.command_line import USER_ERRORS, Parser, exit_on_user_error
 from nl_detectron.engine.predictor import trained_config
 from nl_detectron.export import FORMATS, ExportError, export_detector
 
@@ -62,9 +55,9 @@ USAGE = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__, EPILOG)
-    add_model_arguments(parser)
+    parser.add_model_arguments()
     parser.add_argument(
         "--image",
         metavar="IMAGE",
@@ -78,13 +71,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="traced or scripted TorchScript, or ONNX (default: onnx for an --output of that "
         "suffix, else traced)",
     )
-    add_overrides(parser)
+    parser.add_overrides()
     return parser
 
 
 @exit_on_user_error((*USER_ERRORS, ImportError))
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = parse_with_overrides(make_parser(), arguments)
+    args = make_parser().parse_with_overrides(arguments)
     setup_logger(name="nl_detectron")
     try:
         export(args)

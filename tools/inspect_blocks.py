@@ -32,13 +32,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from tabulate import tabulate
 
 from nl_detectron.analysis.block_report import BlockReport, inspect_blocks
-from nl_detectron.engine.command_line import (
-    Parser,
-    add_overrides,
-    exit_on_user_error,
-    parse_with_overrides,
-    positive_int,
-)
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
 
 HEADERS = (
@@ -55,14 +49,14 @@ HEADERS = (
 
 @exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_with_overrides(make_parser(), arguments)
+    args = make_parser().parse_with_overrides(arguments)
     reports = run(args)
     print(table(reports))
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as model_final.pth")
     parser.add_argument(
@@ -81,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the measurements here, too"
     )
-    add_overrides(parser)
+    parser.add_overrides()
     return parser
 
 

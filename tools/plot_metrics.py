@@ -12,7 +12,6 @@ block there are ||W_z|| and the mean of |gamma|.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(args.output)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="metrics.json, or the folder it lies in"

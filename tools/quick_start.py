@@ -30,12 +30,7 @@ from nl_detectron.analysis.curves import plot_metrics
 from nl_detectron.analysis.metrics import TASKS, last_aps, metrics_file
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
-from nl_detectron.engine.command_line import (
-    Parser,
-    add_overrides,
-    exit_on_user_error,
-    parse_with_overrides,
-)
+from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.engine.predictor import (
     Predictor,
     draw_ground_truth,
@@ -62,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--skip-training", action="store_true", help="show what was trained in OUTPUT_DIR before"
     )
-    add_overrides(parser)
-    args = parse_with_overrides(parser, arguments)
+    parser.add_overrides()
+    args = parser.parse_with_overrides(arguments)
     with exit_on_user_error():
         output = Path(build_config(CONFIG_FILE, args.opts).OUTPUT_DIR)
     minutes = None

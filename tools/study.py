@@ -13,7 +13,6 @@ runs are kept, others go on from their last checkpoint, or start again.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from pathlib import Path
@@ -50,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("plan", type=Path, metavar="STUDY.yaml", help="what to compare")
     parser.add_argument(

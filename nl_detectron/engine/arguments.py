@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from detectron2.engine import default_argument_parser
 
-from nl_detectron.engine.command_line import Parser, add_overrides, parse_with_overrides
+from nl_detectron.engine.command_line import Parser
 
 EPILOG = """
 Examples:
@@ -61,9 +61,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     own.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
     own.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
     own.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
-    add_overrides(parser)
+    parser.add_overrides()
 
-    args = parse_with_overrides(parser, arguments)
+    args = parser.parse_with_overrides(arguments)
     if not args.config_file:
         parser.error("--config-file is needed, such as configs/quick_start.yaml")
     if not Path(args.config_file).is_file():
@@ -81,7 +81,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """
     Add the options that Detectron2's ``default_argument_parser`` has, all but its overrides, which
-    take everything that comes after the first of them; and ours for errors and for weights.
+    take everything that comes after the first of them; and ours for errors and for loading weights,
+    which :class:`NonLocalCheckpointer` explains.
 
     Args:
         parser: the parser to add them to.
@@ -96,7 +97,15 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="show where in the code an error in config, weights or data arose",
     )
-    add_weights_options(parser)
+    weights = parser.add_argument_group("loading MODEL.WEIGHTS, or what --resume goes on from")
+    weights.add_argument(
+        "--weights-report", action="store_true", help="log every tensor and what became of it"
+    )
+    weights.add_argument(
+        "--strict-weights",
+        action="store_true",
+        help="stop if anything but new non-local blocks starts fresh, or if any weights are unused",
+    )
     machines = parser.add_argument_group("several GPUs and machines")
     machines.add_argument("--num-gpus", type=int, default=1, help="per machine")
     machines.add_argument("--num-machines", type=int, default=1)
@@ -106,22 +115,4 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         default=default_argument_parser().get_default("dist_url"),
         help="where the processes find each other (default: %(default)s); see PyTorch's "
         "torch.distributed",
-    )
-
-
-def add_weights_options(parser: argparse.ArgumentParser) -> None:
-    """
-    Add ``--weights-report`` and ``--strict-weights``, which NonLocalCheckpointer explains.
-
-    Args:
-        parser: the parser to add them to.
-    """
-    weights = parser.add_argument_group("loading MODEL.WEIGHTS, or what --resume goes on from")
-    weights.add_argument(
-        "--weights-report", action="store_true", help="log every tensor and what became of it"
-    )
-    weights.add_argument(
-        "--strict-weights",
-        action="store_true",
-        help="stop if anything but new non-local blocks starts fresh, or if any weights are unused",
     )

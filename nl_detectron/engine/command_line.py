@@ -29,61 +29,53 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
+    def add_model_arguments(self, weights: str = "its weights (default: MODEL.WEIGHTS)") -> None:
+        """
+        Add ``--config-file``, which is required, and ``--weights``.
+
+        Args:
+            weights: the help for ``--weights``.
+        """
+        self.add_argument("--config-file", metavar="FILE", required=True, help="config of a model")
+        self.add_argument("--weights", metavar="FILE", help=weights)
+
+    def add_overrides(self, note: str = "") -> None:
+        """
+        Describe the overrides, which :meth:`parse_with_overrides` accepts, in the help.
+
+        Args:
+            note: what else is to be said about them, in a line of its own.
+        """
+        text = "config keys and their values, such as SOLVER.BASE_LR 0.01, among the options"
+        self.add_argument_group("KEY VALUE", f"{text}\n{note}")
+
+    def parse_with_overrides(self, words: Sequence[str] | None = None) -> argparse.Namespace:
+        """
+        Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the
+        options. A value may be a negative number, such as -1e-4. An unknown option, or a key
+        without a value, ends the process with exit status 2.
+
+        Args:
+            words: the words of the command line; those of this process by default.
+
+        Returns:
+            What ``parse_args`` returns, and ``opts``: keys and values in turn.
+        """
+        args, overrides = self.parse_known_args(words)
+        # No key begins with a dash. A value may, but not with two.
+        unknown = [
+            word for i, word in enumerate(overrides) if word.startswith("--" if i % 2 else "-")
+        ]
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if len(overrides) % 2:
+            self.error(f"overrides come in pairs of KEY VALUE, but got {' '.join(overrides)}")
+        args.opts = overrides
+        return args
+
     def error(self, message: str) -> NoReturn:
         """End with exit status 2, as ``ArgumentParser.error`` does, but without the usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def add_model_arguments(
-    parser: argparse.ArgumentParser, weights: str = "its weights (default: MODEL.WEIGHTS)"
-) -> None:
-    """
-    Add ``--config-file``, which is required, and ``--weights``.
-
-    Args:
-        parser: the parser to add them to.
-        weights: the help for ``--weights``.
-    """
-    parser.add_argument("--config-file", metavar="FILE", required=True, help="config of the model")
-    parser.add_argument("--weights", metavar="FILE", help=weights)
-
-
-def add_overrides(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """
-    Describe the overrides, which :func:`parse_with_overrides` accepts, in the help.
-
-    Args:
-        parser: the parser to add them to.
-        note: what else is to be said about them.
-    """
-    text = "config keys and their values, such as SOLVER.BASE_LR 0.01, anywhere among the options"
-    parser.add_argument_group("KEY VALUE", f"{text}{note}")
-
-
-def parse_with_overrides(
-    parser: argparse.ArgumentParser, words: Sequence[str] | None = None
-) -> argparse.Namespace:
-    """
-    Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the
-    options. A value may be a negative number, such as -1e-4.
-
-    Args:
-        parser: a parser of all options; it has no argument for the pairs.
-        words: the words of the command line; those of this process by default.
-
-    Returns:
-        What the parser returns, and ``opts``: keys and values in turn. An option that the parser
-        does not know, or a key without a value, ends the process with exit status 2.
-    """
-    args, overrides = parser.parse_known_args(words)
-    # No key begins with a dash. A value may, but not with two.
-    options = [word for i, word in enumerate(overrides) if word.startswith("--" if i % 2 else "-")]
-    if options:
-        parser.error(f"unrecognized arguments: {' '.join(options)}")
-    if len(overrides) % 2:
-        parser.error(f"overrides come in pairs of KEY VALUE, but got {' '.join(overrides)}")
-    args.opts = overrides
-    return args
 
 
 def score(text: str) -> float:
