@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
-from nl_detectron.analysis.recording import record_calls
+from nl_detectron.analysis.recording import choose_blocks, record_calls
 from nl_detectron.layers import NonLocalBlock
-from nl_detectron.modeling import nonlocal_blocks
-from nl_detectron.validation import check_choice, did_you_mean
+from nl_detectron.validation import check_choice
 
 # The heads that Detectron2 calls with (features of regions, instances).
 _HEADS = (BaseKeypointRCNNHead, BaseMaskRCNNHead)
@@ -184,34 +183,6 @@ def attention_maps(
     return record_attention(model, image, **options).maps(points)
 
 
-def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonLocalBlock]:
-    """
-    Args:
-        model: any with non-local blocks.
-        names: full names, or their ends, such as ``res4.nonlocal4`` or ``nonlocal4``.
-
-    Returns:
-        Full name to block, of the named ones; of all of the model's, if ``names`` is empty.
-
-    Raises:
-        ValueError: the model has no such block, or none at all; the message lists what there is.
-    """
-    blocks = nonlocal_blocks(model, NonLocalBlock)
-    if not blocks:
-        raise ValueError("the model has no non-local blocks")
-    for name in names:
-        if not any(_ends_in(full_name, name) for full_name in blocks):
-            raise ValueError(
-                f"the model has no non-local block {name!r}, but {', '.join(blocks)}"
-                f"{did_you_mean(name, blocks)}"
-            )
-    return {
-        full_name: block
-        for full_name, block in blocks.items()
-        if not names or any(_ends_in(full_name, name) for name in names)
-    }
-
-
 def check_points(points: Sequence[Point], image: np.ndarray) -> None:
     """
     Args:
@@ -236,10 +207,6 @@ def _check_image(image: np.ndarray) -> None:
             f"the image is {image.dtype} of shape {image.shape}, but must be uint8 of shape "
             "(height, width, 3)"
         )
-
-
-def _ends_in(full_name: str, name: str) -> bool:
-    return f".{full_name}".endswith(f".{name}")
 
 
 def _input_and_boxes(

@@ -144,10 +144,8 @@ def _draw_arrows(
             color="white",
             path_effects=_OUTLINE,
         )
-        last_in_line = number % _WEIGHTS_PER_LINE == 0
-        legend += f"{number}: {_format_weight(weight, pairwise)}" + (
-            "\n" if last_in_line else "   "
-        )
+        space = "   " if number % _WEIGHTS_PER_LINE else "\n"
+        legend += f"{number}: {_format_weight(weight, pairwise)}{space}"
     return legend.rstrip() + "\n"
 
 

@@ -57,10 +57,9 @@ def plot_metrics(runs: Mapping[str, Path]) -> Figure:
     for index, name in enumerate(names):
         panel = figure.add_subplot(rows, columns, index + 1)
         panel.set_title(_title(name), fontsize=10)
-        draw = _draw_ap if _is_ap(name) else _draw_weight if _is_weight(name) else _draw_loss
         for style, run in zip(itertools.cycle(_STYLES), curves.values()):
             if name in run:
-                draw(panel, *run[name], style)
+                _draw(panel, name, run[name], style)
         _set_axes(panel, name)
     lines = [Line2D([], [], **style) for style, _ in zip(itertools.cycle(_STYLES), runs)]
     figure.legend(lines, list(runs), loc="outside upper left", ncols=columns, frameon=False)
@@ -117,21 +116,15 @@ def _sorted(by_iteration: dict[int, float]) -> Curve:
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
 
 
-def _draw_loss(
-    panel: Axes, iterations: np.ndarray, losses: np.ndarray, style: dict[str, Any]
-) -> None:
-    panel.plot(iterations, losses, **style, linewidth=0.5, alpha=0.25, zorder=1)
-    panel.plot(iterations, _smooth(losses), **style, linewidth=1.6)
-
-
-def _draw_ap(panel: Axes, iterations: np.ndarray, aps: np.ndarray, style: dict[str, Any]) -> None:
-    label = f"{aps[-1]:.1f}"
-    panel.plot(iterations, aps, **style, linewidth=1.2, marker="o", markersize=4, label=label)
-
-
-def _draw_weight(
-    panel: Axes, iterations: np.ndarray, values: np.ndarray, style: dict[str, Any]
-) -> None:
+def _draw(panel: Axes, name: str, curve: Curve, style: dict[str, Any]) -> None:
+    iterations, values = curve
+    if _is_ap(name):
+        label = f"{values[-1]:.1f}"
+        panel.plot(*curve, **style, linewidth=1.2, marker="o", markersize=4, label=label)
+        return
+    if not _is_weight(name):
+        panel.plot(*curve, **style, linewidth=0.5, alpha=0.25, zorder=1)
+        values = _smooth(values)
     panel.plot(iterations, values, **style, linewidth=1.6)
 
 

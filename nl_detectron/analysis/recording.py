@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+
+from nl_detectron.layers import NonLocalBlock
+from nl_detectron.modeling import nonlocal_blocks
+from nl_detectron.validation import did_you_mean
+
+
+def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonLocalBlock]:
+    """
+    Args:
+        model: any with non-local blocks.
+        names: full names, or their ends, such as ``res4.nonlocal4`` or ``nonlocal4``.
+
+    Returns:
+        Full name to block, of the named ones; of all of the model's, if ``names`` is empty.
+
+    Raises:
+        ValueError: the model has no such block, or none at all; the message lists what there is.
+    """
+    blocks = nonlocal_blocks(model, NonLocalBlock)
+    if not blocks:
+        raise ValueError("the model has no non-local blocks")
+    for name in names:
+        if not any(_ends_in(full_name, name) for full_name in blocks):
+            raise ValueError(
+                f"the model has no non-local block {name!r}, but {', '.join(blocks)}"
+                f"{did_you_mean(name, blocks)}"
+            )
+    return {
+        full_name: block
+        for full_name, block in blocks.items()
+        if not names or any(_ends_in(full_name, name) for name in names)
+    }
 
 
 @contextmanager
@@ -31,3 +63,7 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tu
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ends_in(full_name: str, name: str) -> bool:
+    return f".{full_name}".endswith(f".{name}")

@@ -6,7 +6,7 @@ looks the same for both. There are three sets of the same squares:
 
 ``long_range``: the disc is at the other end of the picture.
 ``long_range_near``: it is right beside the square.
-``long_range_none``: there is none, and the class is a coin toss.
+``long_range_none``: there is none, and the class is random.
 """
 
 from __future__ import annotations
