@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nl_detectron.checkpoint_io import STATE_DICT_KEYS
 from nl_detectron.conversion.block import Block
 from nl_detectron.conversion.families import FAMILIES
 from nl_detectron.conversion.families.torchvision import convert_torchvision, is_torchvision
@@ -26,9 +27,6 @@ from nl_detectron.validation import check_choice, did_you_mean
 SOURCES = (*FAMILIES, "torchvision", "detectron2")
 TARGETS = tuple(name for name, family in FAMILIES.items() if family.target)
 
-# Under which key training programs keep the state dict: Caffe2, SlowFast, mmcv and Lightning,
-# Detectron2.
-_WRAPPERS = ("blobs", "model_state", "state_dict", "model")
 # mmdet's plug-ins and timm's attention layers: within a residual block, before its sum.
 _IN_RESIDUAL_BRANCH = re.compile(r"(?:.*\.)?layer\d+\.\d+\..+")
 
@@ -121,7 +119,7 @@ def _tensors_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     """The tensors of the state dict, without "module." of data-parallel training; all the rest."""
     content: Mapping[str, Any] = checkpoint
     others: dict[str, Any] = {}
-    for key in _WRAPPERS:
+    for key in STATE_DICT_KEYS:
         if isinstance(content.get(key), Mapping):
             others.update({name: value for name, value in content.items() if name != key})
             content = content[key]
