@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
@@ -30,9 +31,11 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
-from nl_detectron.engine import NonLocalCheckpointer
+from nl_detectron.data import TrainLoader
+from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer
 from nl_detectron.engine.arguments import add_weights_options
 from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.interruption import sole_run
 
 logger = logging.getLogger("nl_detectron")
 
@@ -76,6 +79,8 @@ def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
     block_weights = BlockWeightsHook(model, cfg.train.log_period)
     model = create_ddp_model(model, **cfg.train.ddp)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    if cfg.dataloader.train._target_ is build_detection_train_loader:
+        cfg.dataloader.train._target_ = TrainLoader
     trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
     checkpointer = build_checkpointer(cfg, model, args, trainer=trainer)
     trainer.register_hooks(
@@ -87,6 +92,8 @@ def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
     )
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)])
+    interruption = Interruption(checkpointer)
+    trainer.register_hooks([ExactResume(checkpointer, cfg.train.get("seed", -1)), interruption])
     trainer.register_hooks([hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))])
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
@@ -94,8 +101,9 @@ def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     # A checkpoint holds the iteration that was just finished.
-    start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
-    trainer.train(start, cfg.train.max_iter)
+    start = trainer.iter + 1 if checkpointer.resumed else 0
+    with interruption.watch():
+        trainer.train(start, cfg.train.max_iter)
 
 
 def build_checkpointer(
@@ -111,11 +119,14 @@ def build_checkpointer(
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
+    if not args.eval_only:
+        overridden = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+        with sole_run(overridden.train.output_dir):
+            cfg = setup(args)
+            train(cfg, instantiate(cfg.model).to(cfg.train.device), args)
+        return None
     cfg = setup(args)
     model = instantiate(cfg.model).to(cfg.train.device)
-    if not args.eval_only:
-        train(cfg, model, args)
-        return None
     checkpointer = build_checkpointer(cfg, model, args)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     return evaluate(cfg, create_ddp_model(model))

@@ -141,7 +141,7 @@ class TrainLoader:
         # A generator of its own: otherwise the loader would draw from torch's global one.
         yield from DataLoader(
             samples,
-            batch_sampler=self._keys(repeats, shuffle),  # type: ignore[arg-type]
+            batch_sampler=self._keys(repeats, shuffle),
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )

@@ -75,8 +75,8 @@ class ExactResume(HookBase):
                 done = start // hook._period if hook._period > 0 else 0
                 self._position(hook._data_loader, done * hook._num_iter)
         self._restore_metrics(start)
-        if note := not start and getattr(self._checkpointer, "note", ""):
-            logger.warning(note)
+        if not start and self._note:
+            logger.warning(self._note)
         if start:
             self.trainer.iter = self.trainer.storage.iter = start - 1
             for hook in self.trainer._hooks:
@@ -89,6 +89,11 @@ class ExactResume(HookBase):
 
     def after_step(self) -> None:
         self._finished = self._state()
+
+    @property
+    def _note(self) -> str:
+        """Why a run that was to be resumed is not, if it starts at 0."""
+        return getattr(self._checkpointer, "note", "")  # Detectron2's own has none
 
     def _position(self, loader: Any, start: int) -> None:
         if isinstance(loader, TrainLoader):
@@ -118,7 +123,7 @@ class ExactResume(HookBase):
             for value, storage.iter in scalar["values"]:
                 storage.put_scalar(name, value, smoothing_hint=scalar["smoothing_hint"])
         storage.iter = start
-        is_restart = not start and getattr(self._checkpointer, "note", "")
+        is_restart = not start and bool(self._note)
         size = 0 if is_restart else self._resumed.get("metrics_size")
         if size is None or not comm.is_main_process() or not self._metrics.exists():
             return

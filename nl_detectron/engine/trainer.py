@@ -76,7 +76,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Detectron2's images, mapper and batch size, in an order that a resumed run goes on with."""
+        """Detectron2's images, mapper and batch size, in an order that a resumed run keeps."""
         return build_train_loader(cfg)
 
     @classmethod
