@@ -235,7 +235,9 @@ def seed_generators(*key: int | str) -> None:
         *key: numbers and words; another key is another seed.
     """
     _seed_cpu(*key)
-    torch.manual_seed(_hash(*key))
+    # torch.manual_seed would note where it was called, in milliseconds, where there is no CUDA.
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(_hash(*key))
 
 
 class _Samples(Dataset):

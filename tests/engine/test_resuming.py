@@ -3,8 +3,9 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.files import sole_user, whole_file
 
-ROOT = Path(__file__).resolve().parents[2]
 LOGGER = "nl_detectron.engine.checkpoint"
 
 
@@ -204,34 +204,34 @@ def test_file_appears_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-HOLD = """
-import os, sys, time
-from nl_detectron.engine.interruption import sole_run
-with sole_run(sys.argv[1]):
-    if not os.fork():
-        time.sleep(60)  # a worker that outlives it
-    print("holds", flush=True)
-    time.sleep(60)
-"""
+def hold(folder, pipe):
+    """Run in a folder, in a child that has a child that outlives it, as a loader's worker does."""
+    holder = os.fork()
+    if holder:
+        return holder
+    os.setsid()
+    with sole_run(str(folder)):
+        if not os.fork():
+            time.sleep(60)
+            os._exit(0)
+        os.write(pipe, b"holds")
+        time.sleep(60)
+    os._exit(0)
 
 
 def test_second_run_in_a_folder_is_refused_in_one_line(tmp_path):
     folder = tmp_path / "output"
-    holder = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", HOLD, str(folder)],
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
-        start_new_session=True,
-    )
-    assert holder.stdout.readline() == b"holds\n"
+    reader, writer = os.pipe()
+    holder = hold(folder, writer)
+    assert os.read(reader, 5) == b"holds"
     (folder / ".model_final.pth.0123.draft").write_bytes(b"half")
     with pytest.raises(SystemExit, match=f"^error: {folder} is where another run is running now$"):
         sole_run(str(folder)).__enter__()
-    holder.kill()
-    holder.wait()
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
     with sole_run(str(folder)):  # though its child lives on
         assert not list(folder.glob("*.draft"))
-    os.killpg(holder.pid, 9)
+    os.killpg(holder, signal.SIGKILL)
 
 
 def test_a_folder_has_one_user_at_a_time(tmp_path):
