@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -16,6 +16,7 @@ from nl_detectron.engine import (
     Trainer,
     build_config,
     fit_config,
+    launch,
     parse_arguments,
 )
 
@@ -50,12 +51,4 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 if __name__ == "__main__":
-    args = parse_arguments()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, parse_arguments())

@@ -20,19 +20,19 @@ from detectron2.engine import (
     default_argument_parser,
     default_setup,
     default_writers,
+    defaults,
     hooks,
-    launch,
 )
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
-from nl_detectron.engine import NonLocalCheckpointer
+from nl_detectron.engine import NonLocalCheckpointer, launch
 from nl_detectron.engine.arguments import add_weights_options
 from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.launch import add_launch_options
 
 logger = logging.getLogger("nl_detectron")
 
@@ -43,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_weights_options(parser)
+    add_launch_options(parser)
     args = parser.parse_args(arguments)
     if not args.config_file.endswith(".py"):
         parser.error(f"--config-file is {args.config_file!r}, not a .py; see train_net.py for YAML")
@@ -74,7 +75,7 @@ def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     block_weights = BlockWeightsHook(model, cfg.train.log_period)
-    model = create_ddp_model(model, **cfg.train.ddp)
+    model = defaults.create_ddp_model(model, **cfg.train.ddp)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
     checkpointer = build_checkpointer(cfg, model, args, trainer=trainer)
@@ -118,16 +119,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
         return None
     checkpointer = build_checkpointer(cfg, model, args)
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    return evaluate(cfg, create_ddp_model(model))
+    return evaluate(cfg, defaults.create_ddp_model(model))
 
 
 if __name__ == "__main__":
-    args = parse_arguments()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, parse_arguments())

@@ -14,6 +14,7 @@ from detectron2.engine import default_argument_parser
 
 from nl_detectron.config import add_nonlocal_config
 from nl_detectron.data import configure_for_dataset, register_coco_json
+from nl_detectron.engine.launch import add_launch_options, fit_norms
 from nl_detectron.validation import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,9 @@ Train a small model on built-in data, in minutes on a CPU:
 Train Mask R-CNN with one non-local block on COCO (in $DETECTRON2_DATASETS/coco), on 8 GPUs:
     $ train_net.py --num-gpus 8 \\
         --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml
+
+The same with torchrun, which also runs on many machines, and on CPUs:
+    $ torchrun --nproc-per-node 8 train_net.py --config-file ...
 
 On another number of GPUs, with batch size, learning rate and schedule scaled to it:
     $ train_net.py --num-gpus 2 --config-file ... SOLVER.REFERENCE_WORLD_SIZE 8
@@ -69,6 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     overrides.metavar = "KEY VALUE"
     overrides.help = "config keys and their values, such as SOLVER.BASE_LR 0.01"
     add_weights_options(parser)
+    add_launch_options(parser)
     own = parser.add_argument_group("your own data, in COCO's format (all four together)")
     own.add_argument("--train-json", metavar="FILE", help="annotations to train on")
     own.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
@@ -163,6 +168,7 @@ def fit_config(cfg: CfgNode, args: argparse.Namespace) -> None:
         except ValueError as error:
             raise ValueError(f"{args.train_json}, {args.val_json}: {error}") from error
     fit_device(cfg)
+    fit_norms(cfg)
 
 
 def fit_device(cfg: CfgNode) -> None:
