@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -91,7 +92,8 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     ``args.num_machines`` asks for more than one; otherwise in this one alone.
 
     Under torchrun the processes talk through NCCL where each has a GPU, and through gloo on
-    machines without one. A process that fails names its rank and its error in a line on stderr.
+    machines without one. A process that fails names its rank and its error in a line on stderr;
+    Python's warnings are shown by rank 0 alone.
 
     Args:
         main: called with ``args``.
@@ -167,6 +169,8 @@ def _run(
     main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, place: ProcessPlace
 ) -> None:
     """``main(args)`` as one process of torchrun's."""
+    if place.rank > 0:
+        warnings.simplefilter("ignore")
     try:
         if place.world_size > 1:
             _join(place, timedelta(minutes=args.timeout))
