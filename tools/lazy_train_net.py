@@ -31,7 +31,7 @@ from torch import nn
 
 from nl_detectron.engine import NonLocalCheckpointer, launch
 from nl_detectron.engine.arguments import add_weights_options
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.hooks import BlockWeightsHook, NoEvaluationAfterFailureHook
 from nl_detectron.engine.launch import add_launch_options
 
 logger = logging.getLogger("nl_detectron")
@@ -82,6 +82,7 @@ def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
     trainer.register_hooks(
         [
             block_weights,
+            NoEvaluationAfterFailureHook(),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         ]

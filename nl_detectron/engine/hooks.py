@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from detectron2.engine import HookBase
 from detectron2.utils.events import get_event_storage
 from torch import nn
@@ -40,3 +42,15 @@ class BlockWeightsHook(HookBase):
             for key, value in scalars.items():
                 if value is not None:
                     storage.put_scalar(f"nonlocal/{name}/{key}", value, smoothing_hint=False)
+
+
+class NoEvaluationAfterFailureHook(HookBase):
+    """
+    Keeps Detectron2's ``EvalHook``, if that comes later, from evaluating after an error in the last
+    iteration, which it takes for the end: one process would wait there for all others, and they
+    for it.
+    """
+
+    def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            self.trainer.max_iter = math.inf

@@ -14,7 +14,7 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import COCOEvaluator
 
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.hooks import BlockWeightsHook, NoEvaluationAfterFailureHook
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,12 @@ class Trainer(DefaultTrainer):
         self.checkpointer = NonLocalCheckpointer(
             self.checkpointer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
         )
-        # First, so that it comes before the writers, and the time that is written includes it.
-        return [BlockWeightsHook(self.checkpointer.model), *super().build_hooks()]
+        # First, so that they come before the writers, and the time that is written includes them.
+        return [
+            BlockWeightsHook(self.checkpointer.model),
+            NoEvaluationAfterFailureHook(),
+            *super().build_hooks(),
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         # Detectron2 0.6 forgets the optimizer's momentum; its main branch saves it as this does.
