@@ -19,6 +19,7 @@ from nl_detectron.engine import (
     launch,
     parse_arguments,
 )
+from nl_detectron.engine.interruption import sole_run
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -31,8 +32,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 
 def main(args: argparse.Namespace) -> dict | None:
-    cfg = setup(args)
     if args.eval_only:
+        cfg = setup(args)
         model = Trainer.build_model(cfg)
         checkpointer = NonLocalCheckpointer(
             model, cfg.OUTPUT_DIR, strict=args.strict_weights, report=args.weights_report
@@ -43,11 +44,12 @@ def main(args: argparse.Namespace) -> dict | None:
             verify_results(cfg, results)
         return results
 
-    trainer = Trainer(cfg)
-    trainer.checkpointer.strict = args.strict_weights
-    trainer.checkpointer.report = args.weights_report
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
+    with sole_run(build_config(args).OUTPUT_DIR):
+        trainer = Trainer(setup(args))
+        trainer.checkpointer.strict = args.strict_weights
+        trainer.checkpointer.report = args.weights_report
+        trainer.resume_or_load(resume=args.resume)
+        return trainer.train()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from nl_detectron.validation import check_choice
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
-    """Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, to ``cfg``."""
+    """
+    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, and
+    ``SOLVER.CHECKPOINT_KEEP_LAST`` to ``cfg``.
+    """
+    # Keep only so many checkpoints beside model_final.pth, the last ones; 0 keeps all.
+    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+
     cfg.MODEL.NONLOCAL = node = CfgNode()
 
     # The registered backbone that build_nonlocal_backbone builds and puts blocks into.
