@@ -14,7 +14,7 @@ import torch
 
 from nl_detectron.engine import launch
 
-SECONDS = 120
+SECONDS = 300  # far more than needed, on a machine that does nothing else
 
 
 def run_processes(
@@ -25,7 +25,7 @@ def run_processes(
     alone, in a process without it.
 
     Returns:
-        What ``main`` returns, of each rank: numbers and words, no tensors.
+        What ``main`` returns, of each rank: what can be pickled; no tensors.
 
     Raises:
         RuntimeError: a process failed.
