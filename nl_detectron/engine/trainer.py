@@ -12,11 +12,16 @@ from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 
 from nl_detectron.data import TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
-from nl_detectron.engine.hooks import BlockWeightsHook, NoEvaluationAfterFailureHook
+from nl_detectron.engine.hooks import (
+    BlockWeightsHook,
+    NoEvaluationAfterFailureHook,
+    SamplingByImageHook,
+)
 from nl_detectron.engine.interruption import Interruption
 
 logger = logging.getLogger(__name__)
@@ -44,7 +49,12 @@ class Trainer(DefaultTrainer):
         hooks = super().build_hooks()
         # After the periodic checkpoint; before the evaluation, which may take longer than there is.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks[place:place] = [self._exact_resume, self._interruption]
+        sampling = SamplingByImageHook(
+            self.checkpointer.model,
+            seed=lambda: self._exact_resume.seed,
+            images_per_rank=self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        )
+        hooks[place:place] = [self._exact_resume, sampling, self._interruption]
         # First, so that they come before the writers, and the time that is written includes them.
         return [BlockWeightsHook(self.checkpointer.model), NoEvaluationAfterFailureHook(), *hooks]
 
@@ -76,7 +86,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Detectron2's images, mapper and batch size, in an order that a resumed run goes on with."""
+        """Detectron2's images and batch size, in an order that a resumed run goes on with."""
         return build_train_loader(cfg)
 
     @classmethod
