@@ -196,7 +196,16 @@ def _join(place: ProcessPlace, timeout: timedelta) -> None:
     else:
         # Detectron2 names a GPU otherwise, which DistributedDataParallel refuses for CPUs.
         defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # A restarted run may find the store of the one before, with addresses of ended processes.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     # As main's comm.create_local_process_group, which Detectron2 0.6 has not.
     for first in range(0, place.world_size, place.local_world_size):
         ranks = list(range(first, first + place.local_world_size))
