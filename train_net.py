@@ -7,12 +7,18 @@ import argparse
 import contextlib
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from nl_detectron.engine import NonLocalCheckpointer, Trainer, build_config, parse_arguments
+from nl_detectron.engine import (
+    NonLocalCheckpointer,
+    Trainer,
+    build_config,
+    launch,
+    parse_arguments,
+)
 from nl_detectron.engine.command_line import exit_on_user_error
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.setup import (
@@ -20,6 +26,7 @@ from nl_detectron.engine.setup import (
     check_weights_exist,
     use_cpu_without_cuda,
     use_own_data,
+    use_sync_bn_of_cpu,
 )
 
 
@@ -32,6 +39,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         use_own_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
     check_datasets_registered(cfg)
     use_cpu_without_cuda(cfg)
+    use_sync_bn_of_cpu(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
@@ -66,12 +74,4 @@ def main(args: argparse.Namespace) -> dict | None:
 
 
 if __name__ == "__main__":
-    args = parse_arguments()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, parse_arguments())

@@ -22,10 +22,9 @@ from detectron2.engine import (
     SimpleTrainer,
     default_setup,
     default_writers,
+    defaults,
     hooks,
-    launch,
 )
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -33,10 +32,10 @@ from omegaconf import DictConfig
 from torch import nn
 
 from nl_detectron.data import TrainLoader
-from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer
+from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer, launch
 from nl_detectron.engine.arguments import add_training_options
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.hooks import BlockWeightsHook, NoEvaluationAfterFailureHook
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.setup import check_weights_exist
 
@@ -91,7 +90,7 @@ def prepare_training(
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     block_weights = BlockWeightsHook(model, cfg.train.log_period)
-    model = create_ddp_model(model, **cfg.train.ddp)
+    model = defaults.create_ddp_model(model, **cfg.train.ddp)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     if cfg.dataloader.train._target_ is build_detection_train_loader:
         cfg.dataloader.train._target_ = TrainLoader
@@ -100,6 +99,7 @@ def prepare_training(
     trainer.register_hooks(
         [
             block_weights,
+            NoEvaluationAfterFailureHook(),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         ]
@@ -154,16 +154,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
             train()
             return None
         with exit_on_user_error((OSError,), traceback=args.traceback):  # of data that is not there
-            return evaluate(cfg, create_ddp_model(model))
+            return evaluate(cfg, defaults.create_ddp_model(model))
 
 
 if __name__ == "__main__":
-    args = parse_arguments()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, parse_arguments())

@@ -12,11 +12,16 @@ from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 
 from nl_detectron.data import TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.hooks import (
+    BlockWeightsHook,
+    NoEvaluationAfterFailureHook,
+    SamplingByImageHook,
+)
 from nl_detectron.engine.interruption import Interruption
 
 logger = logging.getLogger(__name__)
@@ -44,9 +49,14 @@ class Trainer(DefaultTrainer):
         hooks = super().build_hooks()
         # After the periodic checkpoint; before the evaluation, which may take longer than there is.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks[place:place] = [self._exact_resume, self._interruption]
-        # First, so that it comes before the writers, and the time that is written includes it.
-        return [BlockWeightsHook(self.checkpointer.model), *hooks]
+        sampling = SamplingByImageHook(
+            self.checkpointer.model,
+            seed=lambda: self._exact_resume.seed,
+            images_per_rank=self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        )
+        hooks[place:place] = [self._exact_resume, sampling, self._interruption]
+        # First, so that they come before the writers, and the time that is written includes them.
+        return [BlockWeightsHook(self.checkpointer.model), NoEvaluationAfterFailureHook(), *hooks]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
