@@ -39,12 +39,11 @@ class Trainer(DefaultTrainer):
             keep_last=self.cfg.SOLVER.get("CHECKPOINT_KEEP_LAST", 0),
             trainer=weakref.proxy(self),
         )
-        self._exact_resume = ExactResume(self.checkpointer, self.cfg.SEED)
         self._interruption = Interruption(self.checkpointer)
         hooks = super().build_hooks()
         # After the periodic checkpoint; before the evaluation, which may take longer than there is.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        hooks[place:place] = [self._exact_resume, self._interruption]
+        hooks[place:place] = [self._interruption, ExactResume(self.checkpointer, self.cfg.SEED)]
         # First, so that it comes before the writers, and the time that is written includes it.
         return [BlockWeightsHook(self.checkpointer.model), *hooks]
 
