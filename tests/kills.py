@@ -18,6 +18,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -174,6 +175,8 @@ def fork(folder: Path, workers: int, plain: bool, *words: str) -> int:
         status = end.code
     except KeyboardInterrupt:
         status = 130
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
