@@ -69,6 +69,13 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         """
         Load weights, and what else the checkpoint holds, as ``DetectionCheckpointer.load`` does.
 
+        Args:
+            path: a file, or a URL; may be empty.
+            *args, **kwargs: as ``DetectionCheckpointer.load`` takes them.
+
+        Returns:
+            What the file holds that was not used.
+
         Raises:
             CheckpointError: the file is no checkpoint; it has non-local blocks that the model lacks
                 or has in another form (the message says what to set); or with ``strict``, anything

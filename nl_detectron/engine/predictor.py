@@ -51,7 +51,16 @@ class Predictor(DefaultPredictor):
         NonLocalCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
 
     def draw(self, image: np.ndarray, scale: float = 1) -> np.ndarray:
-        """Predict, and draw it: see :func:`draw_predictions`."""
+        """
+        Predict, and draw it.
+
+        Args:
+            image: (H, W, 3), uint8, blue, green, red.
+            scale: size of the picture over that of the image.
+
+        Returns:
+            (scale H, scale W, 3), uint8: see :func:`draw_predictions`.
+        """
         instances = self(image)["instances"].to("cpu")
         return draw_predictions(image, instances, self.metadata, scale)
 
@@ -84,8 +93,12 @@ def trained_config(
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:
     """
-    What is registered of the config's first test dataset, if that has as many classes, and
-    keypoints if any, as the config's model; else nothing.
+    Args:
+        cfg: the config.
+
+    Returns:
+        What is registered of its first test dataset, if that has as many classes, and keypoints if
+        any, as its model; else nothing.
     """
     model = cfg.MODEL
     head = model.RETINANET if model.META_ARCHITECTURE == "RetinaNet" else model.ROI_HEADS
@@ -138,7 +151,16 @@ def draw_ground_truth(
     image: np.ndarray, record: Record, metadata: Metadata, scale: float = 1
 ) -> np.ndarray:
     """
-    Draw the annotations of a record of a registered dataset; see :func:`draw_predictions`.
+    Draw annotations as :func:`draw_predictions` draws predictions.
+
+    Args:
+        image: (H, W, 3), uint8.
+        record: of a registered dataset, in Detectron2's format.
+        metadata: the dataset's.
+        scale: size of the picture over that of the image.
+
+    Returns:
+        (scale H, scale W, 3), uint8.
     """
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
     return visualizer.draw_dataset_dict(record).get_image()[:, :, ::-1]

@@ -78,6 +78,11 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Args:
+            state_dict: what :meth:`state_dict`, or Detectron2's, returned. Without the optimizer's
+                state the optimizer starts afresh, with a warning.
+        """
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state, as Detectron2 0.6 forgets it.")
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
@@ -86,7 +91,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Detectron2's images, mapper and batch size, in an order that a resumed run keeps."""
+        """
+        Args:
+            cfg: the config.
+
+        Returns:
+            Detectron2's images, mapper and batch size, in an order that a resumed run keeps.
+        """
         return build_train_loader(cfg)
 
     @classmethod
@@ -94,8 +105,14 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> COCOEvaluator:
         """
-        COCO's box, mask and keypoint AP, for what the model predicts; the predictions are kept in
-        COCO's format in ``output_folder`` (default: ``inference`` in ``cfg.OUTPUT_DIR``).
+        Args:
+            cfg: the config.
+            dataset_name: a registered dataset in COCO's format.
+            output_folder: gets the predictions, in COCO's format; by default ``inference`` in
+                ``cfg.OUTPUT_DIR``.
+
+        Returns:
+            What computes COCO's box, mask and keypoint AP, for what the model predicts.
         """
         return COCOEvaluator(
             dataset_name,
