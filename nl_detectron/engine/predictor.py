@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
-from nl_detectron.engine.setup import is_missing_file, use_cpu_without_cuda
+from nl_detectron.engine.setup import check_weights_exist, use_cpu_without_cuda
 
 GAP = 8  # between pictures, in pixels
 
@@ -86,8 +86,7 @@ def trained_config(
     cfg.MODEL.WEIGHTS = weights = weights or cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError(f"no weights are given, nor has {config_file} any in MODEL.WEIGHTS")
-    if is_missing_file(weights):
-        raise FileNotFoundError(f"the weights {weights} do not exist")
+    check_weights_exist("--weights (or MODEL.WEIGHTS)", weights)
     return cfg
 
 

@@ -13,6 +13,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from torch import nn
 
 from nl_detectron.data import TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
@@ -23,6 +24,7 @@ from nl_detectron.engine.hooks import (
     SamplingByImageHook,
 )
 from nl_detectron.engine.interruption import Interruption
+from nl_detectron.engine.setup import config_keys_in_errors
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,21 @@ class Trainer(DefaultTrainer):
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """
+        Args:
+            cfg: the config.
+
+        Returns:
+            Its model, on its device.
+
+        Raises:
+            ValueError: a value in the config is not legal; the message names the key.
+        """
+        with config_keys_in_errors(cfg):
+            return super().build_model(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
