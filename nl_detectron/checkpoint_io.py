@@ -5,11 +5,10 @@ tensors, arrays and plain containers is refused, and nothing in it is ever run.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import tarfile
-import uuid
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nl_detectron.files import whole_file
 from nl_detectron.validation import check_choice
 
 STATE_DICT_KEYS = ("blobs", "model_state", "state_dict", "model")
@@ -94,12 +94,8 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     if not tensors:
         raise ValueError(f"{path} is not written: there are no tensors in {list(checkpoint)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with whole_file(path) as draft:
         _WRITERS[path.suffix](tensors, draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -122,6 +118,10 @@ def _read_torch(path: Path) -> Any:
     # Up to torch 2.5 the reader of this old format runs code even with weights_only.
     if tarfile.is_tarfile(path):
         raise _Refusal("it is a tar archive, the format of PyTorch before 0.1.10")
+    if zipfile.is_zipfile(path):  # what torch.save writes, with checksums that torch never reads
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():
+                raise _Refusal(f"it is damaged: {part} in it does not match its checksum")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -14,11 +14,15 @@ from nl_detectron.validation import did_you_mean
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
     """
-    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO.
+    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, and
+    ``SOLVER.CHECKPOINT_KEEP_LAST``.
 
     Args:
         cfg: Detectron2's config, changed in place.
     """
+    # Keep only so many checkpoints beside model_final.pth, the last ones; 0 keeps all.
+    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+
     cfg.MODEL.NONLOCAL = node = CfgNode()
 
     # The registered backbone that build_nonlocal_backbone builds and puts blocks into.

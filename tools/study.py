@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
+from nl_detectron.files import sole_user
 from nl_detectron.study.plan import load_plan
 from nl_detectron.study.report import write_report
-from nl_detectron.study.runner import default_workers, prepare_runs, run_all, sole_user
+from nl_detectron.study.runner import default_workers, prepare_runs, run_all
 
 TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train_net.py")]
 
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         todo = prepare_runs(runs)
         print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; in {output}")
         if todo and not args.report_only:
-            with sole_user(output):
+            with sole_user(output, "study"):
                 failed = run_all(todo, TRAIN, args.workers)
         report = write_report(plan.groups, runs, output, title=f"Study {args.plan.stem}")
     except (KeyboardInterrupt, asyncio.CancelledError):

@@ -10,6 +10,7 @@ import torch
 from detectron2.engine import default_argument_parser
 
 from nl_detectron.engine.command_line import Parser
+from nl_detectron.engine.launch import add_launch_options
 
 EPILOG = """
 Examples:
@@ -20,6 +21,9 @@ Train a small model on built-in data, in minutes on a CPU:
 Train Mask R-CNN with one non-local block on COCO (in $DETECTRON2_DATASETS/coco), on 8 GPUs:
     $ train_net.py --num-gpus 8 \\
         --config-file configs/COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml
+
+The same with torchrun, which also runs on many machines, and on CPUs:
+    $ torchrun --nproc-per-node 8 train_net.py --config-file ...
 
 On another number of GPUs, with batch size, learning rate and schedule scaled to it:
     $ train_net.py --num-gpus 2 --config-file ... SOLVER.REFERENCE_WORLD_SIZE 8
@@ -106,7 +110,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="stop if anything but new non-local blocks starts fresh, or if any weights are unused",
     )
-    machines = parser.add_argument_group("several GPUs and machines")
+    machines = parser.add_argument_group("several GPUs and machines, without torchrun")
     machines.add_argument("--num-gpus", type=int, default=1, help="per machine")
     machines.add_argument("--num-machines", type=int, default=1)
     machines.add_argument("--machine-rank", type=int, default=0, help="0, 1, ... of this machine")
@@ -116,3 +120,4 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
         help="where the processes find each other (default: %(default)s); see PyTorch's "
         "torch.distributed",
     )
+    add_launch_options(parser)

@@ -1,4 +1,4 @@
-"""What is checked and set in a config before it runs here: weights, datasets, device."""
+"""What is checked and set in a config before it runs here: weights, datasets, device, norms."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.utils import comm
 
 from nl_detectron.data import configure_for_dataset, register_coco_json
 from nl_detectron.validation import check_choice
@@ -88,3 +89,29 @@ def use_cpu_without_cuda(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.info("There is no CUDA device: MODEL.DEVICE is set to cpu.")
         cfg.MODEL.DEVICE = "cpu"
+
+
+def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
+    """
+    With many processes on CPUs, make ``NORM: SyncBN`` "naiveSyncBN_N", in place, anywhere in the
+    config: PyTorch's own needs CUDA. Detectron2's does the same (without RoIs, too), more slowly;
+    the names of its weights are the same. Its running variance is the biased one.
+
+    Args:
+        cfg: the config.
+    """
+    if comm.get_world_size() == 1 or not cfg.MODEL.DEVICE.startswith("cpu"):
+        return
+    if _replace_norms(cfg):
+        logger.info("SyncBN needs CUDA: on CPUs it is naiveSyncBN_N.")
+
+
+def _replace_norms(node: CfgNode) -> bool:
+    replaced = False
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            replaced |= _replace_norms(value)
+        elif key == "NORM" and value in ("SyncBN", "nnSyncBN"):
+            node[key] = "naiveSyncBN_N"
+            replaced = True
+    return replaced

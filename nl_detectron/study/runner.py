@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
@@ -45,22 +43,6 @@ def prepare_runs(runs: Sequence[Run]) -> list[Run]:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / CONFIG).write_text(run.config, encoding="utf-8")
     return [run for run in runs if read_result(run) is None]
-
-
-@contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """
-    Within the ``with``, no other process may be in a ``with`` of the same folder.
-
-    Raises:
-        ValueError: one is.
-    """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is where another study is running now") from None
-        yield
 
 
 def read_result(run: Run) -> dict[str, float] | None:
