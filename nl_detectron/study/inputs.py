@@ -25,7 +25,9 @@ def check_inputs(runs: Sequence[Run]) -> None:
     Raises:
         FileNotFoundError: something is missing; the message has a line for each thing.
     """
-    configs = [CfgNode.load_cfg(text) for text in {run.setting: run.config for run in runs}.values()]
+    configs = [
+        CfgNode.load_cfg(text) for text in {run.setting: run.config for run in runs}.values()
+    ]
     names = {name for cfg in configs for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
     weights = {cfg.MODEL.WEIGHTS for cfg in configs} - {""}
     problems = [*map(_missing_data, sorted(names)), *map(_missing_weights, sorted(weights))]

@@ -50,9 +50,7 @@ class Plan:
     configs: dict[str, Path] = field(default_factory=dict)
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def part(
-        self, settings: Collection[str] | None = None, seeds: list[int] | None = None
-    ) -> Plan:
+    def part(self, settings: Collection[str] | None = None, seeds: list[int] | None = None) -> Plan:
         """
         Args:
             settings: names of settings; by default all of them.
@@ -144,7 +142,9 @@ def load_plan(path: Path) -> Plan:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     settings = {name: dict(overrides or {}) for name, overrides in content["settings"].items()}
-    own = {name: {k: setting.pop(k, None) for k in _SETTING_KEYS} for name, setting in settings.items()}
+    own = {
+        name: {k: setting.pop(k, None) for k in _SETTING_KEYS} for name, setting in settings.items()
+    }
     files = {name: keys["config"] for name, keys in own.items() if keys["config"]}
     for file in (content["config"], *files.values()):
         if not (path.parent / file).is_file():

@@ -16,13 +16,23 @@ from nl_detectron.analysis.metrics import TASKS
 from nl_detectron.study.plan import Run
 from nl_detectron.study.runner import read_result
 
+Paper = Mapping[str, Mapping[str, float]]
+"""Setting to what a paper reports for it: metric to value."""
+
+SEED_NOISE = 0.3
+"""Two trainings on COCO that differ in their seed alone differ by about so many AP."""
+
 METRICS = [f"{task}/{ap}" for task in TASKS for ap in ("AP", "AP50")]
 CURVE = "bbox/AP"
 _STYLES = ("-", "--", ":", "-.")
 
 
 def write_report(
-    groups: Mapping[str, Sequence[str]], runs: Sequence[Run], output: Path, title: str
+    groups: Mapping[str, Sequence[str]],
+    runs: Sequence[Run],
+    output: Path,
+    title: str,
+    paper: Paper | None = None,
 ) -> Path:
     """
     Write ``report.md`` and its figures into the study's folder, from the runs that are finished.
@@ -32,6 +42,7 @@ def write_report(
         runs: all of the plan's.
         output: the study's folder.
         title: the headline.
+        paper: the plan's.
 
     Returns:
         The path of ``report.md``.
@@ -41,6 +52,7 @@ def write_report(
         if read_result(run) is not None:
             finished[run.setting].append(run)
     count = sum(map(len, finished.values()))
+    seeds = 0
     parts = [f"# {title}", f"{count} of {len(runs)} runs are finished.{_time(finished)}"]
     for number, (group, names) in enumerate(groups.items(), start=1):
         shown = {name: finished[name] for name in names if finished[name]}
@@ -50,29 +62,84 @@ def write_report(
             continue
         figure = f"group_{number}.png"
         draw_group(shown).savefig(output / figure)
-        parts += [group_table(shown), f"![{group}]({figure})"]
+        parts += [group_table(shown, paper), f"![{group}]({figure})"]
+        if table := paper_table(shown, paper or {}):
+            parts.append(f"Ours beside the paper's:\n\n{table}")
+            seeds = max(map(len, shown.values()))
+    if seeds:
+        parts.append(seed_noise(seeds))
     report = output / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report
 
 
-def group_table(runs: dict[str, list[Run]]) -> str:
+def group_table(runs: dict[str, list[Run]], paper: Paper | None = None) -> str:
     """
     Args:
         runs: setting to its finished runs, one or more.
+        paper: the plan's.
 
     Returns:
         A Markdown table: of each AP the mean and the sample standard deviation over the seeds, and
-        their number n.
+        their number n; then what the paper reports in metrics that are not ours.
     """
+    reported = {name: (paper or {}).get(name, {}) for name in runs}
+    others = [m for m in dict.fromkeys(itertools.chain(*reported.values())) if not is_ap(m)]
     values = {name: _values(group) for name, group in runs.items()}
     metrics = [m for m in METRICS if any(m in of_setting for of_setting in values.values())]
     rows = [
-        [f"`{name}`", *(mean_and_deviation(values[name].get(m, [])) for m in metrics), len(group)]
+        [
+            f"`{name}`",
+            *(mean_and_deviation(values[name].get(m, [])) for m in metrics),
+            len(group),
+            *(reported[name].get(metric, "") for metric in others),
+        ]
         for name, group in runs.items()
     ]
-    headers = ["setting", *(f"{TASKS[m.split('/')[0]]} {m.split('/')[1]}" for m in metrics), "n"]
+    headers = ["setting", *map(_header, metrics), "n", *(f"paper: {metric}" for metric in others)]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+
+
+def paper_table(runs: dict[str, list[Run]], paper: Paper) -> str:
+    """
+    Args:
+        runs: setting to its finished runs, one or more.
+        paper: the plan's.
+
+    Returns:
+        A Markdown table: of each AP that the paper reports for one of the settings, our mean, the
+        paper's value, and the mean and the sample standard deviation over the seeds of ours minus
+        the paper's; empty if it reports none.
+    """
+    rows = []
+    for name, group in runs.items():
+        values = _values(group)
+        for metric, theirs in paper.get(name, {}).items():
+            if ours := values.get(metric) if is_ap(metric) else None:
+                difference = mean_and_deviation([value - theirs for value in ours], sign="+")
+                mean = f"{np.mean(ours):.1f}"
+                row = [f"`{name}`", _header(metric), mean, f"{theirs:.1f}", difference, len(ours)]
+                rows.append(row)
+    headers = ["setting", "", "ours", "paper", "ours - paper", "n"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def seed_noise(seeds: int) -> str:
+    """
+    Args:
+        seeds: how many runs a setting has, from 1.
+
+    Returns:
+        What :data:`SEED_NOISE` means for a difference between their mean and a paper's single run,
+        in one sentence.
+    """
+    limit = 2 * SEED_NOISE * np.sqrt(1 + 1 / seeds)
+    return (
+        f"On COCO, trainings that differ in their seed alone spread by about {SEED_NOISE} AP (taken "
+        f"as a standard deviation, for the paper's single run, too), so that with n = {seeds} a "
+        f"difference from the paper of up to 2 · {SEED_NOISE} · √(1 + 1/n) = {limit:.1f} AP can be "
+        "chance."
+    )
 
 
 def draw_group(runs: dict[str, list[Run]]) -> Figure:
@@ -120,10 +187,27 @@ def _values(runs: Sequence[Run]) -> dict[str, list[float]]:
     return values
 
 
-def mean_and_deviation(values: Sequence[float]) -> str:
+def is_ap(metric: str) -> bool:
+    """
+    Args:
+        metric: such as "bbox/AP75".
+
+    Returns:
+        Whether Detectron2's evaluation on COCO gives it.
+    """
+    return metric.split("/")[0] in TASKS
+
+
+def _header(metric: str) -> str:
+    task, ap = metric.split("/")
+    return f"{TASKS[task]} {ap}"
+
+
+def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     """
     Args:
         values: of one metric, over the seeds.
+        sign: "+" to show the mean with its sign, also where it is positive.
 
     Returns:
         Mean and sample standard deviation such as "80.2 ± 2.2"; of a single value the value alone,
@@ -131,7 +215,7 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     """
     if not values:
         return ""
-    mean = f"{np.mean(values):.1f}"
+    mean = f"{np.mean(values):{sign}.1f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"
 
 

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from nl_detectron.analysis.metrics import last_aps
+from nl_detectron.files import whole_file
 from nl_detectron.study.plan import Run
 
 CONFIG, LOG, RESULT, FAILURE = "run.yaml", "run.log", "result.json", "failure.txt"
@@ -89,10 +90,11 @@ def keep_result(run: Run, status: int, seconds: float) -> str | None:
         problem = f"exit status {status}"
     elif not (aps := last_aps(run.folder)):
         problem = "no AP in its metrics.json"
-    name, text = (FAILURE, problem) if problem else (RESULT, json.dumps({**aps, "seconds": seconds}))
-    draft = run.folder / f"{name}.draft"
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(run.folder / name)
+    name, text = (
+        (FAILURE, problem) if problem else (RESULT, json.dumps({**aps, "seconds": seconds}))
+    )
+    with whole_file(run.folder / name) as draft:
+        draft.write_text(text, encoding="utf-8")
     return problem
 
 
@@ -153,7 +155,7 @@ async def _run_all(
                 for line in log.read_text(errors="replace").splitlines()[-1:]:
                     progress.write(f"    {line}")
             else:
-                progress.write(f"{run}: {_summary(run)}")
+                progress.write(f"{run}: {summary(run)}")
             progress.update()
 
         await asyncio.gather(*(run_one(run) for run in runs))
@@ -192,7 +194,14 @@ async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> s
     return keep_result(run, status, time.monotonic() - start)
 
 
-def _summary(run: Run) -> str:
+def summary(run: Run) -> str:
+    """
+    Args:
+        run: a finished run.
+
+    Returns:
+        Its APs and its time, in one line.
+    """
     result = read_result(run)
     assert result is not None
     aps = [f"{name} {value:.1f}" for name, value in result.items() if name.endswith("/AP")]

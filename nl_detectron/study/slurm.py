@@ -86,7 +86,9 @@ class TrainingJob:
         return _submitit().helpers.DelayedSubmission(TrainingJob(self._run, self._train))
 
     def _stop(self) -> None:
-        if self._process is not None and not self._stopping:  # a second SIGTERM would end it at once
+        if (
+            self._process is not None and not self._stopping
+        ):  # a second SIGTERM would end it at once
             self._stopping = True
             self._process.terminate()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from nl_detectron.files import is_used
 from nl_detectron.study.plan import Run
 from nl_detectron.study.runner import FAILURE, read_result, summary
 from nl_detectron.study.slurm import JOB, read_queue
@@ -29,6 +30,11 @@ class State:
     name: str
     job: str = ""
     note: str = ""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it is running, or waits in SLURM's queue: it must not be started again."""
+        return self.name == "running" or (self.name == "waiting" and bool(self.job))
 
 
 def read_states(runs: Sequence[Run]) -> list[State]:
@@ -65,7 +71,7 @@ def _state(run: Run, queue: dict[Path, tuple[str, str]]) -> State:
     if run.folder.absolute() in queue:
         job, name = queue[run.folder.absolute()]
         return State(run, name, job)
-    if in_use(run.folder):
+    if is_used(run.folder):
         return State(run, "running", job)
     if failure := _read(run.folder / FAILURE):
         return State(run, "failed", job, failure)
