@@ -107,7 +107,7 @@ def prepare_training(
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)])
     interruption = Interruption(checkpointer)
-    trainer.register_hooks([ExactResume(checkpointer, cfg.train.get("seed", -1)), interruption])
+    trainer.register_hooks([interruption, ExactResume(checkpointer, cfg.train.get("seed", -1))])
     trainer.register_hooks([hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))])
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)

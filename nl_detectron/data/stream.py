@@ -23,7 +23,7 @@ from detectron2.data.samplers import (
 )
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 logger = logging.getLogger(__name__)
 
@@ -299,6 +299,9 @@ def _seed_cpu(*key: int | str) -> None:
 
 @contextlib.contextmanager
 def _global_generators_kept() -> Iterator[None]:
+    if get_worker_info() is not None:  # a worker's are used for nothing else
+        yield
+        return
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

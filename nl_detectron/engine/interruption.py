@@ -45,7 +45,7 @@ class Interruption(HookBase):
     With many ranks, one of which may have got a signal alone, a small all-reduce (gloo) that runs
     beside each step tells all of them after which iteration to stop: at most one later.
 
-    It belongs behind the hooks that change any state and before the ``EvalHook``.
+    It belongs behind the hooks that change any state, right before :class:`ExactResume`.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer) -> None:
@@ -54,6 +54,7 @@ class Interruption(HookBase):
             checkpointer: saves the run.
         """
         self._checkpointer = checkpointer
+        self._process = 0
         self._received = 0
         self._between_steps = True
         self._finished: int | None = None
@@ -71,17 +72,21 @@ class Interruption(HookBase):
         if threading.current_thread() is not threading.main_thread():  # others get no signals
             yield
             return
+        self._process = os.getpid()
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield
-        except Interrupted as interrupted:
-            self._save()
+        except BaseException as error:
+            # A signal to the whole group may end a loader's worker, and so the step, before us.
+            if not self._received:
+                raise
+            interrupted = Interrupted(self._received)
             done = "before the first" if self._finished is None else f"after {self._finished}"
             logger.warning(
                 f"Stopped by {interrupted.signal.name}, iteration: {done}. The same command with "
                 f"--resume goes on ({self._checkpointer.get_checkpoint_file() or 'from the start'})"
             )
-            raise
+            raise interrupted from (None if isinstance(error, Interrupted) else error)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
@@ -99,10 +104,7 @@ class Interruption(HookBase):
         number = self._received if self._group is None else self._agreed()
         self._between_steps = True
         if number:
-            # Else a hook could take this iteration for the end of training, and evaluate.
-            self.trainer.max_iter = self.trainer.iter + 2
-            self._save()
-            raise Interrupted(number)
+            self._stop(number)
 
     def _agreed(self) -> int:
         """The highest signal that any rank had got before the last step; 0 is none."""
@@ -118,19 +120,30 @@ class Interruption(HookBase):
         return number
 
     def _receive(self, number: int, frame: Any) -> None:
+        if os.getpid() != self._process:  # a worker of an evaluation, say, which inherits this
+            signal.signal(number, signal.SIG_DFL)
+            return
         if self._received:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self._received = number
         if self._between_steps:
-            raise Interrupted(number)
+            self._stop(number)
 
-    def _save(self) -> None:
-        """Save the iteration that was finished last, if that is not done yet."""
+    def _stop(self, number: int) -> None:
+        """Save the iteration that was finished last, if that is not done yet, and end."""
+        self._received = number
+        with contextlib.suppress(ValueError):  # in a thread, which has no handlers
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker ends
         iteration = self._finished
-        if iteration is not None and iteration != self._checkpointer.saved_iteration:
-            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        if iteration is not None:
+            self.trainer.iter = iteration  # the next one may have been counted
+            if iteration != self._checkpointer.saved_iteration:
+                self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+        # Else a hook could take this for the end of training, and evaluate.
+        self.trainer.max_iter = self.trainer.iter + 2
+        raise Interrupted(number)
 
 
 @contextlib.contextmanager

@@ -44,17 +44,17 @@ class Trainer(DefaultTrainer):
             keep_last=self.cfg.SOLVER.get("CHECKPOINT_KEEP_LAST", 0),
             trainer=weakref.proxy(self),
         )
-        self._exact_resume = ExactResume(self.checkpointer, self.cfg.SEED)
         self._interruption = Interruption(self.checkpointer)
         hooks = super().build_hooks()
         # After the periodic checkpoint; before the evaluation, which may take longer than there is.
         place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        exact_resume = ExactResume(self.checkpointer, self.cfg.SEED)
         sampling = SamplingByImageHook(
             self.checkpointer.model,
-            seed=lambda: self._exact_resume.seed,
+            seed=lambda: exact_resume.seed,
             images_per_rank=self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         )
-        hooks[place:place] = [self._exact_resume, sampling, self._interruption]
+        hooks[place:place] = [self._interruption, exact_resume, sampling]
         # First, so that they come before the writers, and the time that is written includes them.
         return [BlockWeightsHook(self.checkpointer.model), NoEvaluationAfterFailureHook(), *hooks]
 

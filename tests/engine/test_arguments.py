@@ -58,8 +58,9 @@ def test_options_are_detectron2s():
     theirs = vars(default_argument_parser().parse_args(["--config-file", QUICK_START]))
     ours = vars(parse_arguments(["--config-file", QUICK_START]))
     assert theirs.items() <= ours.items()
-    own = {"train_json", "train_images", "val_json", "val_images"}
-    assert ours.keys() - theirs.keys() == own | {"weights_report", "strict_weights", "traceback"}
+    data = {"train_json", "train_images", "val_json", "val_images"}
+    own = data | {"weights_report", "strict_weights", "traceback", "timeout"}
+    assert ours.keys() - theirs.keys() == own
 
 
 @pytest.mark.parametrize("value", ["--resume", "--resum"])

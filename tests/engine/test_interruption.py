@@ -24,9 +24,11 @@ STOPPED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 class DrawingTrainer(TrainerBase):
     """Adds what it draws to its weight; gets a signal in a step or in an evaluation."""
 
-    def __init__(self, folder, seed=1, number=signal.SIGTERM, in_step=None, in_evaluation=None):
+    def __init__(self, folder, seed=1, number=signal.SIGTERM, **moments):
         super().__init__()
-        self.signal, self.in_step, self.in_evaluation = number, in_step, in_evaluation
+        self.signal = number
+        moments = {"before": None, "in_step": None, "in_evaluation": None, **moments}
+        self.before, self.in_step, self.in_evaluation = moments.values()
         self.model = nn.Linear(1, 1)
         self.data_loader = TrainLoader(
             [{"id": i} for i in range(5)],
@@ -42,11 +44,16 @@ class DrawingTrainer(TrainerBase):
         self.register_hooks(
             [
                 hooks.PeriodicCheckpointer(self.checkpointer, 5),
-                self.exact_resume,
                 self.interruption,
+                self.exact_resume,
                 hooks.EvalHook(4, self.evaluate),
             ]
         )
+
+    def before_step(self):
+        if self.iter == self.before:  # no hook knows yet that a step begins
+            os.kill(os.getpid(), self.signal)
+        super().before_step()
 
     def run_step(self):
         drawn = [*next(self.batches), torch.rand(()).item(), np.random.rand(), random.random()]
@@ -101,6 +108,17 @@ def test_does_not_wait_for_an_evaluation(iteration, tmp_path):
     resumed.run(resume=True)
     assert resumed.evaluated[0] == iteration
     assert resumed.start_iter == min(iteration + 1, ITERATIONS)
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 5, 9])
+def test_stops_between_steps(iteration, tmp_path):
+    (tmp_path / "whole").mkdir()
+    expected = DrawingTrainer(tmp_path / "whole").run()
+    with pytest.raises(Interrupted):
+        DrawingTrainer(tmp_path, before=iteration).run()
+    resumed = DrawingTrainer(tmp_path)
+    assert resumed.run(resume=True) == expected
+    assert resumed.start_iter == iteration
 
 
 def test_says_how_to_go_on(tmp_path, caplog):

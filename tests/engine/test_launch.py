@@ -80,7 +80,8 @@ def test_options_that_do_not_fit(
 def test_sync_bn_on_cpus(world_size, monkeypatch):
     monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
     words = ["MODEL.NONLOCAL.NORM", "SyncBN", "MODEL.DEVICE", "cpu"]
-    cfg = build_config(parse_arguments([*QUICK_START, *words]))
+    args = parse_arguments([*QUICK_START, *words])
+    cfg = build_config(args.config_file, args.opts)
     use_sync_bn_of_cpu(cfg)
     expected = {1: "SyncBN", 2: "naiveSyncBN_N"}[world_size]
     assert expected == cfg.MODEL.NONLOCAL.NORM
