@@ -3,23 +3,26 @@
 was never killed: weights, optimizer, schedule and metrics, bit for bit.
 
     $ tests/kills.py --kills 200
-    $ tests/kills.py --kills 20 --plain    # what Detectron2's own trainer makes of it
+    $ tests/kills.py --kills 20 --plain --processes 1    # what Detectron2's own trainer makes of it
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train_net  # noqa: E402
-from nl_detectron.engine import Trainer, parse_arguments  # noqa: E402
+from nl_detectron.engine import Trainer, launch, parse_arguments  # noqa: E402
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
@@ -44,7 +47,7 @@ NUM_THREADS = torch.get_num_threads()
 OVERRIDES = [
     *("MODEL.DEVICE", "cpu", "SEED", "7", "SOLVER.MAX_ITER", str(ITERATIONS)),
     *("DATASETS.TRAIN", "('kills_train',)", "DATASETS.TEST", "('kills_val',)"),
-    *("SOLVER.IMS_PER_BATCH", "2", "SOLVER.WARMUP_ITERS", "5", "SOLVER.STEPS", "(12,)"),
+    *("SOLVER.WARMUP_ITERS", "5", "SOLVER.STEPS", "(12,)"),
     *("SOLVER.CHECKPOINT_PERIOD", "4", "TEST.EVAL_PERIOD", "10", "TEST.DETECTIONS_PER_IMAGE", "3"),
     *("INPUT.MIN_SIZE_TRAIN", "(32,48)", "INPUT.MIN_SIZE_TEST", "32", "INPUT.MAX_SIZE_TRAIN", "64"),
     *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"),
@@ -88,32 +91,38 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader workers")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1], choices=[1])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of a run")
     parser.add_argument("--plain", action="store_true", help="Detectron2's DefaultTrainer instead")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)  # in this process, as OpenMP's do not outlive a fork
     register_few()
     rng = random.Random(args.seed)
-    differences = []
+    kinds = list(itertools.product(args.processes, args.workers))
+    references: dict[tuple[int, int], tuple[Path, float]] = {}
+    identical = 0
     with tempfile.TemporaryDirectory() as folder:
-        references = {}
-        # Detectron2's own stream depends on the number of workers; ours has one reference for all.
-        for workers in set(args.workers) if args.plain else args.workers[:1]:
-            start = time.monotonic()
-            references[workers] = Path(folder, f"reference{workers}")
-            status = wait(fork(references[workers], workers, args.plain))
-            assert status == 0, (references[workers] / "output.txt").read_text()[-3000:]
-            duration = time.monotonic() - start
         for number in range(args.kills):
-            run = Path(folder, str(number))
-            workers = args.workers[number % len(args.workers)]
-            what = kill_and_resume(run, workers, duration, rng, args.plain)
-            difference = compare(references[workers if args.plain else args.workers[0]], run)
-            differences.append(difference)
-            print(f"kill {number + 1}, {workers} workers, {what}: {difference or 'identical'}")
-            sys.stdout.flush()
-    identical = sum(difference is None for difference in differences)
+            processes, workers = kinds[number % len(kinds)]
+            # Detectron2's own stream depends on the number of workers; ours has one reference.
+            kind = (processes, workers if args.plain else args.workers[0])
+            if kind not in references:
+                start = time.monotonic()
+                reference = Run(Path(folder, "reference{}-{}".format(*kind)), *kind, args.plain)
+                assert wait(reference.start()) == 0, reference.output[-3000:]
+                references[kind] = reference.folder, time.monotonic() - start
+            run = Run(Path(folder, str(number)), processes, workers, args.plain)
+            expected, duration = references[kind]
+            what = kill_and_resume(run, duration, rng)
+            difference = compare(expected, run.folder)
+            identical += difference is None
+            print(
+                f"kill {number + 1}, {processes} processes, {workers} workers, {what}: "
+                f"{difference or 'identical'}",
+                flush=True,
+            )
+            if difference is None:
+                shutil.rmtree(run.folder)
     print(f"{identical} of {args.kills} resumed runs are identical to the uninterrupted one")
     return int(identical < args.kills)
 
@@ -129,74 +138,132 @@ def register_few() -> None:
         MetadataCatalog.get(f"kills_{split}").set(**known)
 
 
-def kill_and_resume(
-    folder: Path, workers: int, duration: float, rng: random.Random, plain: bool
-) -> str:
+@dataclass
+class Run:
+    """A small training in a folder, which forks of this process do, with all imports done."""
+
+    folder: Path
+    processes: int
+    workers: int
+    plain: bool
+
+    @property
+    def output(self) -> str:
+        """What it printed."""
+        return (self.folder / "output.txt").read_text()
+
+    def start(self, *words: str) -> int:
+        """
+        Start it, or with "--resume" go on with it.
+
+        Returns:
+            The process id, which is that of its group, too; with many processes, of their parent.
+        """
+        sys.stdout.flush()
+        process = os.fork()
+        if process:
+            return process
+        os.setsid()
+        self.folder.mkdir(exist_ok=True)
+        output = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if self.processes > 1:
+            os._exit(self._run_ranks(*words))
+        self._run(*words)
+
+    def _run(self, *words: str) -> None:
+        """Train in this process, and end it."""
+        torch.set_num_threads(NUM_THREADS if self.processes == 1 else 1)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = 1
+        try:
+            self._train(*words)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+
+    def _run_ranks(self, *words: str) -> int:
+        """What torchrun does: start all ranks; when one fails, end the others; the status."""
+        for number in SIGNALS[1:]:
+            signal.signal(number, signal.SIG_IGN)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        size = str(self.processes)
+        ranks = set()
+        for rank in map(str, range(self.processes)):
+            process = os.fork()
+            if not process:
+                for number in SIGNALS[1:]:
+                    signal.signal(number, signal.SIG_DFL)
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+                os.environ.update(RANK=rank, LOCAL_RANK=rank)
+                os.environ.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+                self._run(*words)
+            ranks.add(process)
+        while ranks:
+            process, status = os.wait()
+            ranks.remove(process)
+            if status := os.waitstatus_to_exitcode(status):
+                for other in ranks:
+                    os.kill(other, signal.SIGTERM)
+                for _ in ranks:
+                    os.wait()
+                return status if status > 0 else 128 - status
+        return 0
+
+    def _train(self, *words: str) -> None:
+        config = ["--config-file", str(ROOT / "configs" / "quick_start.yaml"), *words]
+        own = ["DATALOADER.NUM_WORKERS", str(self.workers), "OUTPUT_DIR", str(self.folder)]
+        own += ["SOLVER.IMS_PER_BATCH", str(2 * self.processes)]
+        args = parse_arguments([*config, *OVERRIDES, *own])
+        if not self.plain:
+            launch(train_net.main, args)
+            return
+        trainer = PlainTrainer(train_net.setup(args))
+        trainer.resume_or_load(resume=args.resume)
+        trainer.train()
+
+
+def kill_and_resume(run: Run, duration: float, rng: random.Random) -> str:
     """Kill a run, once, at a moment that is drawn, and resume it to its end; what was done."""
-    number = rng.choice(SIGNALS[:1] if plain else SIGNALS)
-    to_all = rng.random() < 0.5
+    number = rng.choice(SIGNALS[:1] if run.plain else SIGNALS)
+    victim = rng.choice(["all", *range(run.processes)])
     while True:
-        process = fork(folder, workers, plain)
+        process = run.start()
         moment = rng.uniform(0.05, 0.95) * duration
         time.sleep(moment)
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if to_all else os.kill)(process, number)
+        with contextlib.suppress(ProcessLookupError, IndexError):  # it has ended
+            if victim == "all":
+                os.killpg(process, number)
+            else:
+                os.kill(process if run.processes == 1 else children(process)[victim], number)
         status = wait(process)
         if status:
             break
-        shutil.rmtree(folder)  # it was faster
-    output = (folder / "output.txt").read_text()
+        shutil.rmtree(run.folder)  # it was faster
     # Before training, a signal does what it does in any program of Python.
-    assert status in (-number, 128 + number) or "Starting training" not in output, output[-3000:]
-    kept = (folder / "last_checkpoint").exists() and (folder / "last_checkpoint").read_text()
-    status = wait(fork(folder, workers, plain, "--resume"))
-    assert status == 0, (status, (folder / "output.txt").read_text()[-3000:])
-    return f"{number.name} to {'all' if to_all else 'one'} at {moment:.2f} s, from {kept or 'none'}"
+    is_expected = status in (-number, 128 + number) or "Starting training" not in run.output
+    assert is_expected, (status, run.output[-3000:])
+    tag = run.folder / "last_checkpoint"
+    kept = tag.read_text() if tag.exists() else "none"
+    status = wait(run.start("--resume"))
+    assert status == 0, (status, run.output[-3000:])
+    whom = victim if victim == "all" else f"rank {victim}"
+    return f"{number.name} to {whom} at {moment:.2f} s, from {kept}"
 
 
-def fork(folder: Path, workers: int, plain: bool, *words: str) -> int:
-    """
-    Start a run in a child, with all imports done; more processes of a run would start here.
-
-    Returns:
-        Its process id, which is that of its group, too.
-    """
-    sys.stdout.flush()
-    process = os.fork()
-    if process:
-        return process
-    torch.set_num_threads(NUM_THREADS)
-    os.setsid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder.mkdir(exist_ok=True)
-    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    status = 1
-    try:
-        train(folder, workers, plain, *words)
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except KeyboardInterrupt:
-        status = 130
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
-
-
-def train(folder: Path, workers: int, plain: bool, *words: str) -> None:
-    """Train, in this process."""
-    config = ["--config-file", str(ROOT / "configs" / "quick_start.yaml"), *words]
-    loading = ["DATALOADER.NUM_WORKERS", str(workers), "OUTPUT_DIR", str(folder)]
-    args = parse_arguments([*config, *OVERRIDES, *loading])
-    if not plain:
-        train_net.main(args)
-        return
-    trainer = PlainTrainer(train_net.setup(args))
-    trainer.resume_or_load(resume=args.resume)
-    trainer.train()
+def children(process: int) -> list[int]:
+    """The ids of a process's children, in the order of their start."""
+    return [
+        int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    ]
 
 
 def wait(process: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
@@ -104,7 +105,14 @@ class Interruption(HookBase):
         number = self._received if self._group is None else self._agreed()
         self._between_steps = True
         if number:
-            self._stop(number)
+            self._save(number)
+            if self._group is not None:  # torchrun ends the others as soon as one has ended
+                dist.barrier(self._group)
+            raise Interrupted(number)
+
+    def after_train(self) -> None:
+        if self._received:  # or the EvalHook could take this for the end of training
+            self.trainer.max_iter = math.inf
 
     def _agreed(self) -> int:
         """The highest signal that any rank had got before the last step; 0 is none."""
@@ -129,21 +137,25 @@ class Interruption(HookBase):
             return
         self._received = number
         if self._between_steps:
-            self._stop(number)
+            self._save(number)
+            raise Interrupted(number)
 
-    def _stop(self, number: int) -> None:
-        """Save the iteration that was finished last, if that is not done yet, and end."""
+    def _save(self, number: int) -> None:
+        """
+        Save the iteration that was finished last, if that is not done yet, in order to end.
+
+        Nothing else may change: where Python ignores errors (logging's work around a fork, say), it
+        ignores ``Interrupted``, too, and the run ends one step later.
+        """
         self._received = number
         with contextlib.suppress(ValueError):  # in a thread, which has no handlers
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker ends
         iteration = self._finished
-        if iteration is not None:
+        if iteration is not None and iteration != self._checkpointer.saved_iteration:
+            counted = self.trainer.iter
             self.trainer.iter = iteration  # the next one may have been counted
-            if iteration != self._checkpointer.saved_iteration:
-                self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
-        # Else a hook could take this for the end of training, and evaluate.
-        self.trainer.max_iter = self.trainer.iter + 2
-        raise Interrupted(number)
+            self._checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+            self.trainer.iter = counted
 
 
 @contextlib.contextmanager

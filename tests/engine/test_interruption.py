@@ -1,3 +1,4 @@
+import contextlib
 import logging
 import os
 import random
@@ -119,6 +120,27 @@ def test_stops_between_steps(iteration, tmp_path):
     resumed = DrawingTrainer(tmp_path)
     assert resumed.run(resume=True) == expected
     assert resumed.start_iter == iteration
+
+
+@pytest.mark.parametrize("iteration", [3, 7])
+def test_stops_a_step_later_where_errors_are_ignored(iteration, tmp_path):
+    class Ignoring(DrawingTrainer):
+        def evaluate(self):
+            with contextlib.suppress(SystemExit):
+                return super().evaluate()
+
+    (tmp_path / "whole").mkdir()
+    expected = DrawingTrainer(tmp_path / "whole").run()
+    stopped, ends = Ignoring(tmp_path, in_evaluation=iteration), []
+    # What hooks such as PreciseBN take for the end of training.
+    stopped.register_hooks([hooks.CallbackHook(after_step=lambda t: ends.append(t.max_iter))])
+    stopped._hooks.insert(0, stopped._hooks.pop())
+    with pytest.raises(Interrupted):
+        stopped.run()
+    assert ends == [ITERATIONS] * (iteration + 2)
+    resumed = DrawingTrainer(tmp_path)
+    assert resumed.run(resume=True) == expected
+    assert resumed.start_iter == iteration + 2
 
 
 def test_says_how_to_go_on(tmp_path, caplog):
