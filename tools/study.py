@@ -82,9 +82,11 @@ def start(runs: list[Run], output: Path, args: argparse.Namespace) -> list[Run]:
     if args.launcher == "local":
         workers = args.workers or default_workers(args.gpus_per_run)
         return run_all(todo, train, workers, args.gpus_per_run)
-    submit(todo, train, output / "jobs", args.gpus_per_run, read_parameters(args.slurm))
+    cluster = args.launcher.removeprefix("submitit-")
+    parameters = read_parameters(args.slurm)
+    failed = submit(todo, train, output / "jobs", args.gpus_per_run, parameters, cluster)
     print(state_table(read_states(runs)))
-    return []
+    return failed
 
 
 def train_command(processes: int) -> list[str]:
@@ -105,9 +107,10 @@ def make_parser() -> Parser:
     parser.add_argument("--seeds", metavar="N,...", help="in the place of the plan's")
     parser.add_argument(
         "--launcher",
-        choices=("local", "slurm"),
+        choices=("local", "slurm", "submitit-local"),
         default="local",
-        help="where the runs are: on this machine (default), or each in a job of SLURM",
+        help="where the runs are: on this machine (default); each in a job of SLURM; or, to try "
+        "that out, in such jobs on this machine, all at once",
     )
     parser.add_argument(
         "--gpus-per-run",

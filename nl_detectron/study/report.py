@@ -20,7 +20,13 @@ Paper = Mapping[str, Mapping[str, float]]
 """Setting to what a paper reports for it: metric to value."""
 
 SEED_NOISE = 0.3
-"""Two trainings on COCO that differ in their seed alone differ by about so many AP."""
+"""The AP of trainings on COCO that differ in their seed alone spreads by about so much."""
+
+_NOISE = (
+    f"Seed noise: on COCO, trainings that differ in their seed alone spread by about {SEED_NOISE} "
+    "AP. With that as the standard deviation of each of our n runs and of the paper's one run, a "
+    f"difference of up to 2 · {SEED_NOISE} · √(1 + 1/n) AP can be chance; it is in the last column."
+)
 
 METRICS = [f"{task}/{ap}" for task in TASKS for ap in ("AP", "AP50")]
 CURVE = "bbox/AP"
@@ -52,7 +58,7 @@ def write_report(
         if read_result(run) is not None:
             finished[run.setting].append(run)
     count = sum(map(len, finished.values()))
-    seeds = 0
+    is_compared = False
     parts = [f"# {title}", f"{count} of {len(runs)} runs are finished.{_time(finished)}"]
     for number, (group, names) in enumerate(groups.items(), start=1):
         shown = {name: finished[name] for name in names if finished[name]}
@@ -65,9 +71,9 @@ def write_report(
         parts += [group_table(shown, paper), f"![{group}]({figure})"]
         if table := paper_table(shown, paper or {}):
             parts.append(f"Ours beside the paper's:\n\n{table}")
-            seeds = max(map(len, shown.values()))
-    if seeds:
-        parts.append(seed_noise(seeds))
+            is_compared = True
+    if is_compared:
+        parts.append(_NOISE)
     report = output / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report
@@ -109,7 +115,8 @@ def paper_table(runs: dict[str, list[Run]], paper: Paper) -> str:
     Returns:
         A Markdown table: of each AP that the paper reports for one of the settings, our mean, the
         paper's value, and the mean and the sample standard deviation over the seeds of ours minus
-        the paper's; empty if it reports none.
+        the paper's, and how large a difference can be chance (:func:`seed_noise`); empty if it
+        reports none.
     """
     rows = []
     for name, group in runs.items():
@@ -119,27 +126,21 @@ def paper_table(runs: dict[str, list[Run]], paper: Paper) -> str:
                 difference = mean_and_deviation([value - theirs for value in ours], sign="+")
                 mean = f"{np.mean(ours):.1f}"
                 row = [f"`{name}`", _header(metric), mean, f"{theirs:.1f}", difference, len(ours)]
-                rows.append(row)
-    headers = ["setting", "", "ours", "paper", "ours - paper", "n"]
+                rows.append([*row, f"±{seed_noise(len(ours)):.1f}"])
+    headers = ["setting", "", "ours", "paper", "ours - paper", "n", "seed noise"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 
 
-def seed_noise(seeds: int) -> str:
+def seed_noise(seeds: int) -> float:
     """
     Args:
         seeds: how many runs a setting has, from 1.
 
     Returns:
-        What :data:`SEED_NOISE` means for a difference between their mean and a paper's single run,
-        in one sentence.
+        Two standard deviations of the difference between their mean and a paper's single run, if
+        each run spreads by :data:`SEED_NOISE`: 2 · 0.3 · √(1 + 1/n).
     """
-    limit = 2 * SEED_NOISE * np.sqrt(1 + 1 / seeds)
-    return (
-        f"On COCO, trainings that differ in their seed alone spread by about {SEED_NOISE} AP (taken "
-        f"as a standard deviation, for the paper's single run, too), so that with n = {seeds} a "
-        f"difference from the paper of up to 2 · {SEED_NOISE} · √(1 + 1/n) = {limit:.1f} AP can be "
-        "chance."
-    )
+    return 2 * SEED_NOISE * float(np.sqrt(1 + 1 / seeds))
 
 
 def draw_group(runs: dict[str, list[Run]]) -> Figure:

@@ -15,18 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from nl_detectron.study.plan import Run
-from nl_detectron.study.runner import LOG, keep_result, start_command
+from nl_detectron.study.runner import LOG, keep_result, read_result, start_command
 
 JOB = "slurm_job"
 """The file in a run's folder that holds the id of its last job."""
 
 _CPUS_PER_GPU = 5  # a process and its four loader workers
-_DEFAULTS = {
-    "time": 24 * 60,  # minutes; a run that needs longer goes on in the same job, requeued
-    "signal_delay_s": 120,  # for the step, and for writing the checkpoint
-    "stderr_to_stdout": True,
-    "additional_parameters": {"requeue": True},  # after the failure of a node
-}
+_TIME = 24 * 60  # minutes; a run that needs longer goes on in the same job, requeued
+_GRACE = 120  # seconds, for the step and for writing the checkpoint
 _MAX_TIMEOUTS = 1000  # each leaves a checkpoint, so a run comes to its end
 
 
@@ -60,6 +56,8 @@ class TrainingJob:
         with log.open("w") as stream:
             self._process = subprocess.Popen(
                 start_command(self._run, self._train),
+                # torchrun's own are 30 s
+                env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE), **os.environ},
                 stdout=stream,
                 stderr=stream,
                 start_new_session=True,  # it gets our signals, not also those of SLURM
@@ -86,10 +84,8 @@ class TrainingJob:
         return _submitit().helpers.DelayedSubmission(TrainingJob(self._run, self._train))
 
     def _stop(self) -> None:
-        if (
-            self._process is not None and not self._stopping
-        ):  # a second SIGTERM would end it at once
-            self._stopping = True
+        if self._process is not None and not self._stopping:
+            self._stopping = True  # a second SIGTERM would end it at once
             self._process.terminate()
 
 
@@ -99,7 +95,8 @@ def submit(
     folder: Path,
     gpus_per_run: int,
     parameters: Mapping[str, Any],
-) -> None:
+    cluster: str = "slurm",
+) -> list[Run]:
     """
     Submit one job for each run. The logs of the jobs, beside those of the runs, are in ``folder``.
 
@@ -110,25 +107,44 @@ def submit(
         gpus_per_run: how many GPUs each job asks for.
         parameters: more that submitit passes on to ``sbatch``, such as "partition"; "time" is in
             minutes.
+        cluster: "slurm"; or "local", to run all jobs at once on this machine and wait for them.
+
+    Returns:
+        The runs that failed while this function waited.
 
     Raises:
         ValueError: there is no submitit or no SLURM here, or one of them refuses a parameter.
     """
     submitit = _submitit()
-    if not (shutil.which("sbatch") and shutil.which("srun")):
+    if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ValueError("there is no sbatch and srun: is this a login node of a SLURM cluster?")
-    own = {"gpus_per_node": gpus_per_run, "cpus_per_task": gpus_per_run * _CPUS_PER_GPU}
-    executor = submitit.SlurmExecutor(folder=folder.absolute(), max_num_timeout=_MAX_TIMEOUTS)
+    executor = submitit.AutoExecutor(
+        folder.absolute(), cluster, slurm_max_num_timeout=_MAX_TIMEOUTS
+    )
+    jobs = []
     try:
-        executor.update_parameters(**{**_DEFAULTS, **own, **parameters})
+        executor.update_parameters(
+            timeout_min=parameters.get("time", _TIME),
+            gpus_per_node=gpus_per_run,
+            cpus_per_task=gpus_per_run * _CPUS_PER_GPU,
+            stderr_to_stdout=True,
+            slurm_signal_delay_s=_GRACE,
+            slurm_additional_parameters={"requeue": True},  # after the failure of a node
+            **{f"slurm_{key}": value for key, value in parameters.items()},
+        )
         for run in runs:
             executor.update_parameters(
-                job_name=f"{run.setting}-{run.seed}", comment=str(run.folder.absolute())
+                name=f"{run.setting}-{run.seed}", slurm_comment=str(run.folder.absolute())
             )
-            job = executor.submit(TrainingJob(run, train))
-            (run.folder / JOB).write_text(f"{job.job_id}\n", encoding="utf-8")
-    except (ValueError, submitit.core.utils.FailedJobError) as error:
+            jobs.append(executor.submit(TrainingJob(run, train)))
+            (run.folder / JOB).write_text(f"{jobs[-1].job_id}\n", encoding="utf-8")
+    except (ValueError, NameError, submitit.core.utils.FailedJobError) as error:
         raise ValueError(f"SLURM: {' '.join(str(error).split())}") from error
+    if cluster == "slurm":
+        return []
+    for job in jobs:
+        job.wait()
+    return [run for run in runs if read_result(run) is None]
 
 
 def read_queue() -> dict[Path, tuple[str, str]]:
