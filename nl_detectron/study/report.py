@@ -115,8 +115,8 @@ def paper_table(runs: dict[str, list[Run]], paper: Paper) -> str:
     Returns:
         A Markdown table: of each AP that the paper reports for one of the settings, our mean, the
         paper's value, and the mean and the sample standard deviation over the seeds of ours minus
-        the paper's, and how large a difference can be chance (:func:`seed_noise`); empty if it
-        reports none.
+        the paper's, and how large a difference of AP can be chance (:func:`seed_noise`); empty if
+        it reports none.
     """
     rows = []
     for name, group in runs.items():
@@ -126,7 +126,8 @@ def paper_table(runs: dict[str, list[Run]], paper: Paper) -> str:
                 difference = mean_and_deviation([value - theirs for value in ours], sign="+")
                 mean = f"{np.mean(ours):.1f}"
                 row = [f"`{name}`", _header(metric), mean, f"{theirs:.1f}", difference, len(ours)]
-                rows.append([*row, f"±{seed_noise(len(ours)):.1f}"])
+                noise = f"±{seed_noise(len(ours)):.1f}" if metric.endswith("/AP") else ""
+                rows.append([*row, noise])
     headers = ["setting", "", "ours", "paper", "ours - paper", "n", "seed noise"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
 

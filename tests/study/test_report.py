@@ -39,7 +39,7 @@ def test_table_has_mean_deviation_and_n(runs):
 
 def test_ours_beside_the_papers(runs):
     paper = {
-        "nl": {"bbox/AP": 92.5, "segm/AP": 69.0, "keypoints/AP": 1},
+        "nl": {"bbox/AP": 92.5, "segm/AP": 69.0, "bbox/AP50": 81.0, "keypoints/AP": 1},
         "baseline": {"bbox/AP": 50},
     }
     header, _, *rows = cells(paper_table(runs, paper))
@@ -47,6 +47,7 @@ def test_ours_beside_the_papers(runs):
     assert rows == [
         ["`nl`", "box AP", "91.5", "92.5", "-1.0 ± 2.1", "2", "±0.7"],  # 0.6 times root of 1.5
         ["`nl`", "mask AP", "70.0", "69.0", "+1.0 ± 0.0", "2", "±0.7"],
+        ["`nl`", "box AP50", "80.0", "81.0", "-1.0 ± 0.0", "2", ""],
         ["`baseline`", "box AP", "50.0", "50.0", "+0.0", "1", "±0.8"],
     ]
     assert paper_table(runs, {"nl": {"Kinetics top-1": 72.7}}) == ""
