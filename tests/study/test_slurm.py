@@ -129,7 +129,7 @@ def test_a_queue_that_does_not_answer_is_no_empty_queue(cluster):
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [({"partitoin": "gpu"}, "SLURM: Unavailable parameter.*partitoin"), ({}, "SLURM: .*no such")],
+    [({"partitoin": "gpu"}, "SLURM: Unknown argument 'partitoin'"), ({}, "SLURM: .*no such")],
 )
 def test_what_slurm_refuses_is_one_line(cluster, submit_all, parameters, message):
     (cluster / "sbatch").write_text("#!/bin/sh\necho no such partition >&2\nexit 1\n")
