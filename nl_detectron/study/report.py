@@ -238,7 +238,9 @@ def _draw_dots(panel: Axes, values: Sequence[Sequence[float]], colors: Sequence[
 
 
 def _draw_curve(panel: Axes, runs: Sequence[Run], label: str, color: str, style: str) -> None:
-    curves = [read_curves(run.folder)[CURVE] for run in runs]
+    curves = [c[CURVE] for c in (read_curves(run.folder) for run in runs) if CURVE in c]
+    if not curves:  # the AP of models that predict nothing is NaN
+        return
     # A resumed run may have been evaluated at other iterations, too.
     iterations = np.unique(np.concatenate([x for x, _ in curves]))
     aps = np.stack([np.interp(iterations, x, y) for x, y in curves])

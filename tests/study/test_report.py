@@ -91,6 +91,15 @@ def test_report_of_an_unfinished_study(study, runs):
         assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_runs_that_predicted_nothing(study, runs):
+    for run in runs["nl"]:
+        finish(run, **{"bbox/AP": float("nan")})
+        line = '{"iteration": 9, "total_loss": 1.0, "bbox/AP": NaN}'
+        (run.folder / "metrics.json").write_text(line)
+    text = write_report(study.plan.groups, study.runs, study.output, "Study").read_text()
+    assert "| nan ± nan " in text
+
+
 def test_report_of_a_study_not_begun(study):
     text = write_report(study.plan.groups, study.runs, study.output, "Study").read_text()
     assert "0 of 4 runs are finished." in text
