@@ -172,7 +172,8 @@ def draw_group(runs: dict[str, list[Run]]) -> Figure:
         _draw_curve(curve_panel, runs[name], name, color, style)
     curve_panel.set_title("box AP in training", fontsize=10)
     curve_panel.set_xlabel("iteration", fontsize=8)
-    curve_panel.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    if curve_panel.lines:
+        curve_panel.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for panel in (*dot_panels, curve_panel):
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
