@@ -23,7 +23,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.9",
+    python_requires=">=3.11",
     # The configs lie beside the package, as in Detectron2, and are installed inside it.
     packages=[*find_packages(include=["nl_detectron", "nl_detectron.*"]), "nl_detectron.configs"],
     package_dir={"nl_detectron.configs": "configs"},

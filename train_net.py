@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
+import math
+from pathlib import Path
 
+import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
+
+# isort: split
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from nl_detectron.engine import (
     NonLocalCheckpointer,
@@ -22,22 +27,28 @@ from nl_detectron.engine import (
 from nl_detectron.engine.command_line import exit_on_user_error
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.setup import (
-    check_datasets_registered,
+    check_datasets,
     check_weights_exist,
+    set_up_logging,
     use_cpu_without_cuda,
     use_own_data,
     use_sync_bn_of_cpu,
 )
 
+logger = logging.getLogger("nl_detectron")
+
 
 def setup(args: argparse.Namespace) -> CfgNode:
     cfg = build_config(args.config_file, args.opts)
-    setup_logger(cfg.OUTPUT_DIR, name="nl_detectron", distributed_rank=comm.get_rank())
+    set_up_logging(cfg.OUTPUT_DIR)
+    can_resume = args.resume and any(Path(cfg.OUTPUT_DIR).glob("*.pth"))
+    if args.eval_only and not cfg.MODEL.WEIGHTS and not can_resume:
+        raise ValueError("MODEL.WEIGHTS is empty, but --eval-only needs weights")
     if not args.resume:
         check_weights_exist("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if args.train_json is not None:
         use_own_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
-    check_datasets_registered(cfg)
+    check_datasets(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)
     use_sync_bn_of_cpu(cfg)
     cfg.freeze()
@@ -70,6 +81,9 @@ def main(args: argparse.Namespace) -> dict | None:
             results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
+            values = [value for result in results.values() for value in result.values()]
+            if values and all(map(math.isnan, values)):
+                logger.warning("The model predicts nothing in any image, so there is no AP")
         return results
 
 

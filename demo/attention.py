@@ -12,6 +12,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
+
+# isort: split
 import cv2
 import numpy as np
 from detectron2.config import CfgNode

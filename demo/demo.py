@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
+
+# isort: split
 import cv2
 import numpy as np
 from detectron2.config import CfgNode

@@ -4,13 +4,17 @@
 python docs/draw_long_range.py docs/long_range.png
 """
 
-import sys
+import argparse
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
 from PIL import Image
 
 import nl_detectron  # noqa: F401  registers the sets
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("picture", help="the PNG to write")
+picture = parser.parse_args().picture
 
 NAMES = ("long_range", "long_range_near", "long_range_none")
 
@@ -26,4 +30,4 @@ for name, row in zip(NAMES, figure.subplots(len(NAMES), 2)):
         if name == NAMES[0]:
             panel.set_title(f"class {classes[category]}", fontsize=9)
     row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, family="monospace")
-figure.savefig(sys.argv[1])
+figure.savefig(picture)

@@ -1,7 +1,11 @@
 """Non-local blocks for Detectron2. Importing this package registers all that it provides."""
 
+import warnings
+
 try:
-    import detectron2  # noqa: F401
+    with warnings.catch_warnings():  # of what PyTorch no longer recommends
+        warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
+        import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "detectron2":  # it is there, but lacks something itself
         raise

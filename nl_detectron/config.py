@@ -9,6 +9,7 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
+from nl_detectron.files import missing
 from nl_detectron.validation import did_you_mean
 
 
@@ -93,8 +94,8 @@ def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgN
         ValueError: an override has no value or one of another type, or the file cannot be read as
             a config; the message names it.
     """
-    if not Path(config_file).is_file():
-        raise FileNotFoundError(f"the config {config_file} does not exist")
+    if problem := missing(config_file):
+        raise FileNotFoundError(f"the config {config_file} {problem}")
     if len(overrides) % 2:
         words = " ".join(map(str, overrides))
         raise ValueError(f"overrides come in pairs of KEY VALUE, but got {words}")
@@ -106,6 +107,8 @@ def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgN
     except Exception as error:
         if message := _unknown_key(cfg, error):
             raise KeyError(f"{config_file}: {message}") from None
+        if message := _wrong_type(error):
+            raise ValueError(f"{config_file}: {message}") from error
         reason = " ".join(str(error).split())
         hint = " (a config is plain YAML here and runs no Python)" if "python/" in reason else ""
         raise ValueError(
@@ -114,10 +117,10 @@ def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgN
     try:
         cfg.merge_from_list(list(overrides))
     # An assertion is how yacs refuses a key.
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         if message := _unknown_key(cfg, error):
             raise KeyError(message) from None
-        raise ValueError(str(error)) from error
+        raise ValueError(_wrong_type(error) or str(error)) from error
     return cfg
 
 
@@ -127,6 +130,19 @@ def _unknown_key(cfg: CfgNode, error: Exception) -> str | None:
     if unknown is None:
         return None
     return f"Unknown config key {unknown[1]}{did_you_mean(unknown[1], _keys(cfg))}"
+
+
+def _wrong_type(error: Exception) -> str | None:
+    """The message for an error of yacs that is about the type of a value; None for other errors."""
+    pattern = (
+        r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\) with values "
+        r"\((.*) vs. (.*)\) for config key: (.*)"
+    )
+    match = re.fullmatch(pattern, str(error), re.DOTALL)
+    if match is None:
+        return None
+    legal, wrong, example, value, key = match.groups()
+    return f"{key} is {value!r}, a {wrong}, but must be a {legal}, such as {example}"
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:

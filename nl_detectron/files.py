@@ -5,11 +5,50 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 _DRAFT = "draft"
+
+
+def missing(path: str | Path) -> str:
+    """
+    Args:
+        path: where a file is expected.
+
+    Returns:
+        What is wrong with it, such as "does not exist"; empty if it is a file.
+    """
+    if Path(path).is_dir():
+        return "is a folder, not a file"
+    return "" if Path(path).is_file() else "does not exist"
+
+
+def make_folder(name: str, path: str | Path) -> Path:
+    """
+    Args:
+        name: what the folder is, for the message.
+        path: the folder; it is made, with those above it, if it is not there.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no file can be written there.
+    """
+    if not str(path):
+        raise ValueError(f"{name} is empty, but must be a folder")
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} is {path}, which is no folder that can be written to: {error.strerror}"
+        ) from error
+    return Path(path)
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ calls them GFLOPs; others count each as two FLOPs. Memory is the peak beyond wei
 
 Without --weights they are random, and would find nothing in an image. So that the heads have work,
 the image is then faint noise and the score threshold 0, and they get as many regions as the config
-allows: the most that they can cost. Nor are the blocks then the identity, which costs nothing. With
---weights and --image the heads get what is found in the image. KEY VALUE pairs override the config.
+allows: the most that they can cost. With --weights and --image the heads get what is found in the
+image. KEY VALUE pairs override the config.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
@@ -39,11 +42,8 @@ from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.engine.setup import use_cpu_without_cuda
 
 COST_HEADERS = ("parameters (M)", "GMACs", "time (ms)", "peak memory (MiB)")
-# Blocks that add nothing would be skipped, and regions that are nothing likely be dropped.
-RANDOM_WEIGHTS = (
-    *("MODEL.NONLOCAL.ZERO_INIT", "False"),
-    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
-)
+# Regions that are nothing likely would be dropped.
+RANDOM_WEIGHTS = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
 # Faint enough for the box regression of random weights to leave the anchors where they are.
 NOISE = 1e-4
 

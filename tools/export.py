@@ -12,6 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
+
+# isort: split
 from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger

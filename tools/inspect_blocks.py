@@ -27,6 +27,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
+
+# isort: split
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from tabulate import tabulate

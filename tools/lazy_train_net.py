@@ -14,6 +14,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
+
+# isort: split
 import torch
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import build_detection_train_loader
@@ -27,17 +30,16 @@ from detectron2.engine import (
 )
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
 from nl_detectron.data import TrainLoader
 from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer, launch
-from nl_detectron.engine.arguments import add_training_options
+from nl_detectron.engine.arguments import add_training_options, check_machines
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.engine.hooks import BlockWeightsHook, NoEvaluationAfterFailureHook
 from nl_detectron.engine.interruption import sole_run
-from nl_detectron.engine.setup import check_weights_exist
+from nl_detectron.engine.setup import check_weights_exist, set_up_logging
 
 logger = logging.getLogger("nl_detectron")
 
@@ -50,6 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(arguments)
     if not args.config_file.endswith(".py"):
         parser.error(f"--config-file is {args.config_file!r}, not a .py; see train_net.py for YAML")
+    check_machines(parser, args)
     return args
 
 
@@ -66,7 +69,7 @@ def build_config(args: argparse.Namespace) -> DictConfig:
 def setup(args: argparse.Namespace) -> DictConfig:
     """The config; without CUDA, ``train.device`` becomes "cpu"."""
     cfg = build_config(args)
-    setup_logger(cfg.train.output_dir, name="nl_detectron", distributed_rank=comm.get_rank())
+    set_up_logging(cfg.train.output_dir)
     if not args.resume:
         check_weights_exist("train.init_checkpoint", cfg.train.init_checkpoint)
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():

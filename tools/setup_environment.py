@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST_PYTHON = (3, 9)
-OLDEST_PINNED_PYTHON = (3, 11)  # for which requirements.txt has wheels
+OLDEST_PYTHON = (3, 11)
 LINK = "detectron2_of_another_python.pth"
 
 
@@ -94,10 +93,7 @@ def fill(environment: Environment) -> None:
 
 
 def install_detectron2(environment: Environment) -> None:
-    if sys.version_info >= OLDEST_PINNED_PYTHON:
-        environment.pip_install("--requirement", "requirements.txt")
-    else:
-        environment.pip_install("torch", "torchvision", "unearth", "--editable", ".[dev]")
+    environment.pip_install("--requirement", "requirements.txt")
     builder = ROOT / "tools" / "build_detectron2.py"
     subprocess.run([environment.python, builder, "--install"], check=True)
     environment.pip_install("--quiet", "--no-deps", "--editable", ".")

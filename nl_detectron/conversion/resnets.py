@@ -45,7 +45,13 @@ def rename(
 
 
 def is_detectron2(names: Iterable[str]) -> bool:
-    """Whether a ResNet in Detectron2's names is among them."""
+    """
+    Args:
+        names: of a state dict's tensors.
+
+    Returns:
+        Whether a ResNet in Detectron2's names is among them.
+    """
     return any(re.fullmatch(r"(.*\.)?res2\.0\.conv1\.weight", name) for name in names)
 
 

@@ -42,6 +42,9 @@ def build_train_loader(cfg: CfgNode, **options: Any) -> TrainLoader:
             them; ``seed`` (default: ``cfg.SEED``, 0 if that is negative), ``start_iteration``,
             ``rank`` and ``world_size`` as :class:`TrainLoader` takes them.
 
+    Returns:
+        The loader.
+
     Raises:
         ValueError: see :class:`TrainLoader`.
     """

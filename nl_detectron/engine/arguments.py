@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from detectron2.engine import default_argument_parser
 
 from nl_detectron.engine.command_line import Parser
 from nl_detectron.engine.launch import add_launch_options
+from nl_detectron.files import missing
 
 EPILOG = """
 Examples:
@@ -70,16 +70,37 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_with_overrides(arguments)
     if not args.config_file:
         parser.error("--config-file is needed, such as configs/quick_start.yaml")
-    if not Path(args.config_file).is_file():
-        parser.error(f"--config-file {args.config_file} does not exist")
+    if args.config_file.endswith(".py"):
+        parser.error(f"--config-file {args.config_file} is Python: use tools/lazy_train_net.py")
+    if problem := missing(args.config_file):
+        parser.error(f"--config-file {args.config_file} {problem}")
     if 0 < sum(getattr(args, name) is not None for name in _OWN_DATA) < len(_OWN_DATA):
         parser.error(
             "--train-json, --train-images, --val-json and --val-images are needed together"
         )
-    num_gpus = torch.cuda.device_count()
-    if args.num_gpus > max(num_gpus, 1):
-        parser.error(f"--num-gpus is {args.num_gpus}, but this machine has {num_gpus}")
+    check_machines(parser, args)
     return args
+
+
+def check_machines(parser: Parser, args: argparse.Namespace) -> None:
+    """
+    End the process with exit status 2 if there cannot be such machines and GPUs.
+
+    Args:
+        parser: says it.
+        args: with what :func:`add_training_options` adds.
+    """
+    num_gpus = torch.cuda.device_count()
+    if not 1 <= args.num_gpus <= max(num_gpus, 1):
+        legal = f"from 1 to {num_gpus}, as this machine has" if num_gpus else "1 without a GPU"
+        parser.error(f"--num-gpus is {args.num_gpus}, but must be {legal}")
+    if args.num_machines < 1:
+        parser.error(f"--num-machines is {args.num_machines}, but must be at least 1")
+    if not 0 <= args.machine_rank < args.num_machines:
+        last = args.num_machines - 1
+        parser.error(f"--machine-rank is {args.machine_rank}, but must be from 0 to {last}")
+    if args.num_machines > 1 and not num_gpus:
+        parser.error(f"--num-machines {args.num_machines} needs GPUs; torchrun --nnodes does not")
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:

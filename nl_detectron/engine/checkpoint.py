@@ -69,6 +69,13 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         """
         Load weights, and what else the checkpoint holds, as ``DetectionCheckpointer.load`` does.
 
+        Args:
+            path: a file, or a URL; may be empty.
+            *args, **kwargs: as ``DetectionCheckpointer.load`` takes them.
+
+        Returns:
+            What the file holds that was not used.
+
         Raises:
             CheckpointError: the file is no checkpoint; it has non-local blocks that the model lacks
                 or has in another form (the message says what to set); or with ``strict``, anything
@@ -182,6 +189,11 @@ class NonLocalCheckpointer(DetectionCheckpointer):
                     "be converted: tools/convert_weights.py"
                 )
         super()._convert_ndarray_to_tensor(state_dict)
+        own = self.model.state_dict()
+        problems = {name: _problem(name, t, own.get(name)) for name, t in state_dict.items()}
+        if bad := [f"{name} {problem}" for name, problem in problems.items() if problem]:
+            others = f" (and {len(bad) - 1} more tensors like it)" if len(bad) > 1 else ""
+            raise CheckpointError(f"{self._source} has no sound weights: {bad[0]}{others}")
         self._state_dict = state_dict
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
@@ -194,6 +206,11 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             logger.info(f"Weights from {self._source}:\n{report.table(self.model)}")
         if problem := report.block_problem(self.model):
             raise CheckpointError(problem)
+        if not report.loaded:
+            first = f", such as {next(iter(report.shapes))}" if report.shapes else ""
+            raise CheckpointError(
+                f"None of the {len(report.shapes)} tensors in {self._source}{first}, fits the model"
+            )
         problems = report.strict_problems() if self.strict else []
         if problems:
             raise CheckpointError(
@@ -227,6 +244,19 @@ class _WholeFiles:
 def _open_whole(path: str, mode: str, **options: Any) -> Iterator[Any]:
     with whole_file(path) as draft, draft.open(mode, **options) as file:
         yield file
+
+
+def _problem(name: str, tensor: Tensor, own: Tensor | None) -> str:
+    """Why a tensor can be no weights of the model; empty if it can."""
+    if tensor.is_complex():
+        return "is complex"
+    if not tensor.is_floating_point():
+        return "has integers" if own is not None and own.is_floating_point() else ""
+    if not tensor.isfinite().all():
+        return "has values that are not finite"
+    if name.endswith("running_var") and (tensor < 0).any():
+        return "has negative variances"
+    return ""
 
 
 def _without(weights: Any, suffix: str) -> Any:

@@ -74,7 +74,12 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        """End with exit status 2, as ``ArgumentParser.error`` does, but without the usage."""
+        """
+        End with exit status 2, as ``ArgumentParser.error`` does, but without the usage.
+
+        Args:
+            message: one line.
+        """
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from nl_detectron.files import remove_drafts, sole_user
+from nl_detectron.files import make_folder, remove_drafts, sole_user
 
 logger = logging.getLogger(__name__)
 
@@ -168,18 +167,18 @@ def sole_run(output_dir: str) -> Iterator[None]:
         output_dir: the folder of the run.
 
     Raises:
-        SystemExit: another run is there; the message says so.
+        ValueError: another run is there, or no file can be written.
+        SystemExit: the same, on all ranks but the first.
     """
     problem = ""
     with contextlib.ExitStack() as stack:
         if comm.is_main_process():
-            folder = Path(output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
             try:
+                folder = make_folder("OUTPUT_DIR", output_dir)
                 stack.enter_context(sole_user(folder, "run"))
                 remove_drafts(folder)
             except ValueError as error:
                 problem = str(error)
         if problem := comm.all_gather(problem)[0]:
-            raise SystemExit(f"error: {problem}")
+            raise ValueError(problem) if comm.is_main_process() else SystemExit(2)
         yield

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
-from nl_detectron.engine.setup import is_missing_file, use_cpu_without_cuda
+from nl_detectron.engine.setup import check_weights_exist, use_cpu_without_cuda
 
 GAP = 8  # between pictures, in pixels
 
@@ -51,7 +51,16 @@ class Predictor(DefaultPredictor):
         NonLocalCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
 
     def draw(self, image: np.ndarray, scale: float = 1) -> np.ndarray:
-        """Predict, and draw it: see :func:`draw_predictions`."""
+        """
+        Predict, and draw it.
+
+        Args:
+            image: (H, W, 3), uint8, blue, green, red.
+            scale: size of the picture over that of the image.
+
+        Returns:
+            (scale H, scale W, 3), uint8: see :func:`draw_predictions`.
+        """
         instances = self(image)["instances"].to("cpu")
         return draw_predictions(image, instances, self.metadata, scale)
 
@@ -77,15 +86,18 @@ def trained_config(
     cfg.MODEL.WEIGHTS = weights = weights or cfg.MODEL.WEIGHTS
     if not weights:
         raise ValueError(f"no weights are given, nor has {config_file} any in MODEL.WEIGHTS")
-    if is_missing_file(weights):
-        raise FileNotFoundError(f"the weights {weights} do not exist")
+    check_weights_exist("--weights (or MODEL.WEIGHTS)", weights)
     return cfg
 
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:
     """
-    What is registered of the config's first test dataset, if that has as many classes, and
-    keypoints if any, as the config's model; else nothing.
+    Args:
+        cfg: the config.
+
+    Returns:
+        What is registered of its first test dataset, if that has as many classes, and keypoints if
+        any, as its model; else nothing.
     """
     model = cfg.MODEL
     head = model.RETINANET if model.META_ARCHITECTURE == "RetinaNet" else model.ROI_HEADS
@@ -138,7 +150,16 @@ def draw_ground_truth(
     image: np.ndarray, record: Record, metadata: Metadata, scale: float = 1
 ) -> np.ndarray:
     """
-    Draw the annotations of a record of a registered dataset; see :func:`draw_predictions`.
+    Draw annotations as :func:`draw_predictions` draws predictions.
+
+    Args:
+        image: (H, W, 3), uint8.
+        record: of a registered dataset, in Detectron2's format.
+        metadata: the dataset's.
+        scale: size of the picture over that of the image.
+
+    Returns:
+        (scale H, scale W, 3), uint8.
     """
     visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
     return visualizer.draw_dataset_dict(record).get_image()[:, :, ::-1]

@@ -3,28 +3,48 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from detectron2 import modeling
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from fvcore.common.registry import Registry
 
 from nl_detectron.data import configure_for_dataset, register_coco_json
-from nl_detectron.validation import check_choice
+from nl_detectron.files import missing
+from nl_detectron.validation import check_choice, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 
-def is_missing_file(weights: str) -> bool:
-    """
-    Args:
-        weights: a file, or a URL.
+_NOT_FOR_THE_SCREEN = ("default_setup", "build_model")
 
-    Returns:
-        Whether it names a file, and there is none.
+
+def set_up_logging(output_dir: str) -> None:
     """
-    return "://" not in weights and not Path(weights).is_file()
+    Log to the screen and to ``log.txt``; what Detectron2 logs of the environment, the config and
+    the model goes to ``log.txt`` alone.
+
+    Args:
+        output_dir: the folder of ``log.txt``.
+    """
+    # It warns where there is no CUDA, when Detectron2 looks at the environment.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    rank = comm.get_rank()
+    setup_logger(output_dir, name="nl_detectron", distributed_rank=rank)
+    # As default_setup calls it, which then finds it done.
+    for handler in setup_logger(output_dir, distributed_rank=rank).handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(lambda record: record.funcName not in _NOT_FOR_THE_SCREEN)
 
 
 def check_weights_exist(key: str, weights: str) -> None:
@@ -34,23 +54,78 @@ def check_weights_exist(key: str, weights: str) -> None:
         weights: its value: a file; or a URL, which is not looked up; or empty, for none.
 
     Raises:
-        FileNotFoundError: it is a file that does not exist.
+        FileNotFoundError: it is a file that does not exist, or a folder.
     """
-    if weights and is_missing_file(weights):
-        raise FileNotFoundError(f"{key} is {weights}, a file that does not exist")
+    if weights and "://" not in weights and missing(weights):
+        kind = "folder, not a file" if Path(weights).is_dir() else "file that does not exist"
+        raise FileNotFoundError(f"{key} is {weights}, a {kind}")
 
 
-def check_datasets_registered(cfg: CfgNode) -> None:
+def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """
+    Args:
+        cfg: the config.
+        eval_only: only ``DATASETS.TEST`` is used.
+
+    Raises:
+        FileNotFoundError: a dataset of Detectron2's is not where ``$DETECTRON2_DATASETS`` says.
+        ValueError: one of ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is not registered, or has another
+            number of classes than the model.
+    """
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[key]:
+            check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
+            metadata = MetadataCatalog.get(name)
+            _check_downloaded(f"DATASETS.{key} has {name}", metadata)
+            classes, (head, num_classes) = metadata.get("thing_classes"), num_classes_of(cfg)
+            if classes is not None and num_classes not in (None, len(classes)):
+                raise ValueError(f"{head} is {num_classes}, but {name} has {len(classes)} classes")
+
+
+def num_classes_of(cfg: CfgNode) -> tuple[str, int | None]:
     """
     Args:
         cfg: the config.
 
-    Raises:
-        ValueError: one of ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is not registered.
+    Returns:
+        The key of the number of classes that the model detects, and its value; None for a model
+        that is not known here.
     """
-    for key in ("TRAIN", "TEST"):
-        for name in cfg.DATASETS[key]:
-            check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
+    heads = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}
+    head = heads.get(cfg.MODEL.META_ARCHITECTURE)
+    return f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES if head else None
+
+
+@contextmanager
+def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
+    """
+    Where building a model fails because of a value in the config, name its key.
+
+    Args:
+        cfg: the config of the model.
+
+    Raises:
+        ValueError: in the place of Detectron2's KeyError and AssertionError.
+    """
+    try:
+        yield
+    except AssertionError as error:
+        raise ValueError(f"The model cannot be built: {error}") from error
+    except KeyError as error:
+        value = error.args[0] if error.args else None
+        registered = re.fullmatch(r"No object named '(.*)' found in '(.*)' registry!", str(value))
+        value = registered[1] if registered else value
+        values = dict(_values(cfg))
+        keys = ", ".join(k for k, v in values.items() if value in (v if _is_list(v) else [v]))
+        if not keys:
+            raise
+        if registered:
+            registries = (r for r in vars(modeling).values() if isinstance(r, Registry))
+            legal = [name for r in registries if r._name == registered[2] for name, _ in r]
+            check_choice(keys, value, sorted(legal))
+        features = [k for k in values if k.endswith("_FEATURES") and k not in keys]
+        near = did_you_mean(value, [str(v) for k in features for v in values[k]])
+        raise ValueError(f"{keys} has {value!r}, which the model does not have{near}") from error
 
 
 def use_own_data(
@@ -104,6 +179,29 @@ def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
         return
     if _replace_norms(cfg):
         logger.info("SyncBN needs CUDA: on CPUs it is naiveSyncBN_N.")
+
+
+def _check_downloaded(what: str, metadata: Metadata) -> None:
+    root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    for path in (metadata.get("json_file"), metadata.get("image_root")):
+        if path and Path(path).is_relative_to(Path(root).expanduser()) and not Path(path).exists():
+            set_to = f"is {root}" if "DETECTRON2_DATASETS" in os.environ else "is not set"
+            raise FileNotFoundError(
+                f"{what}, but {path} does not exist; DETECTRON2_DATASETS, where Detectron2 looks "
+                f"for its datasets, {set_to}"
+            )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _values(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _values(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _replace_norms(node: CfgNode) -> bool:

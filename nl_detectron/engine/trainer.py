@@ -13,6 +13,7 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
+from torch import nn
 
 from nl_detectron.data import TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
@@ -23,6 +24,7 @@ from nl_detectron.engine.hooks import (
     SamplingByImageHook,
 )
 from nl_detectron.engine.interruption import Interruption
+from nl_detectron.engine.setup import config_keys_in_errors
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,11 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Args:
+            state_dict: what :meth:`state_dict`, or Detectron2's, returned. Without the optimizer's
+                state the optimizer starts afresh, with a warning.
+        """
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state, as Detectron2 0.6 forgets it.")
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
@@ -85,8 +92,29 @@ class Trainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["_trainer"])
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """
+        Args:
+            cfg: the config.
+
+        Returns:
+            Its model, on its device.
+
+        Raises:
+            ValueError: a value in the config is not legal; the message names the key.
+        """
+        with config_keys_in_errors(cfg):
+            return super().build_model(cfg)
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Detectron2's images, mapper and batch size, in an order that a resumed run keeps."""
+        """
+        Args:
+            cfg: the config.
+
+        Returns:
+            Detectron2's images, mapper and batch size, in an order that a resumed run keeps.
+        """
         return build_train_loader(cfg)
 
     @classmethod
@@ -94,8 +122,14 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> COCOEvaluator:
         """
-        COCO's box, mask and keypoint AP, for what the model predicts; the predictions are kept in
-        COCO's format in ``output_folder`` (default: ``inference`` in ``cfg.OUTPUT_DIR``).
+        Args:
+            cfg: the config.
+            dataset_name: a registered dataset in COCO's format.
+            output_folder: gets the predictions, in COCO's format; by default ``inference`` in
+                ``cfg.OUTPUT_DIR``.
+
+        Returns:
+            What computes COCO's box, mask and keypoint AP, for what the model predicts.
         """
         return COCOEvaluator(
             dataset_name,

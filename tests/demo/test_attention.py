@@ -113,7 +113,7 @@ def test_without_objects_there_is_the_page_alone(run, image, capsys):
         (["--input", "IMAGE", "--arrows", "-1"], "-1 is negative"),
         (["--input", "IMAGE", "--flip", "SOLVER.BASE"], "in pairs of KEY VALUE"),
         (["--input", "IMAGE", "--flip", "SOLVER.BASELR", "1"], "key SOLVER.BASELR"),
-        (["--input", "IMAGE", "--weights", "none.pth"], "the weights none.pth do not exist"),
+        (["--input", "IMAGE", "--weights", "none.pth"], "none.pth, a file that does not exist"),
         (["--input", "IMAGE", "--config-file", "none.yaml"], "the config none.yaml does not exist"),
     ],
 )

@@ -247,7 +247,7 @@ def test_names_of_own_classes(run, trained, tmp_path, monkeypatch):
         (["--video-input", "x.mp4", "--output", "."], "x.mp4 is the input"),
         (["--webcam"], "there is no camera"),
         (["--input", "in", "--confidence", "1.5"], "1.5 is not between 0 and 1"),
-        (["--input", "in", "--weights", "no.pth"], "the weights no.pth do not exist"),
+        (["--input", "in", "--weights", "no.pth"], "no.pth, a file that does not exist"),
         (["--input", "in", "--weights", ""], "no weights are given"),
         (["--input", "in", "--config-file", "no.yaml"], "the config no.yaml does not exist"),
         (["--input", "in", "--compare", "no.yaml", "x.pth"], "the config no.yaml does not exist"),

@@ -18,7 +18,7 @@ MASK = str(CONFIGS / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_nl_1x.yam
 @pytest.fixture(autouse=True)
 def _no_log(monkeypatch):
     """Nothing is written, nor is the environment looked at, which takes seconds."""
-    for name in ("setup_logger", "default_setup"):
+    for name in ("set_up_logging", "default_setup"):
         monkeypatch.setattr(train_net, name, lambda *args, **kwargs: None)
 
 
@@ -27,7 +27,8 @@ def config(*arguments, config_file=QUICK_START):
 
 
 def test_config_file_then_overrides():
-    cfg = config("SOLVER.BASE_LR", "0.5", config_file=MASK)
+    no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()")
+    cfg = config("SOLVER.BASE_LR", "0.5", *no_data, config_file=MASK)
     assert cfg.MODEL.BACKBONE.NAME == "build_nonlocal_backbone"
     assert cfg.SOLVER.BASE_LR == 0.5
 

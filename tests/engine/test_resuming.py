@@ -225,7 +225,7 @@ def test_second_run_in_a_folder_is_refused_in_one_line(tmp_path):
     holder = hold(folder, writer)
     assert os.read(reader, 5) == b"holds"
     (folder / ".model_final.pth.0123.draft").write_bytes(b"half")
-    with pytest.raises(SystemExit, match=f"^error: {folder} is where another run is running now$"):
+    with pytest.raises(ValueError, match=f"^{folder} is where another run is running now$"):
         sole_run(str(folder)).__enter__()
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)

@@ -41,7 +41,13 @@ timm's say theirs in pretrained_cfg (for 0..1): where it is another, PIXEL_MEAN 
 
 
 def is_torchvision(names: Iterable[str]) -> bool:
-    """Whether a ResNet in torchvision's names is among them."""
+    """
+    Args:
+        names: of a state dict's tensors.
+
+    Returns:
+        Whether a ResNet in torchvision's names is among them.
+    """
     return any(re.fullmatch(r"layer1\.0\.conv1\..+", name) for name in names)
 
 
