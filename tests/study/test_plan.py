@@ -73,8 +73,8 @@ def test_a_part_of_a_plan(load, tmp_path):
     assert [(run.setting, run.seed) for run in part.runs(tmp_path)] == [("nl", 5)]
     assert part.groups == {"All": ["nl"]}
     assert plan.part() == plan
-    with pytest.raises(ValueError, match=r"a setting is 'ml', .*did you mean 'nl'"):
-        plan.part(["ml"])
+    with pytest.raises(ValueError, match=r"a setting is 'nll', .*did you mean 'nl'"):
+        plan.part(["nll"])
     with pytest.raises(ValueError, match=r"seeds is \[-1\]"):
         plan.part(seeds=[-1])
 
