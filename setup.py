@@ -13,7 +13,8 @@ VERSION = re.search(
 ).group(1)
 
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX]
+SLURM = ["submitit>=1.5"]
+TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM]
 
 setup(
     name="nl_detectron",
@@ -46,5 +47,10 @@ setup(
         "opencv-python-headless",
         "shapely",
     ],
-    extras_require={"onnx": ONNX, "test": TEST, "dev": [*TEST, "ruff", "mypy", "import-linter"]},
+    extras_require={
+        "onnx": ONNX,
+        "slurm": SLURM,
+        "test": TEST,
+        "dev": [*TEST, "ruff", "mypy", "import-linter"],
+    },
 )

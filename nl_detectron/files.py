@@ -104,6 +104,24 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
+def is_used(folder: Path) -> bool:
+    """
+    Args:
+        folder: any folder; it need not exist.
+
+    Returns:
+        Whether a process of this machine is in a ``with`` of :func:`sole_user` there.
+    """
+    try:
+        with (folder / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

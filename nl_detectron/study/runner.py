@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 from nl_detectron.analysis.metrics import last_aps
+from nl_detectron.files import whole_file
 from nl_detectron.study.plan import Run
 
-CONFIG, LOG, RESULT = "run.yaml", "run.log", "result.json"
+CONFIG, LOG, RESULT, FAILURE = "run.yaml", "run.log", "result.json", "failure.txt"
 
 
 def prepare_runs(runs: Sequence[Run]) -> list[Run]:
@@ -58,29 +59,80 @@ def read_result(run: Run) -> dict[str, float] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> list[Run]:
+def start_command(run: Run, train: Sequence[str]) -> list[str]:
+    """
+    Args:
+        run: a run that has not finished; what an earlier failure left is removed.
+        train: the command of train_net.py.
+
+    Returns:
+        The command that starts the run, or goes on with it.
+    """
+    (run.folder / FAILURE).unlink(missing_ok=True)
+    config = str(run.folder / CONFIG)
+    return [*train, "--resume", "--config-file", config, "OUTPUT_DIR", str(run.folder)]
+
+
+def keep_result(run: Run, status: int, seconds: float) -> str | None:
+    """
+    Write down how a run's training ended: its result, or why it failed.
+
+    Args:
+        run: the run.
+        status: the exit status of its training.
+        seconds: how long that took.
+
+    Returns:
+        What went wrong, if anything.
+    """
+    problem = None
+    if status:
+        problem = f"exit status {status}"
+    elif not (aps := last_aps(run.folder)):
+        problem = "no AP in its metrics.json"
+    name, text = (
+        (FAILURE, problem) if problem else (RESULT, json.dumps({**aps, "seconds": seconds}))
+    )
+    with whole_file(run.folder / name) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return problem
+
+
+def run_all(
+    runs: Sequence[Run], train: Sequence[str], workers: int, gpus_per_run: int = 1
+) -> list[Run]:
     """
     Run ``train --resume --config-file ... OUTPUT_DIR ...`` for each of the runs, as many at a time
-    as there are workers. Each has one GPU if there are any, and its share of the cores (unless
-    OMP_NUM_THREADS is set). A run that fails does not stop the others; an interrupt stops all.
+    as there are workers. Each has GPUs of its own if there are any, and its share of the cores
+    (unless OMP_NUM_THREADS is set). A run that fails does not stop the others; an interrupt stops
+    all.
 
     Args:
         runs: what :func:`prepare_runs` returned.
         train: the command of train_net.py.
         workers: how many, from 1.
+        gpus_per_run: how many GPUs each has, from 1.
 
     Returns:
         The runs that failed. Their logs say why.
     """
-    return asyncio.run(_run_all(runs, train, workers))
+    return asyncio.run(_run_all(runs, train, workers, gpus_per_run))
 
 
-def default_workers() -> int:
-    """How many runs at a time: one for each GPU, or for each core where there is none."""
-    return torch.cuda.device_count() or os.cpu_count() or 1
+def default_workers(gpus_per_run: int = 1) -> int:
+    """
+    Args:
+        gpus_per_run: how many GPUs each run has, or how many processes where there is none.
+
+    Returns:
+        How many runs at a time the GPUs, or the cores where there is none, are enough for.
+    """
+    return max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // gpus_per_run)
 
 
-async def _run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> list[Run]:
+async def _run_all(
+    runs: Sequence[Run], train: Sequence[str], workers: int, gpus_per_run: int
+) -> list[Run]:
     # SIGTERM, too, stops the children.
     this_task = asyncio.current_task()
     assert this_task is not None
@@ -93,7 +145,7 @@ async def _run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> l
 
         async def run_one(run: Run) -> None:
             worker = await idle.get()
-            problem = await _run(run, train, _environment(worker, workers))
+            problem = await _run(run, train, _environment(worker, workers, gpus_per_run))
             idle.put_nowait(worker)
             if problem:
                 failed.append(run)
@@ -103,29 +155,30 @@ async def _run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> l
                 for line in log.read_text(errors="replace").splitlines()[-1:]:
                     progress.write(f"    {line}")
             else:
-                progress.write(f"{run}: {_summary(run)}")
+                progress.write(f"{run}: {summary(run)}")
             progress.update()
 
         await asyncio.gather(*(run_one(run) for run in runs))
     return failed
 
 
-def _environment(worker: int, workers: int) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // workers)
+def _environment(worker: int, workers: int, gpus_per_run: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // (workers * gpus_per_run))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if num_gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus))))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[worker % num_gpus]
+        first = worker * gpus_per_run % num_gpus
+        own = visible.split(",")[first : first + gpus_per_run]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return environment
 
 
 async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> str | None:
     """Train, evaluate, and write the result; returns what went wrong, if anything."""
-    arguments = ["--resume", "--config-file", str(run.folder / CONFIG)]
     start = time.monotonic()
     with (run.folder / LOG).open("w") as log:
         process = await asyncio.create_subprocess_exec(
-            *(*train, *arguments, "OUTPUT_DIR", str(run.folder)),
+            *start_command(run, train),
             env=environment,
             stdout=log,
             stderr=log,
@@ -138,18 +191,17 @@ async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> s
                 with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
                     os.killpg(process.pid, signal.SIGTERM)
                 await process.wait()
-    if status:
-        return f"exit status {status}"
-    aps = last_aps(run.folder)
-    if not aps:
-        return "no AP in its metrics.json"
-    draft = run.folder / f"{RESULT}.draft"
-    draft.write_text(json.dumps({**aps, "seconds": time.monotonic() - start}), encoding="utf-8")
-    draft.replace(run.folder / RESULT)
-    return None
+    return keep_result(run, status, time.monotonic() - start)
 
 
-def _summary(run: Run) -> str:
+def summary(run: Run) -> str:
+    """
+    Args:
+        run: a finished run.
+
+    Returns:
+        Its APs and its time, in one line.
+    """
     result = read_result(run)
     assert result is not None
     aps = [f"{name} {value:.1f}" for name, value in result.items() if name.endswith("/AP")]

@@ -51,9 +51,40 @@ def test_config_is_relative_to_the_plan(load, tmp_path):
     assert CfgNode.load_cfg(run.config).SOLVER.MAX_ITER == 7
 
 
+def test_a_setting_may_have_a_config_and_a_papers_figures(load, tmp_path):
+    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
+    own = {"config": "own.yaml", "paper": {"bbox/AP": 38}, "SOLVER.BASE_LR": 0.5}
+    plan = load(settings={"nl": None, "own": own}, groups={"All": ["nl", "own"]})
+    assert plan.paper == {"own": {"bbox/AP": 38}}
+    of_plan, of_setting = (CfgNode.load_cfg(r.config).SOLVER for r in plan.runs(tmp_path)[:2])
+    assert (of_setting.MAX_ITER, of_setting.BASE_LR) == (7, 0.5)
+    assert of_plan.MAX_ITER != 7
+
+
+def test_overrides_of_the_command_line_come_last(load, tmp_path):
+    plan = load(settings={"nl": {"SOLVER.MAX_ITER": 7}}, groups={"All": ["nl"]})
+    for run in plan.runs(tmp_path, ["SOLVER.MAX_ITER", "8"]):
+        assert CfgNode.load_cfg(run.config).SOLVER.MAX_ITER == 8
+
+
+def test_a_part_of_a_plan(load, tmp_path):
+    plan = load(groups={"All": ["nl", "dot-product"], "Other": ["dot-product"]})
+    part = plan.part(["nl"], [5])
+    assert [(run.setting, run.seed) for run in part.runs(tmp_path)] == [("nl", 5)]
+    assert part.groups == {"All": ["nl"]}
+    assert plan.part() == plan
+    with pytest.raises(ValueError, match=r"a setting is 'nll', .*did you mean 'nl'"):
+        plan.part(["nll"])
+    with pytest.raises(ValueError, match=r"seeds is \[-1\]"):
+        plan.part(seeds=[-1])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"settings": {"nl": {"config": 3}}}, "settings: nl: config is 3, not the path"),
+        ({"settings": {"nl": {"paper": [38]}}}, r"settings: nl: paper is \[38\], not a mapping"),
+        ({"settings": {"nl": {"paper": {"bbox/AP": "38"}}}}, "nl: paper: bbox/AP is '38', not a"),
         ({"seed": [1]}, "a key is 'seed', .*did you mean 'seeds'"),
         ({"groups": None}, "it has no groups"),
         ({"config": 3}, "config is 3"),

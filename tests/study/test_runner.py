@@ -98,6 +98,15 @@ def test_each_worker_has_a_gpu(study, monkeypatch, visible, devices):
     assert {device for _, device in environments(study)} == devices
 
 
+def test_runs_with_several_gpus(study, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    prepare_runs(study.runs)
+    assert default_workers(gpus_per_run=2) == 2
+    run_all(study.runs, study.train, workers=2, gpus_per_run=2)
+    assert {device for _, device in environments(study)} == {"0,1", "2,3"}
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_the_children(study, signal_):
     study.behave("hang")

@@ -73,9 +73,36 @@ def test_report_only_trains_nothing(plan, tmp_path, monkeypatch):
     assert study.main([str(plan), "--output", str(tmp_path / "out"), "--report-only"]) == 0
 
 
+def test_a_run_in_a_job_of_this_machine(plan, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("submitit")
+    command = [str(plan), "--output", str(tmp_path / "out"), "--launcher", "submitit-local"]
+    monkeypatch.setattr(study, "TRAIN", ["false"])
+    assert study.main(command) == 1
+    assert study.main([*command, "--status"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    for words in (table[3].split(), table[-1].split()):
+        assert [*words[:3], *words[4:]] == ["nl", "1", "failed", "exit", "status", "1"]
+
+
+def test_several_processes_are_torchruns():
+    assert study.train_command(1) == study.TRAIN
+    python, *torchrun, script = study.train_command(2)
+    assert [python, script] == study.TRAIN
+    assert torchrun[-2:] == ["--standalone", "--nproc-per-node=2"]
+
+
+def test_nothing_runs_before_the_inputs_are_there(plan, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "TRAIN", ["false"])
+    words = [plan, "--output", tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "none.pth"]
+    assert "none.pth, a file that does not exist" in fail(capsys, *words)
+    assert not list(tmp_path.glob("out/*/*/run.log"))
+
+
 def test_errors_of_the_user(plan, tmp_path, capsys):
     assert "none.yaml" in fail(capsys, tmp_path / "none.yaml")
     assert "--workers: '0' is not" in fail(capsys, plan, "--workers", "0")
+    assert "--seeds is 'one', not integers" in fail(capsys, plan, "--seeds", "one")
+    assert "a setting is 'ml'" in fail(capsys, plan, "--settings", "ml")
     plan.write_text(plan.read_text().replace("MAX_ITER", "MAX_ITERS"))
     assert "did you mean 'SOLVER.MAX_ITER'" in fail(capsys, plan)
     plan.write_text("nl")
