@@ -20,12 +20,14 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # comes; negatives count from the end, so -2 is "right before the last residual block".
     node.AFTER_BLOCKS_PER_STAGE = [[], [], [-2], []]
 
-    # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, LocalBlock (a control without
-    # attention), or one of your own. Each reads those of the keys below that mean something to it.
+    # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, GlobalContextBlock (GCNet; see
+    # docs/BLOCKS.md), LocalBlock (a control without attention), or one of your own. Each reads
+    # those of the keys below that mean something to it: GlobalContextBlock REDUCTION and ZERO_INIT.
     node.BLOCK = "NonLocalBlock"
     # The pairwise function: gaussian, embedded_gaussian, dot_product or concatenation.
     node.PAIRWISE = "embedded_gaussian"
-    # Block channels divided by the channels of theta, phi and g.
+    # Block channels divided by the channels of theta, phi and g, or of GlobalContextBlock's W_1:
+    # for that set 16 or 4, as GCNet does, since this default is the non-local block's.
     node.REDUCTION = 2
     # Multiply the logits of the two Gaussians by d ** -0.5 (the released code; the paper's text
     # does not).

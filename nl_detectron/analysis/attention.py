@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
 from nl_detectron.analysis.recording import record_calls
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.layers import AttentionBlock
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.validation import check_choice, did_you_mean
 
@@ -39,7 +39,7 @@ class AttentionRecord:
 
     image: np.ndarray
     boxes: np.ndarray
-    blocks: dict[str, NonLocalBlock]
+    blocks: dict[str, AttentionBlock]
     features: dict[str, list[PlacedFeatures]]
 
     def maps(self, points: Sequence[Point]) -> AttentionMaps:
@@ -171,7 +171,7 @@ def attention_maps(
     return record_attention(model, image, **options).maps(points)
 
 
-def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonLocalBlock]:
+def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
     """
     Args:
         model: any with non-local blocks.
@@ -183,7 +183,7 @@ def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonL
     Raises:
         ValueError: the model has no such block, or none at all; the message lists what there is.
     """
-    blocks = nonlocal_blocks(model, NonLocalBlock)
+    blocks = nonlocal_blocks(model, AttentionBlock)
     if not blocks:
         raise ValueError("the model has no non-local blocks")
     for name in names:

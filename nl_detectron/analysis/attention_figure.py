@@ -21,7 +21,7 @@ from nl_detectron.analysis.attention_map import (
     format_weight,
 )
 from nl_detectron.analysis.placement import Box, Point
-from nl_detectron.layers import PAIRWISE
+from nl_detectron.layers import ATTENTION
 
 _PANEL = 4.0  # inches, the longer side of the picture in a panel
 _WEIGHTS_PER_LINE = 5
@@ -63,10 +63,10 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
 
 def describe(attention_map: AttentionMap, pairwise: str) -> str:
     """What the colours do not tell of some weights: how uneven they are, and what is not shown."""
-    if PAIRWISE[pairwise].is_softmax:
+    if ATTENTION[pairwise].weight_sum == 1:
         ratio = attention_map.weights.max() * attention_map.keys
         meaning = f"at most {ratio:.3g} times an even share"
-    elif PAIRWISE[pairwise].is_signed:
+    elif ATTENTION[pairwise].is_signed:
         meaning = "weights of any sign and sum, arrows by magnitude"
     else:
         meaning = "weights of any sum"
@@ -79,8 +79,8 @@ def describe(attention_map: AttentionMap, pairwise: str) -> str:
 def heat_colors(pairwise: str) -> Colormap:
     """Weights of little magnitude are transparent, so that the image can be seen."""
     steps = np.linspace(0, 1, 256)
-    rgba = colormaps["PuOr_r" if PAIRWISE[pairwise].is_signed else "plasma"](steps)
-    rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if PAIRWISE[pairwise].is_signed else steps) ** 0.5
+    rgba = colormaps["PuOr_r" if ATTENTION[pairwise].is_signed else "plasma"](steps)
+    rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if ATTENTION[pairwise].is_signed else steps) ** 0.5
     return ListedColormap(rgba)
 
 
@@ -110,11 +110,13 @@ def _draw_weights(panel: Axes, attention_map: AttentionMap, pairwise: str) -> No
     heat = panel.imshow(
         attention_map.weights,
         cmap=heat_colors(pairwise),
-        norm=CenteredNorm() if PAIRWISE[pairwise].is_signed else None,
+        norm=CenteredNorm() if ATTENTION[pairwise].is_signed else None,
         extent=(left, right, bottom, top),
         interpolation="nearest",
     )
-    in_percent = PercentFormatter(xmax=1, symbol=" %") if PAIRWISE[pairwise].is_softmax else None
+    in_percent = (
+        PercentFormatter(xmax=1, symbol=" %") if ATTENTION[pairwise].weight_sum == 1 else None
+    )
     bar = panel.figure.colorbar(heat, shrink=0.8, format=in_percent)
     bar.ax.tick_params(labelsize=8)
     left, top, right, bottom = attention_map.query

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from nl_detectron.analysis.placement import Box, Point
-from nl_detectron.layers import PAIRWISE
+from nl_detectron.layers import ATTENTION
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class BlockAttention:
     """
     Attributes:
         name: the block's full name, such as ``backbone.res4.nonlocal4``.
-        pairwise: its pairwise function, such as ``embedded_gaussian``.
+        pairwise: its kind of weights in :data:`nl_detectron.layers.ATTENTION`, such as
+            ``embedded_gaussian``.
         maps: a map for each point; None where the block does not see the point: those of a head
             see the boxes of detected objects only.
     """
@@ -88,6 +89,6 @@ class AttentionMaps:
 
 def format_weight(weight: float, pairwise: str) -> str:
     """In per cent where the weights sum to 1."""
-    if not PAIRWISE[pairwise].is_softmax:
+    if ATTENTION[pairwise].weight_sum != 1:
         return f"{weight:.3g}"
     return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"

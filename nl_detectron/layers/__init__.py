@@ -1,18 +1,26 @@
+from nl_detectron.layers.attention_block import AttentionBlock
+from nl_detectron.layers.global_context import GlobalContextBlock
 from nl_detectron.layers.local_block import LocalBlock
 from nl_detectron.layers.nonlocal_block import SUBSAMPLE, NonLocalBlock
 from nl_detectron.layers.pairwise import (
+    ATTENTION,
     PAIRWISE,
     concatenation_pairwise,
     dot_product_pairwise,
+    softmax_average,
     softmax_pairwise,
 )
 
 __all__ = [
+    "ATTENTION",
     "PAIRWISE",
     "SUBSAMPLE",
+    "AttentionBlock",
+    "GlobalContextBlock",
     "LocalBlock",
     "NonLocalBlock",
     "concatenation_pairwise",
     "dot_product_pairwise",
+    "softmax_average",
     "softmax_pairwise",
 ]

@@ -7,13 +7,18 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from nl_detectron.layers.attention_block import (
+    CONV,
+    AttentionBlock,
+    flat_index,
+    flat_positions,
+)
 from nl_detectron.layers.norm import Norm, build_norm, zero_scale
-from nl_detectron.layers.numerics import accumulable, no_autocast
+from nl_detectron.layers.numerics import accumulable, no_autocast, saturated
 from nl_detectron.layers.pairwise import (
     PAIRWISE,
     concatenation_pairwise,
@@ -28,11 +33,10 @@ from nl_detectron.validation import check_choice
 SUBSAMPLE = ("none", "embeddings", "input")
 ZERO_INIT_LAYERS = ("norm", "out")
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
 
-class NonLocalBlock(CNNBlockBase):
+class NonLocalBlock(AttentionBlock):
     """
     z = W_z y + x with the non-local operation y of Eq. 1 (Eq. 6 and Figure 2 of the paper), as a
     Detectron2 block: input and output have the same shape, so that it fits between any two others.
@@ -83,10 +87,9 @@ class NonLocalBlock(CNNBlockBase):
         Raises:
             ValueError: an argument is not among the legal values, or C // reduction is 0.
         """
-        super().__init__(in_channels, in_channels, stride=1)
+        super().__init__(in_channels, dims=dims, pairwise=pairwise, subsample=subsample)
         check_choice("pairwise", pairwise, PAIRWISE)
         check_choice("subsample", subsample, SUBSAMPLE)
-        check_choice("dims", dims, tuple(_CONV))
         check_choice("zero_init_layer", zero_init_layer, ZERO_INIT_LAYERS)
         if not isinstance(reduction, int) or not 1 <= reduction <= in_channels:
             raise ValueError(
@@ -94,12 +97,9 @@ class NonLocalBlock(CNNBlockBase):
                 f"in_channels={in_channels}"
             )
         inner_channels = in_channels // reduction
-        self.dims = dims
-        self.pairwise = pairwise
-        self.subsample = subsample
         self.use_act_checkpoint = use_act_checkpoint
 
-        conv: Any = _CONV[dims]
+        conv: Any = CONV[dims]
         self.theta: Any = None
         self.phi: Any = None
         if PAIRWISE[pairwise].has_embeddings:
@@ -149,7 +149,7 @@ class NonLocalBlock(CNNBlockBase):
                 z = checkpoint(self._transform, x, use_reentrant=False)
             else:
                 z = self._transform(x)
-        return x + _saturated(self._normalize(z), x.dtype)
+        return x + saturated(self._normalize(z), x.dtype)
 
     def attention(self, x: Tensor, positions: Tensor | Sequence) -> Tensor:
         """
@@ -171,8 +171,8 @@ class NonLocalBlock(CNNBlockBase):
             ValueError: x does not fit the block, or positions have the wrong shape or lie outside.
         """
         self._check_input(x)
-        index = _flat_index(torch.as_tensor(positions, device=x.device), x.shape[2:])
-        theta = _positions(x)[:, index]
+        index = flat_index(positions, x)
+        theta = flat_positions(x)[:, index]
         phi = self._max_pool(x) if self.subsample == "input" else x
         if self.theta is not None and self.phi is not None:
             theta = functional.linear(theta, self.theta.weight.flatten(1), self.theta.bias)
@@ -180,23 +180,14 @@ class NonLocalBlock(CNNBlockBase):
         if self.subsample == "embeddings":
             phi = self._max_pool(phi)
         key_grid = phi.shape[2:]
-        theta, phi = accumulable(theta), accumulable(_positions(phi))
+        theta, phi = accumulable(theta), accumulable(flat_positions(phi))
         with no_autocast(x):
             return self._weights(theta, phi).unflatten(2, key_grid)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != self.dims + 2 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"input of shape {tuple(x.shape)}: a {self.dims}-D NonLocalBlock of "
-                f"{self.in_channels} channels needs (batch, {self.in_channels}"
-                + ", size" * self.dims
-                + ")"
-            )
 
     def _transform(self, x: Tensor) -> Tensor:
         """W_z y before the norm, (B, C, *grid)."""
         theta, phi, g = self._embed(x)
-        phi, g = _positions(phi), _positions(g)
+        phi, g = flat_positions(phi), flat_positions(g)
         if torch.jit.is_scripting():
             y = self._operate(theta, phi, g)
         else:
@@ -208,7 +199,7 @@ class NonLocalBlock(CNNBlockBase):
         if y.dtype == torch.float32 and self.out.weight.dtype == torch.float16:
             # y was kept in float32 because it may not fit (see pairwise.py); nor may W_z y.
             weight, bias = self.out.weight.float(), self.out.bias.float()
-            return _saturated(_CONVOLVE[self.dims](y, weight, bias), torch.float16)
+            return saturated(_CONVOLVE[self.dims](y, weight, bias), torch.float16)
         # Autocast, which would take such a y back to float16, has nothing to do for a y that has
         # the weights' dtype.
         with no_autocast(y) if y.dtype == self.out.weight.dtype else nullcontext():
@@ -239,7 +230,7 @@ class NonLocalBlock(CNNBlockBase):
             theta, phi = self.theta(x), self.phi(keys)
         if self.subsample == "embeddings":
             phi, g = self._max_pool(phi), self._max_pool(g)
-        return _positions(theta), phi, g
+        return flat_positions(theta), phi, g
 
     def _max_pool(self, x: Tensor) -> Tensor:
         """Pooling with kernel and stride 2 in space, but for dimensions of size 1."""
@@ -266,38 +257,3 @@ class NonLocalBlock(CNNBlockBase):
         if self._norm_as_image:
             return self.norm(z.flatten(2).unsqueeze(3)).reshape(z.shape)
         return self.norm(z)
-
-
-def _saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in another dtype; in float16, what is too large for it is its largest number."""
-    if dtype == torch.float16 and x.dtype != dtype:
-        x = x.clamp(-65504.0, 65504.0)
-    return x.to(dtype)
-
-
-def _positions(x: Tensor) -> Tensor:
-    """(B, C, *grid) to (B, N, C)."""
-    return x.flatten(2).transpose(1, 2)
-
-
-def _flat_index(positions: Tensor, grid: torch.Size) -> Tensor:
-    """(Q,) indices into the flattened grid, or (Q, dims) coordinates, to checked (Q,) indices."""
-    if positions.numel() == 0:  # the dtype of an empty list says nothing
-        positions = positions.long()
-    if positions.is_floating_point() or positions.dtype == torch.bool:
-        raise ValueError(f"positions are {positions.dtype}, but must be integers")
-    if positions.dim() == 1:
-        sizes = [grid.numel()]
-    elif positions.dim() == 2 and positions.shape[1] == len(grid):
-        sizes = list(grid)
-    else:
-        raise ValueError(
-            f"positions have shape {tuple(positions.shape)}, but must have shape (Q,), indices "
-            f"into the flattened grid, or (Q, {len(grid)}), coordinates"
-        )
-    index = positions.new_zeros(positions.shape[0], dtype=torch.long)
-    for size, coordinate in zip(sizes, positions.reshape(-1, len(sizes)).unbind(1)):
-        if ((coordinate < 0) | (coordinate >= size)).any():
-            raise ValueError(f"positions {positions.tolist()} leave the grid {tuple(grid)}")
-        index = index * size + coordinate
-    return index

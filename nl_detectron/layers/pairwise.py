@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from nl_detectron.layers.numerics import MAX_SUMMED, accumulable, no_autocast, sum_of_products
-from nl_detectron.layers.softmax import blockwise_softmax, fused_softmax
+from nl_detectron.layers.softmax import blockwise_softmax, chunked_average, fused_softmax
 
 
 class PairwiseFunction(NamedTuple):
@@ -47,22 +47,25 @@ class PairwiseFunction(NamedTuple):
 
     Attributes:
         has_embeddings: f is a function of theta and phi, and not of x itself.
-        is_softmax: the weights of a query are positive and sum to 1.
+        weight_sum: what the weights of a query, all positive, sum to; None if they have any sum.
         is_signed: weights may be negative.
     """
 
     has_embeddings: bool = True
-    is_softmax: bool = False
+    weight_sum: float | None = None
     is_signed: bool = False
 
 
 PAIRWISE = {
-    "gaussian": PairwiseFunction(has_embeddings=False, is_softmax=True),
-    "embedded_gaussian": PairwiseFunction(is_softmax=True),
+    "gaussian": PairwiseFunction(has_embeddings=False, weight_sum=1.0),
+    "embedded_gaussian": PairwiseFunction(weight_sum=1.0),
     "dot_product": PairwiseFunction(is_signed=True),
     "concatenation": PairwiseFunction(),
 }
 """The pairwise functions of Section 3.2 by the names that they have here."""
+
+ATTENTION = {**PAIRWISE, "global_context": PairwiseFunction(has_embeddings=False, weight_sum=1.0)}
+"""What the weights of a block may be: :data:`PAIRWISE`, or the same ones for every query."""
 
 # PyTorch 2.1 has it under a private name only.
 _is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
@@ -100,6 +103,24 @@ def softmax_weights(theta: Tensor, phi: Tensor, scale: float = 1.0) -> Tensor:
         (B, N_q, N_k), same dtype.
     """
     return (scale * theta @ phi.mT).softmax(2)
+
+
+def softmax_average(logits: Tensor, g: Tensor) -> Tensor:
+    """
+    The operation with an f that depends on j only, f = exp(logits_j): y is the same for every i.
+
+    Args:
+        logits: (B, N_k), floating point.
+        g: (B, N_k, c), floating point.
+
+    Returns:
+        (B, c), dtype of g; float32 for half precision.
+    """
+    if not torch.jit.is_scripting() and not _is_recorded():
+        return chunked_average(logits, g)
+    g = accumulable(g)
+    weights = accumulable(logits).softmax(1).to(g.dtype)
+    return (weights.unsqueeze(1) @ g).squeeze(1)
 
 
 def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nl_detectron import NonLocalBlock, model_zoo
+from nl_detectron import GlobalContextBlock, NonLocalBlock, model_zoo
 from nl_detectron.analysis.attention import (
     AttentionRecord,
     attention_maps,
@@ -283,3 +283,18 @@ def test_weights_are_those_of_the_block(pairwise):
     attention_map = only_map(record.maps([centre(2, 3)]))
     assert attention_map.weights == pytest.approx(expected.numpy())
     assert record.maps([]).blocks[0].maps == []
+
+
+def test_global_context_is_one_map_for_all_points():
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    torch.manual_seed(0)
+    block = GlobalContextBlock(3, reduction=1)
+    maps = attention_maps(PlantedDetector(block=block), image, [centre(2, 3), centre(0, 0)])
+    (attended,) = maps.blocks
+    assert attended.pairwise == "global_context"
+    first, second = attended.maps
+    assert first.weights.shape == (4, 6)
+    assert np.array_equal(first.weights, second.weights)
+    assert first.weights.sum() == pytest.approx(1)
+    assert len(set(first.weights.ravel())) > 1
+    assert first.query != second.query

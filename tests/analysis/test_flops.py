@@ -1,11 +1,12 @@
 import sys
+from math import prod
 
 import pytest
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis as DetectorFlopCountAnalysis
 from fvcore.nn import FlopCountAnalysis, parameter_count
 
-from nl_detectron import NonLocalBlock
+from nl_detectron import GlobalContextBlock, NonLocalBlock
 from nl_detectron.analysis.flops import flop_handles, register_flop_handles
 from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
 
@@ -55,6 +56,20 @@ def test_block_of_res4_at_800_x_1280(subsample, gmacs):
     analysis = analyse(block, torch.zeros(1, 1024, 50, 80))
     assert analysis.total() / 1e9 == pytest.approx(gmacs, rel=0.005)
     assert parameter_count(block)[""] / 1e6 == pytest.approx(2.10, abs=0.005)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_global_context_is_counted_by_the_formula(dims):
+    grid = (12, 5, 2)[:dims]
+    block = GlobalContextBlock(C, reduction=4, dims=dims).eval()
+    analysis = analyse(block, torch.randn(B, C, *grid))
+    # w_k x and the weighted sum for each position, and two products for all of them.
+    assert analysis.total() - norm_flops(analysis) == B * (2 * C * prod(grid) + 2 * C * C // 4)
+    assert not analysis.unsupported_ops()
+
+
+def norm_flops(analysis):
+    return analysis.by_operator()["layer_norm"]
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", "LN", ""])

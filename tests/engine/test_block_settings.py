@@ -58,6 +58,20 @@ def test_blocks_in_the_keypoint_head():
     }
 
 
+def test_global_context_blocks():
+    overrides = (
+        *("MODEL.NONLOCAL.BLOCK", "GlobalContextBlock", "MODEL.NONLOCAL.REDUCTION", 16),
+        *("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", [[], [0], [-1], []]),
+    )
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x"
+    assert settings_of(name, *overrides) == {
+        "BACKBONE.NAME": "build_nonlocal_backbone",
+        "NONLOCAL.AFTER_BLOCKS_PER_STAGE": '"[[], [0], [5], []]"',
+        "NONLOCAL.BLOCK": "GlobalContextBlock",
+        "NONLOCAL.REDUCTION": "16",
+    }
+
+
 def test_no_blocks():
     assert settings_of("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x") == {}
 

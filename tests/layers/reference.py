@@ -65,3 +65,19 @@ def block(x: Tensor, tensors: dict, pairwise: str, subsample: str, scale: bool) 
     )
     y = torch.einsum("bij,bcj->bci", f, g.flatten(2)).reshape(x.shape[0], -1, *x.shape[2:])
     return x + embed("out", y)
+
+
+def global_context(x: Tensor, tensors: dict, eps: float = 1e-5) -> Tensor:
+    """z of a GlobalContextBlock, whose state_dict is ``tensors``."""
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        return CONV[x.dim() - 2](x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    f = torch.exp(conv("context", x)).flatten(2)
+    weights = f / f.sum(2, keepdim=True)
+    context = (weights * x.flatten(2)).sum(2).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+    t = conv("reduce", context).flatten(1)
+    deviation = t - t.mean(1, keepdim=True)
+    t = deviation / (deviation.square().mean(1, keepdim=True) + eps).sqrt()
+    t = torch.relu(t * tensors["norm.weight"] + tensors["norm.bias"])
+    return x + conv("out", t.reshape(*t.shape, *[1] * (x.dim() - 2)))
