@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
 from nl_detectron.analysis.recording import record_calls
-from nl_detectron.layers import AttentionBlock
+from nl_detectron.layers import AttentionBlock, spread_over_bins
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.validation import check_choice, did_you_mean
 
@@ -63,8 +63,7 @@ class AttentionRecord:
         self, name: str, features: PlacedFeatures, cells: Sequence[tuple[int, int]]
     ) -> list[AttentionMap]:
         """What ``cells``, (row, column), of some ``features`` of the block ``name`` attend to."""
-        with torch.no_grad():
-            weights = self.blocks[name].attention(features.x, cells)[0].float().cpu().numpy()
+        weights = _weights_on_grid(self.blocks[name], features.x, cells)
         rows = features.rows.of_keys(weights.shape[1])
         columns = features.columns.of_keys(weights.shape[2])
         height, width = self.image.shape[:2]
@@ -211,6 +210,17 @@ def check_points(points: Sequence[Point], image: np.ndarray) -> None:
                 f"the point {x:g},{y:g} lies outside the image, which is {width} pixels wide and "
                 f"{height} high"
             )
+
+
+def _weights_on_grid(
+    block: AttentionBlock, x: Tensor, cells: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """(Q, rows, columns): the block's weights; those of a pyramid, spread over its bins' cells."""
+    with torch.no_grad():
+        weights = block.attention(x, cells)[0].float()
+        if block.subsample == "pyramid":
+            weights = spread_over_bins(weights, x.shape[2:])
+    return weights.cpu().numpy()
 
 
 def _ends_in(full_name: str, name: str) -> bool:

@@ -63,8 +63,8 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
 
 def describe(attention_map: AttentionMap, pairwise: str) -> str:
     """What the colours do not tell of some weights: how uneven they are, and what is not shown."""
-    if ATTENTION[pairwise].weight_sum == 1:
-        ratio = attention_map.weights.max() * attention_map.keys
+    if (total := ATTENTION[pairwise].weight_sum) is not None:
+        ratio = attention_map.weights.max() * attention_map.keys / total
         meaning = f"at most {ratio:.3g} times an even share"
     elif ATTENTION[pairwise].is_signed:
         meaning = "weights of any sign and sum, arrows by magnitude"

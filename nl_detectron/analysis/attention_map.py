@@ -25,7 +25,8 @@ class AttentionMap:
         query: the cell of the block's input that the point lies in.
         outside: the share, 0 to 1, of the sum of the weights' magnitudes that is on keys in
             the padding, which are not in ``weights``.
-        keys: the number of all keys, those in the padding included.
+        keys: the number of all keys, those in the padding included. A pyramid's bins are spread
+            over their cells, which then count as keys.
     """
 
     weights: np.ndarray

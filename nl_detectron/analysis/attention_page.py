@@ -72,7 +72,7 @@ def _block(record: AttentionRecord, name: str, max_weights: int) -> dict[str, An
         "name": name,
         "note": f"{name}: {pairwise}."
         + (f" Of its cells one in {step} x {step} can be asked." if step > 1 else ""),
-        "sums_to_one": ATTENTION[pairwise].weight_sum == 1,
+        "weight_sum": ATTENTION[pairwise].weight_sum,
         "colors": _base64(palette.tobytes()),
         "weights": _base64(zlib.compress(weights)),
         "regions": regions,

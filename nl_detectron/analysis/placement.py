@@ -55,8 +55,8 @@ class Axis:
 
     def of_keys(self, keys: int) -> Axis:
         """
-        The axis of the keys of a block on this one, of which :class:`NonLocalBlock` has as many
-        as cells, or, max-pooled by 2, half as many: then the last of an odd number has no key.
+        The axis of the keys of a block on this one, of which there are as many as cells, or,
+        max-pooled by 2, half as many: then the last of an odd number has no key.
         """
         cells = keys if keys == self.cells else 2 * keys
         return Axis(self.start, self.start + (self.stop - self.start) * cells / self.cells, keys)

@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
-
 _TORCH_LEAVES = {
     leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 }
 _SOFTMAX_OR_DOT = ("embedded_gaussian", "dot_product")
 _EITHER = (True, False)
+_PAIRWISE = ("gaussian", *_SOFTMAX_OR_DOT, "concatenation")
+_SUBSAMPLE = ("none", "embeddings", "input")
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN")
 
 
@@ -62,10 +62,10 @@ class Family:
     separator: str = "."
     not_weights: tuple[str, ...] = ()
     places: tuple[str, str] | None = None
-    pairwise: Sequence[str] = PAIRWISE
+    pairwise: Sequence[str] = _PAIRWISE
     scale: Mapping[str, Sequence[bool]] = field(default_factory=dict)
     scale_by_input: bool = False
-    subsample: Sequence[str] = SUBSAMPLE
+    subsample: Sequence[str] = _SUBSAMPLE
     no_bias: frozenset[str] = frozenset()
     norms: Sequence[str] = ("", *BATCH_NORMS, "GN", "LN")
     norm_aliases: Mapping[str, str] = field(default_factory=dict)

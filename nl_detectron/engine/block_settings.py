@@ -79,6 +79,8 @@ def _options(shapes: Shapes, block: str | None) -> dict[str, str]:
 def _pairwise(own: Shapes) -> str:
     if "concat.weight" in own:
         return "concatenation"
+    if "unary.weight" in own:
+        return "disentangled"
     # These two have the same tensors.
     return "embedded_gaussian (or dot_product)" if "theta.weight" in own else "gaussian"
 

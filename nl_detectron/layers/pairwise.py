@@ -3,7 +3,8 @@ The non-local operation of "Non-local Neural Networks" (https://arxiv.org/abs/17
 
     y_i = 1 / C(x) * sum_j f(x_i, x_j) g(x_j),
 
-for the four pairwise functions f of Section 3.2, on tensors whose positions are already flattened.
+for the four pairwise functions f of Section 3.2 and that of "Disentangled Non-Local Neural
+Networks" (https://arxiv.org/abs/2006.06668), on tensors whose positions are already flattened.
 All are exact, and none of them holds a tensor with an entry for every pair (i, j) of a large input:
 
 =================== ============================== ======= ======================================
@@ -12,6 +13,7 @@ pairwise function   f(x_i, x_j)                    C(x)    cost (N positions, d 
 (embedded) Gaussian exp(scale * theta_i^T phi_j)   sum f   O(N^2 d) time, O(N d) memory
 dot product         theta_i^T phi_j                N_k     O(min(N^2 d, N d^2)) time
 concatenation       ReLU(a_i + b_j)                N_k     O(N log N + N d) time
+disentangled        two softmaxes, see there               as the Gaussians
 =================== ============================== ======= ======================================
 
 Shapes, here and below: B is the batch, N_q the number of positions y is computed at (the queries),
@@ -37,7 +39,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from nl_detectron.layers.numerics import MAX_SUMMED, accumulable, no_autocast, sum_of_products
+from nl_detectron.layers.numerics import (
+    MAX_SUMMED,
+    accumulable,
+    no_autocast,
+    saturated,
+    sum_of_products,
+)
+from nl_detectron.layers.recorded import is_recorded
 from nl_detectron.layers.softmax import blockwise_softmax, chunked_average, fused_softmax
 
 
@@ -61,14 +70,12 @@ PAIRWISE = {
     "embedded_gaussian": PairwiseFunction(weight_sum=1.0),
     "dot_product": PairwiseFunction(is_signed=True),
     "concatenation": PairwiseFunction(),
+    "disentangled": PairwiseFunction(weight_sum=2.0),
 }
-"""The pairwise functions of Section 3.2 by the names that they have here."""
+"""The pairwise functions by the names that they have here: those of Section 3.2, and DNL's."""
 
 ATTENTION = {**PAIRWISE, "global_context": PairwiseFunction(has_embeddings=False, weight_sum=1.0)}
 """What the weights of a block may be: :data:`PAIRWISE`, or the same ones for every query."""
-
-# PyTorch 2.1 has it under a private name only.
-_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 
 
 def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
@@ -85,7 +92,7 @@ def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) 
     Returns:
         (B, N_q, c), dtype of g.
     """
-    if not torch.jit.is_scripting() and not (theta.is_cuda or _is_recorded()):
+    if not torch.jit.is_scripting() and not (theta.is_cuda or is_recorded()):
         return blockwise_softmax(theta, phi, g, scale)
     return fused_softmax(theta, phi, g, scale)
 
@@ -116,11 +123,53 @@ def softmax_average(logits: Tensor, g: Tensor) -> Tensor:
     Returns:
         (B, c), dtype of g; float32 for half precision.
     """
-    if not torch.jit.is_scripting() and not _is_recorded():
+    if not torch.jit.is_scripting() and not is_recorded():
         return chunked_average(logits, g)
     g = accumulable(g)
     weights = accumulable(logits).softmax(1).to(g.dtype)
     return (weights.unsqueeze(1) @ g).squeeze(1)
+
+
+def disentangled_pairwise(theta: Tensor, phi: Tensor, m: Tensor, g: Tensor, scale: float) -> Tensor:
+    """
+    The operation of a disentangled non-local block (DNL, Eq. 12): the weights are
+
+        softmax_j(scale * (theta_i - mean theta)^T (phi_j - mean phi)) + softmax_j(m_j),
+
+    what a pair has in common and what a key has for every query. The mean of phi need not be taken
+    off: (theta_i - mean theta)^T (mean phi) is the same for all j, and a softmax over j does not
+    see it.
+
+    Args:
+        theta: (B, N_q, d), floating point; all queries, since their mean counts.
+        phi: (B, N_k, d), same dtype.
+        m: (B, N_k), same dtype.
+        g: (B, N_k, c), same dtype.
+        scale: multiplies the logits of the pairs: d ** -0.5 / temperature.
+
+    Returns:
+        (B, N_q, c), dtype of g.
+    """
+    whitened = accumulable(theta)
+    whitened = (whitened - whitened.mean(1, keepdim=True)).to(theta.dtype)
+    y = softmax_pairwise(whitened, phi, g, scale) + softmax_average(m, g).unsqueeze(1)
+    return saturated(y, g.dtype)
+
+
+def disentangled_weights(theta: Tensor, phi: Tensor, m: Tensor, scale: float) -> Tensor:
+    """
+    The weights of :func:`disentangled_pairwise`, one for each pair: for a few queries.
+
+    Args:
+        theta: (B, N_q, d), float32 or float64, less the mean of all queries.
+        phi: (B, N_k, d), same dtype.
+        m: (B, N_k), same dtype.
+        scale: multiplies the logits of the pairs.
+
+    Returns:
+        (B, N_q, N_k), same dtype; they sum to 2 over the keys.
+    """
+    return softmax_weights(theta, phi, scale) + m.softmax(1).unsqueeze(1)
 
 
 def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -200,11 +249,6 @@ def concatenation_weights(a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(2) + b.unsqueeze(1)).relu() / b.shape[1]
 
 
-def _is_recorded() -> bool:
-    """Is a tracer, an exporter or a compiler writing down the operators that are called?"""
-    return torch.jit.is_tracing() or _is_compiling()
-
-
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a product of three embeddings: bfloat16 has the range for it, float16 not."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -214,7 +258,7 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     queries, d = theta.shape[1], theta.shape[2]
     keys, c = g.shape[1], g.shape[2]
     # A recording is for other sizes too.
-    if not torch.jit.is_scripting() and not _is_recorded():
+    if not torch.jit.is_scripting() and not is_recorded():
         pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
         if pairs_first < channels_first:
             return (theta @ phi.mT / keys) @ g
@@ -225,7 +269,7 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
 
 
 def _ramp_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    return _sums_over_active(a, b, g)[1] if _is_recorded() else _RampSum.apply(a, b, g)
+    return _sums_over_active(a, b, g)[1] if is_recorded() else _RampSum.apply(a, b, g)
 
 
 class _RampSum(torch.autograd.Function):
@@ -268,7 +312,7 @@ def _count_below(x: Tensor, sorted_values: Tensor) -> Tensor:
     How many of the ascending values (B, M) are below each x (B, N). Recordings, for which ONNX has
     to know all operators, may or may not count one that is equal; its pair contributes nothing.
     """
-    if not torch.jit.is_scripting() and not _is_recorded():
+    if not torch.jit.is_scripting() and not is_recorded():
         return torch.searchsorted(sorted_values, x)
     order = torch.cat([x, sorted_values], 1).argsort(1)
     values_so_far = (order >= x.shape[1]).long().cumsum(1)

@@ -117,6 +117,7 @@ def _nonlocal_block_options(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
         "pairwise": node.PAIRWISE,
         "reduction": node.REDUCTION,
         "scale": node.SCALE,
+        "temperature": node.TEMPERATURE,
         "subsample": node.SUBSAMPLE,
         "norm": node.NORM,
         "zero_init": node.ZERO_INIT,

@@ -59,7 +59,7 @@ def mean_distance(maps):
     return sum(distances) / len(distances)
 
 
-@pytest.mark.parametrize("subsample", ["none", "embeddings"])
+@pytest.mark.parametrize("subsample", ["none", "embeddings", "pyramid"])
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 def test_entropy_and_query_dependence_are_their_formulas(pairwise, subsample):
     block, x = make_block(pairwise=pairwise, subsample=subsample), image(count=2)
@@ -67,7 +67,8 @@ def test_entropy_and_query_dependence_are_their_formulas(pairwise, subsample):
     report = inspect(block, x)
     expected = sum(map(mean_distance, maps)) / len(maps)
     assert report.query_dependence == pytest.approx(expected, rel=1e-5)
-    if pairwise in ("gaussian", "embedded_gaussian"):
+    if pairwise in ("gaussian", "embedded_gaussian", "disentangled"):
+        maps = maps / maps.sum(2, keepdim=True)
         entropy = -(maps * maps.log()).sum(2).mean() / math.log(maps.shape[2])
         assert report.attention_entropy == pytest.approx(entropy.item(), rel=1e-5)
     else:

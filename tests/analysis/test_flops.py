@@ -21,6 +21,8 @@ def analyse(block, x, analysis=FlopCountAnalysis):
 def block_flops(pairwise, subsample, queries, channels, inner, pooling):
     """Multiply-adds by the paper's formulas, for one of the batch."""
     keys = queries if subsample == "none" else queries // pooling
+    if subsample == "pyramid":
+        keys = pooling
     embedded = keys if subsample == "input" else queries  # positions that phi and g are made of
     products = channels * inner
     if pairwise == "gaussian":  # theta is x, phi pooled x: only g is a convolution
@@ -30,6 +32,8 @@ def block_flops(pairwise, subsample, queries, channels, inner, pooling):
         "embedded_gaussian": queries * keys * 2 * inner,
         "dot_product": (queries + keys) * inner * inner,  # theta (phi^T g)
         "concatenation": (queries + keys) * inner,  # w_f^T theta and w_f^T phi
+        # Two softmaxes, and m.
+        "disentangled": queries * keys * 2 * inner + keys * inner + embedded * channels,
     }
     return convolutions + operation[pairwise]
 
@@ -41,9 +45,12 @@ def test_block_is_counted_by_the_formula(pairwise, subsample):
         options = {"dims": dims, "pairwise": pairwise, "subsample": subsample}
         block = NonLocalBlock(C, **options, norm="").eval()
         analysis = analyse(block, torch.randn(B, C, *grid))
+        if subsample == "pyramid":
+            pooling = {1: 18, 2: 110, 3: 3 * 110}[dims]
         queries = torch.Size(grid).numel()
         expected = block_flops(pairwise, subsample, queries, C, C // 2, pooling)
-        assert analysis.total() == B * expected
+        # fvcore counts average pooling, one for each element, but not max-pooling.
+        assert analysis.total() - analysis.by_operator()["adaptive_avg_pool2d"] == B * expected
         assert not analysis.unsupported_ops()
 
 

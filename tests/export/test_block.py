@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from nl_detectron import GlobalContextBlock
-from nl_detectron.layers import SUBSAMPLE
+from nl_detectron.layers import PAIRWISE, SUBSAMPLE
 from tests.export.acting import make_acting_block, run_acting
-from tests.layers.reference import PAIRWISE
 
 C = 8
 GRIDS = {1: [(30,), (17,), (41,)], 2: [(8, 6), (13, 10), (5, 12)], 3: [(2, 4, 6), (3, 7, 8)]}
@@ -22,6 +21,9 @@ VARIANTS = [
     {"pairwise": "embedded_gaussian", "subsample": "input"},
     {"pairwise": "dot_product", "subsample": "embeddings"},
     {"pairwise": "concatenation", "subsample": "embeddings"},
+    {"pairwise": "disentangled", "subsample": "embeddings"},
+    {"pairwise": "embedded_gaussian", "subsample": "pyramid"},
+    {"pairwise": "disentangled", "subsample": "pyramid"},
     GLOBAL_CONTEXT,
 ]
 

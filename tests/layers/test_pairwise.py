@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nl_detectron.layers import (
     concatenation_pairwise,
+    disentangled_pairwise,
     dot_product_pairwise,
     softmax,
     softmax_pairwise,
@@ -19,12 +20,18 @@ def fast(kind, theta, phi, g, w_f=None, scale=0.7):
         return softmax_pairwise(theta, phi, g, scale)
     if kind == "dot_product":
         return dot_product_pairwise(theta, phi, g)
+    if kind == "disentangled":  # any m would do; this one has gradients, too
+        return disentangled_pairwise(theta, phi, phi[:, :, 0], g, scale)
     w_theta, w_phi = w_f.chunk(2)
     return concatenation_pairwise(theta @ w_theta, phi @ w_phi, g)
 
 
 def exact(kind, theta, phi, g, w_f=None, scale=0.7):
     theta, phi, g, w_f = (None if t is None else t.double() for t in (theta, phi, g, w_f))
+    if kind == "disentangled":
+        centred = (t - t.mean(1, keepdim=True) for t in (theta, phi))
+        unary = phi[:, :, 0].softmax(1).unsqueeze(1)
+        return (reference.weights("embedded_gaussian", *centred, scale) + unary) @ g
     name = "embedded_gaussian" if kind == "softmax" else kind
     return reference.weights(name, theta, phi, scale, w_f) @ g
 
@@ -33,7 +40,7 @@ def relative_error(actual, expected):
     return float((actual.double() - expected).norm().detach() / expected.norm().detach())
 
 
-KINDS = ("softmax", "dot_product", "concatenation")
+KINDS = ("softmax", "dot_product", "concatenation", "disentangled")
 
 
 def inputs(batch=2, queries=11, keys=7, d=D, c=C, dtype=torch.float64, mean=0.0):
