@@ -48,7 +48,9 @@ def test_equals_the_equations(pairwise, dims, subsample, scale):
         torch.autograd.grad(actual, wanted, grad), torch.autograd.grad(expected, wanted, grad)
     ):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
-    assert torch.autograd.gradcheck(block, (x,))
+    # One of the batch suffices where there are hundreds of keys.
+    one = x.detach()[: 1 if subsample == "pyramid" else 2].requires_grad_()
+    assert torch.autograd.gradcheck(block, (one,))
 
     single = block.float()(x.detach().float())
     torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-4, atol=1e-4)
