@@ -32,12 +32,10 @@ PyTorch's own operators only, in a form that holds for every input size.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from nl_detectron.layers.numerics import (
     MAX_SUMMED,
@@ -46,6 +44,7 @@ from nl_detectron.layers.numerics import (
     saturated,
     sum_of_products,
 )
+from nl_detectron.layers.ramp import ramp_sum, sums_over_active
 from nl_detectron.layers.recorded import is_recorded
 from nl_detectron.layers.softmax import blockwise_softmax, chunked_average, fused_softmax
 
@@ -228,10 +227,10 @@ def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     """
     output_dtype = _sum_dtype(g.dtype)
     if torch.jit.is_scripting():
-        y = _sums_over_active(accumulable(a), accumulable(b), accumulable(g))[1]
+        y = sums_over_active(accumulable(a), accumulable(b), accumulable(g))[1]
     else:
         with no_autocast(g):
-            y = _ramp_sum(accumulable(a), accumulable(b), accumulable(g))
+            y = ramp_sum(accumulable(a), accumulable(b), accumulable(g))
     return (y / b.shape[1]).to(output_dtype)
 
 
@@ -266,59 +265,3 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         # In chunks for the sake of the backward pass, which sums over the queries.
         return torch.cat([part @ context for part in theta.split(MAX_SUMMED, 1)], 1)
     return theta @ (phi.transpose(1, 2) @ (g / keys))
-
-
-def _ramp_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    return _sums_over_active(a, b, g)[1] if is_recorded() else _RampSum.apply(a, b, g)
-
-
-class _RampSum(torch.autograd.Function):
-    """
-    y_i = sum_j ReLU(a_i + b_j) g_j. Its gradients are sums of the same kind over the same active
-    pairs, with the roles of queries and keys exchanged.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b, g)
-        return _sums_over_active(a, b, g)[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
-        a, b, g = ctx.saved_tensors
-        grad_a = (_sums_over_active(a, b, g)[0] * grad_y).sum(2)
-        step_sum, grad_g = _sums_over_active(b, a, grad_y)
-        return grad_a, (step_sum * g).sum(2), grad_g
-
-
-def _sums_over_active(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_j g_j and sum_j (a_i + b_j) g_j over the j with a_i + b_j > 0; (B, N_a, c) each."""
-    # In descending order of b the active keys are a prefix, whose length is the number of
-    # -b_j < a_i.
-    b, order = b.sort(1, descending=True)
-    g = g.gather(1, order.unsqueeze(2).expand_as(g))
-    active = _count_below(a, -b).unsqueeze(2).expand(-1, -1, g.shape[2])
-    # For the sums only a + b matters: centring b keeps a * sum g and sum b g from being large
-    # numbers that cancel.
-    centre = b.sum(1, keepdim=True) / max(b.shape[1], 1)
-    a, b = a + centre, b - centre
-    step_sum = _sum_of_first(active, g)
-    return step_sum, a.unsqueeze(2) * step_sum + _sum_of_first(active, b.unsqueeze(2) * g)
-
-
-def _count_below(x: Tensor, sorted_values: Tensor) -> Tensor:
-    """
-    How many of the ascending values (B, M) are below each x (B, N). Recordings, for which ONNX has
-    to know all operators, may or may not count one that is equal; its pair contributes nothing.
-    """
-    if not torch.jit.is_scripting() and not is_recorded():
-        return torch.searchsorted(sorted_values, x)
-    order = torch.cat([x, sorted_values], 1).argsort(1)
-    values_so_far = (order >= x.shape[1]).long().cumsum(1)
-    return values_so_far.gather(1, order.argsort(1)[:, : x.shape[1]])
-
-
-def _sum_of_first(count: Tensor, x: Tensor) -> Tensor:
-    """Sums of the first count (B, N, c) of x (B, M, c) over the positions."""
-    return functional.pad(x, (0, 0, 1, 0)).cumsum(1).gather(1, count)

@@ -90,12 +90,12 @@ def _as_images(x: Tensor) -> Tensor:
 def _average_pool(x: Tensor, rows: int, columns: int) -> Tensor:
     """(B, C, H, W) to (B, C, rows, columns)."""
     if torch.jit.is_scripting():
-        return functional.adaptive_avg_pool2d(x, [rows, columns])
+        return functional.adaptive_avg_pool2d(x, (rows, columns))
     if torch.onnx.is_in_onnx_export() or is_compiling():
         # ONNX has adaptive pooling only where the bins divide the size, and that at one size.
         height, width = x.shape[2], x.shape[3]
         return _bin_weights(height, rows, x) @ x @ _bin_weights(width, columns, x).mT
-    return functional.adaptive_avg_pool2d(x, [rows, columns])
+    return functional.adaptive_avg_pool2d(x, (rows, columns))
 
 
 def _bin_weights(size: int, bins: int, like: Tensor) -> Tensor:

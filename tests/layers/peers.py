@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -12,11 +13,12 @@ import pytest
 from torch import nn
 
 
-def mmsegmentation(head: str) -> ModuleType:
+@functools.cache  # it registers itself with mmengine, which takes no second one
+def mmsegmentation() -> tuple[ModuleType, ModuleType]:
     """
-    The module of mmsegmentation with this decode head, and the block in it. Its packages, which
-    import all there is and refuse recent versions of mmcv, are passed by, and so are the classes
-    that the heads are made of; nothing of it stays in ``sys.modules``.
+    The modules of mmsegmentation with the decode heads of DNL and ANN, and the blocks in them. Its
+    packages, which import all there is and refuse recent versions of mmcv, are passed by, and so
+    are the classes that the heads are made of; nothing of it stays in ``sys.modules``.
     """
     pytest.importorskip("mmcv.cnn")
     spec = importlib.util.find_spec("mmseg")
@@ -39,4 +41,7 @@ def mmsegmentation(head: str) -> ModuleType:
     with mock.patch.dict(sys.modules, packages):
         attention = importlib.import_module("mmseg.models.utils.self_attention_block")
         packages["mmseg.models.utils"].__dict__.update(vars(attention))
-        return importlib.import_module(f"{heads}.{head}")
+        return (
+            importlib.import_module(f"{heads}.dnl_head"),
+            importlib.import_module(f"{heads}.ann_head"),
+        )

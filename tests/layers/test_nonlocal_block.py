@@ -398,7 +398,7 @@ def test_equals_multihead_attention():
 
 @pytest.mark.parametrize(("use_scale", "temperature"), [(True, 0.05), (False, 0.7)])
 def test_equals_mmsegmentations_disentangled_block(use_scale, temperature):
-    dnl_head = peers.mmsegmentation("dnl_head")
+    dnl_head, _ = peers.mmsegmentation()
     theirs = dnl_head.DisentangledNonLocal2d(
         16, reduction=2, use_scale=use_scale, mode="embedded_gaussian", temperature=temperature
     ).eval()
@@ -415,7 +415,7 @@ def test_equals_mmsegmentations_disentangled_block(use_scale, temperature):
 @pytest.mark.parametrize("key_channels", [16, 24])
 def test_equals_mmsegmentations_pyramid_attention(key_channels):
     """ANN's attention without the norm and the ReLU that its own embeddings have."""
-    ann_head = peers.mmsegmentation("ann_head")
+    _, ann_head = peers.mmsegmentation()
     theirs = ann_head.SelfAttentionBlock(
         low_in_channels=key_channels,
         high_in_channels=16,
