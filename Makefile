@@ -35,7 +35,7 @@ lint: $(READY) ## Check style, types, and that imports go in one direction
 clean: ## Remove .venv and all that was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# The stamp comes last: an interrupted set-up leaves none, and the next call repairs it.
+# The stamp comes last: an interrupted set-up leaves none, and the next call starts again.
 $(READY): requirements.txt requirements-peers.txt setup.py tools/setup_environment.py tools/build_detectron2.py
 	$(PYTHON) tools/setup_environment.py $(VENV)
 	@touch $@

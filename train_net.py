@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup, launch
+from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -15,47 +16,62 @@ from nl_detectron.engine import (
     NonLocalCheckpointer,
     Trainer,
     build_config,
-    fit_config,
+    launch,
     parse_arguments,
+)
+from nl_detectron.engine.command_line import exit_on_user_error
+from nl_detectron.engine.interruption import sole_run
+from nl_detectron.engine.setup import (
+    check_datasets_registered,
+    check_weights_exist,
+    use_cpu_without_cuda,
+    use_own_data,
+    use_sync_bn_of_cpu,
 )
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    cfg = build_config(args)
+    cfg = build_config(args.config_file, args.opts)
     setup_logger(cfg.OUTPUT_DIR, name="nl_detectron", distributed_rank=comm.get_rank())
-    fit_config(cfg, args)
+    if not args.resume:
+        check_weights_exist("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
+    if args.train_json is not None:
+        use_own_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
+    check_datasets_registered(cfg)
+    use_cpu_without_cuda(cfg)
+    use_sync_bn_of_cpu(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
 
 
 def main(args: argparse.Namespace) -> dict | None:
-    cfg = setup(args)
-    if args.eval_only:
-        model = Trainer.build_model(cfg)
-        checkpointer = NonLocalCheckpointer(
-            model, cfg.OUTPUT_DIR, strict=args.strict_weights, report=args.weights_report
-        )
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
-        results = Trainer.test(cfg, model)
+    with contextlib.ExitStack() as run:
+        # Errors of the user show up until all is built and loaded; later ones are the program's.
+        with exit_on_user_error(traceback=args.traceback):
+            if not args.eval_only:
+                run.enter_context(sole_run(build_config(args.config_file, args.opts).OUTPUT_DIR))
+            cfg = setup(args)
+            if args.eval_only:
+                model = Trainer.build_model(cfg)
+                checkpointer = NonLocalCheckpointer(
+                    model, cfg.OUTPUT_DIR, strict=args.strict_weights, report=args.weights_report
+                )
+                checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+            else:
+                trainer = Trainer(cfg)
+                trainer.checkpointer.strict = args.strict_weights
+                trainer.checkpointer.report = args.weights_report
+                trainer.resume_or_load(resume=args.resume)
+
+        if not args.eval_only:
+            return trainer.train()
+        with exit_on_user_error((OSError,), traceback=args.traceback):  # of data that is not there
+            results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return results
 
-    trainer = Trainer(cfg)
-    trainer.checkpointer.strict = args.strict_weights
-    trainer.checkpointer.report = args.weights_report
-    trainer.resume_or_load(resume=args.resume)
-    return trainer.train()
-
 
 if __name__ == "__main__":
-    args = parse_arguments()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, parse_arguments())

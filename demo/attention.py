@@ -30,9 +30,10 @@ from nl_detectron.analysis.attention import (
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.placement import Point
-from nl_detectron.analysis.predictions import trained_config
 from nl_detectron.engine import NonLocalCheckpointer
-from nl_detectron.engine.arguments import fit_device, message_of, score
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
+from nl_detectron.engine.predictor import trained_config
+from nl_detectron.engine.setup import use_cpu_without_cuda
 
 EPILOG = """
 Examples:
@@ -57,12 +58,9 @@ MAX_OBJECTS = 6
 GRID = 3
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", metavar="FILE", required=True, help="config of the model")
-    parser.add_argument("--weights", metavar="FILE", help="its weights (default: MODEL.WEIGHTS)")
+def make_parser() -> Parser:
+    parser = Parser(__doc__, EPILOG)
+    parser.add_model_arguments()
     parser.add_argument("--input", nargs="+", type=Path, metavar="IMAGE", required=True)
     parser.add_argument(
         "--output",
@@ -98,12 +96,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flip", action="store_true", help="mirror what the model sees, as test-time augmentation"
     )
-    parser.add_argument(
-        "opts",
-        nargs="*",
-        metavar="KEY VALUE",
-        help="config keys and their values; not right behind --input, --points or --block",
-    )
+    parser.add_overrides("but not right behind --input, --points or --block")
     return parser
 
 
@@ -123,16 +116,13 @@ def count(text: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
+    args = make_parser().parse_with_overrides(arguments)
     setup_logger(name="nl_detectron")
-    try:
+    with exit_on_user_error():
         cfg = trained_config(args.config_file, args.weights, args.opts)
         check_images(args)
         model = load_model(cfg, args.block)
         args.output.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(message_of(error))
     resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     for path in tqdm(args.input, unit="image"):
         record = record_attention(
@@ -177,7 +167,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def load_model(cfg: CfgNode, blocks: Sequence[str]) -> nn.Module:
-    fit_device(cfg)
+    use_cpu_without_cuda(cfg)
     model = build_model(cfg)
     choose_blocks(model, blocks)  # an error before the weights are loaded
     NonLocalCheckpointer(model).load(cfg.MODEL.WEIGHTS)

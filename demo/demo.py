@@ -20,14 +20,14 @@ from detectron2.config import CfgNode
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-from nl_detectron.analysis.predictions import (
+from nl_detectron.data import register_coco_json
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
+from nl_detectron.engine.predictor import (
     Predictor,
     dataset_metadata,
     side_by_side,
     trained_config,
 )
-from nl_detectron.data import register_coco_json
-from nl_detectron.engine.arguments import message_of, score
 
 EPILOG = """
 Examples:
@@ -68,12 +68,9 @@ class Model(NamedTuple):
     predictor: Predictor
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", metavar="FILE", required=True, help="config of the model")
-    parser.add_argument("--weights", metavar="FILE", help="its weights (default: MODEL.WEIGHTS)")
+def make_parser() -> Parser:
+    parser = Parser(__doc__, EPILOG)
+    parser.add_model_arguments()
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="images, folders of images, quoted patterns"
@@ -95,20 +92,14 @@ def make_parser() -> argparse.ArgumentParser:
     names = parser.add_argument_group("names of the classes, for your own data in COCO's format")
     names.add_argument("--val-json", metavar="FILE", help="annotations as for train_net.py")
     names.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
-    parser.add_argument(
-        "opts",
-        nargs="*",
-        metavar="KEY VALUE",
-        help="config keys and their values, for both models; not right behind --input",
-    )
+    parser.add_overrides("but not right behind --input; they are for both models")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
+    args = make_parser().parse_with_overrides(arguments)
     setup_logger(name="nl_detectron")
-    try:
+    with exit_on_user_error():
         check_combinations(args)
         if args.val_json:
             register_coco_json("val", args.val_json, args.val_images)
@@ -120,8 +111,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             video, target = open_video(args.video_input, args.output)
         args.output.mkdir(parents=True, exist_ok=True)
         models = [Model(*pair) for pair in zip(captions(args), map(Predictor, configs))]
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(message_of(error))
     if args.input:
         failures = draw_images(targets, models)
     else:

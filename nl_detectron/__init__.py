@@ -14,7 +14,6 @@ except ModuleNotFoundError as error:
 __version__ = "0.1.0"
 
 import nl_detectron.data  # noqa: F401
-from nl_detectron.analysis.flops import register_flop_handles
 from nl_detectron.config import add_nonlocal_config
 from nl_detectron.layers import GlobalContextBlock, NonLocalBlock
 from nl_detectron.modeling import (
@@ -24,8 +23,6 @@ from nl_detectron.modeling import (
     insert_blocks,
     insert_nonlocal_blocks,
 )
-
-register_flop_handles()
 
 __all__ = [
     "NONLOCAL_BLOCK_REGISTRY",

@@ -5,11 +5,10 @@ tensors, arrays and plain containers is refused, and nothing in it is ever run.
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import tarfile
-import uuid
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from nl_detectron.files import whole_file
 from nl_detectron.validation import check_choice
+
+STATE_DICT_KEYS = ("blobs", "model_state", "state_dict", "model")
+"""Where training programs keep the state dict: Caffe2, SlowFast, mmcv and Lightning, Detectron2."""
 
 _NUMERIC_DTYPE = re.compile(r"[<>=|]?(b1|[iu][1248]|f[248]|c8|c16|[?bBhHiIlLqQefdFD])")
 
@@ -30,21 +33,21 @@ class CheckpointError(ValueError):
 
 
 class _Refusal(pickle.UnpicklingError):
-    """What a file holds is sound, but not admitted."""
+    """What a file holds is well-formed, but not allowed."""
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
-    Read a checkpoint of any kind, and run nothing that is in it.
+    Read a checkpoint of any kind without running anything that is in it.
 
     Args:
-        path: a local file. ``.pkl`` is a pickle of arrays, as in Detectron's and Detectron2's model
-            zoos, also one that Python 2 wrote; ``.safetensors`` what it says; every other file is
-            taken for one of ``torch.save``.
+        path: a local file. ``.pkl`` is a pickle of arrays, as in the model zoos of Detectron and
+            Detectron2, possibly written by Python 2; ``.safetensors`` is a file of that format;
+            every other file is read as one that ``torch.save`` wrote.
 
     Returns:
-        What the file holds, as it is: a state dict, or a dict with one under a key like "model",
-        "state_dict" or "blobs". Tensors are on the CPU; a pickle's arrays are NumPy's.
+        What the file holds, unchanged: a state dict, or a dict that has one under one of
+        :data:`STATE_DICT_KEYS`. Tensors are on the CPU; the arrays of a ``.pkl`` are NumPy arrays.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,35 +69,59 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def save_checkpoint(state_dict: Mapping[str, Tensor | np.ndarray], path: str | Path) -> None:
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """
-    Write a state dict so that Detectron2 loads it. The file appears whole or not at all.
+    Write a state dict so that Detectron2 loads it. The file appears complete or not at all.
 
     Args:
-        state_dict: names to tensors or arrays.
+        checkpoint: a state dict, names to tensors or NumPy arrays; or what :func:`load_checkpoint`
+            returns, with a state dict under one of :data:`STATE_DICT_KEYS`. Only the state dict's
+            tensors and arrays are written, not an optimizer's state, for instance.
         path: ``.pth`` for Detectron2's own form, ``{"model": state_dict}``, whose names have to be
-            the model's; ``.pkl`` for that of its model zoo, whose names may lack a prefix such as
-            ``backbone.bottom_up``; ``.safetensors`` for the bare state dict.
+            the model's; ``.pkl`` for the form of its model zoo, whose names may lack a prefix such
+            as ``backbone.bottom_up``; ``.safetensors`` for the state dict alone.
 
     Raises:
-        ValueError: ``path`` has another suffix.
+        ValueError: ``path`` has another suffix, or there are no tensors to write.
     """
     path = Path(path)
     check_choice(f"the suffix of {path}", path.suffix, tuple(_WRITERS))
-    tensors = {name: torch.as_tensor(value).detach().cpu() for name, value in state_dict.items()}
+    tensors = {
+        name: torch.as_tensor(value).detach().cpu()
+        for name, value in unwrap_state_dict(checkpoint).items()
+        if isinstance(value, (Tensor, np.ndarray))
+    }
+    if not tensors:
+        raise ValueError(f"{path} is not written: there are no tensors in {list(checkpoint)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with whole_file(path) as draft:
         _WRITERS[path.suffix](tensors, draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+
+
+def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """
+    Find the state dict in a checkpoint.
+
+    Args:
+        checkpoint: what :func:`load_checkpoint` returns.
+
+    Returns:
+        The dict under one of :data:`STATE_DICT_KEYS`, or ``checkpoint`` itself if there is none.
+    """
+    for key in STATE_DICT_KEYS:
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    return checkpoint
 
 
 def _read_torch(path: Path) -> Any:
     # Up to torch 2.5 the reader of this old format runs code even with weights_only.
     if tarfile.is_tarfile(path):
         raise _Refusal("it is a tar archive, the format of PyTorch before 0.1.10")
+    if zipfile.is_zipfile(path):  # what torch.save writes, with checksums that torch never reads
+        with zipfile.ZipFile(path) as archive:
+            if part := archive.testzip():
+                raise _Refusal(f"it is damaged: {part} in it does not match its checksum")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -150,7 +177,7 @@ def _not_data(name: str) -> str:
 
 
 class _DType:
-    """Stands for NumPy's ``dtype``, whose own state can be set to what crashes NumPy."""
+    """Replaces NumPy's ``dtype``, whose own state can be set to what crashes NumPy."""
 
     def __init__(self, code: str | bytes, *_: Any) -> None:
         self._set(code.decode("ascii") if isinstance(code, bytes) else code)
@@ -163,9 +190,6 @@ class _DType:
         if not _NUMERIC_DTYPE.fullmatch(code):
             raise _Refusal(f"it has an array of {code!r}, which are no numbers")
         self.code = code
-
-    def resolve(self) -> np.dtype:
-        return np.dtype(self.code)
 
 
 class _Array(np.ndarray):
@@ -182,24 +206,13 @@ class _Array(np.ndarray):
         super().__setstate__(state)
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return np.empty(0, np.uint8).view(_Array)
-
-
 def _from_buffer(data: Any, dtype: _DType, shape: tuple[int, ...], order: Any) -> np.ndarray:
     """An array in the byte order of this machine, the only one that PyTorch takes."""
-    values = np.frombuffer(bytearray(_as_bytes(data)), dtype.resolve())
+    if isinstance(data, str):  # as Python 2 wrote it
+        data = data.encode("latin1")
+    values = np.frombuffer(bytearray(memoryview(data)), np.dtype(dtype.code))
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
     return native.reshape(tuple(int(size) for size in shape), order=order)
-
-
-def _scalar(dtype: _DType, data: Any) -> Any:
-    return _from_buffer(data, dtype, (), "C")[()]
-
-
-def _empty_bytes() -> bytes:
-    """How Python 3 writes b"" for Python 2."""
-    return b""
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -209,44 +222,40 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _as_bytes(data: Any) -> bytes:
-    """The bytes of an array; from Python 2 they come as text."""
-    return data.encode("latin1") if isinstance(data, str) else bytes(memoryview(data))
-
-
 class _ArrayUnpickler(pickle._Unpickler):
     """
-    Reads pickles of arrays and plain containers. (The one of ``pickle`` that is written in Python:
-    the other allocates whatever a corrupt file tells it to.)
+    Reads pickles of arrays and plain containers. Its base is the unpickler written in Python: the
+    one written in C allocates as much memory as a corrupt file tells it to.
     """
 
-    # NumPy 1 and 2 have the same under two names; for each of these a stand-in is called.
-    NUMPY = {
-        "multiarray._reconstruct": _reconstruct,
-        "multiarray.scalar": _scalar,
+    # NumPy 1 and 2 have the same functions under two names; these are called in their place.
+    NUMPY: ClassVar[dict[str, Any]] = {
+        "multiarray._reconstruct": lambda *_: _Array(0, np.uint8),  # its state is set later
+        "multiarray.scalar": lambda dtype, data: _from_buffer(data, dtype, (), "C")[()],
         "numeric._frombuffer": _from_buffer,
     }
-    ADMITTED = {
-        **{f"numpy.core.{name}": stand_in for name, stand_in in NUMPY.items()},
-        **{f"numpy._core.{name}": stand_in for name, stand_in in NUMPY.items()},
+    ALLOWED: ClassVar[dict[str, Any]] = {
+        **{f"numpy.core.{name}": function for name, function in NUMPY.items()},
+        **{f"numpy._core.{name}": function for name, function in NUMPY.items()},
         "numpy.ndarray": None,  # only ever an argument of _reconstruct
         "numpy.dtype": _DType,
         "collections.OrderedDict": OrderedDict,
         "_codecs.encode": _encode,
-        "__builtin__.bytes": _empty_bytes,
-        **{f"{module}.set": set for module in ("builtins", "__builtin__")},
+        "__builtin__.bytes": lambda: b"",  # how Python 3 writes b"" for Python 2
+        "builtins.set": set,
+        "__builtin__.set": set,
     }
 
     stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
-        if full_name not in self.ADMITTED:
+        if full_name not in self.ALLOWED:
             raise _Refusal(_not_data(full_name))
-        return self.ADMITTED[full_name]
+        return self.ALLOWED[full_name]
 
     def load_build(self) -> None:
-        """Set an object's state; of what is admitted, only the stand-ins have one that matters."""
+        """Set an object's state, which matters for arrays and their types alone."""
         state = self.stack.pop()
         instance = self.stack[-1]
         if isinstance(instance, (_Array, _DType)):

@@ -1,17 +1,28 @@
-"""The config node ``MODEL.NONLOCAL``."""
+"""The config node ``MODEL.NONLOCAL``, and whole configs from files and overrides."""
 
 from __future__ import annotations
 
-from detectron2.config import CfgNode
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+
+from nl_detectron.validation import did_you_mean
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
     """
-    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO.
+    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, and
+    ``SOLVER.CHECKPOINT_KEEP_LAST``.
 
     Args:
         cfg: Detectron2's config, changed in place.
     """
+    # Keep only so many checkpoints beside model_final.pth, the last ones; 0 keeps all.
+    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+
     cfg.MODEL.NONLOCAL = node = CfgNode()
 
     # The registered backbone that build_nonlocal_backbone builds and puts blocks into.
@@ -67,3 +78,66 @@ def nonlocal_node(cfg: CfgNode) -> CfgNode:
     if "NONLOCAL" not in cfg.MODEL:
         raise ValueError("The config has no MODEL.NONLOCAL: call add_nonlocal_config(cfg) first")
     return cfg.MODEL.NONLOCAL
+
+
+def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
+    """
+    Detectron2's defaults, ``MODEL.NONLOCAL``, a config file, then overrides.
+
+    Args:
+        config_file: plain YAML; a tag that would run Python is an error.
+        overrides: config keys and their values in turn, such as ``["SOLVER.BASE_LR", "0.01"]``;
+            values may be strings, as on a command line, or what they stand for.
+
+    Returns:
+        The config, not frozen.
+
+    Raises:
+        FileNotFoundError: there is no such config file.
+        KeyError: an unknown config key; the message names the nearest one.
+        ValueError: an override has no value or one of another type, or the file cannot be read as
+            a config; the message names it.
+    """
+    if not Path(config_file).is_file():
+        raise FileNotFoundError(f"the config {config_file} does not exist")
+    if len(overrides) % 2:
+        words = " ".join(map(str, overrides))
+        raise ValueError(f"overrides come in pairs of KEY VALUE, but got {words}")
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    try:
+        cfg.merge_from_file(str(config_file), allow_unsafe=False)
+    # The parsers know only sound files: on others they fail with any error at all.
+    except Exception as error:
+        if message := _unknown_key(cfg, error):
+            raise KeyError(f"{config_file}: {message}") from None
+        reason = " ".join(str(error).split())
+        hint = " (a config is plain YAML here and runs no Python)" if "python/" in reason else ""
+        raise ValueError(
+            f"{config_file} cannot be read as a config: {type(error).__name__}: {reason}{hint}"
+        ) from error
+    try:
+        cfg.merge_from_list(list(overrides))
+    # An assertion is how yacs refuses a key.
+    except AssertionError as error:
+        if message := _unknown_key(cfg, error):
+            raise KeyError(message) from None
+        raise ValueError(str(error)) from error
+    return cfg
+
+
+def _unknown_key(cfg: CfgNode, error: Exception) -> str | None:
+    """The message for an error of yacs that is about an unknown key; None for other errors."""
+    unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
+    if unknown is None:
+        return None
+    return f"Unknown config key {unknown[1]}{did_you_mean(unknown[1], _keys(cfg))}"
+
+
+def _keys(node: CfgNode, prefix: str = "") -> list[str]:
+    keys = []
+    for key, value in node.items():
+        keys.append(prefix + key)
+        if isinstance(value, CfgNode):
+            keys.extend(_keys(value, f"{prefix}{key}."))
+    return keys

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
-from nl_detectron.config import add_nonlocal_config
+from nl_detectron.config import build_config
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.validation import did_you_mean
 
@@ -63,10 +63,7 @@ def get_config(name: str) -> Any:
     file = get_config_file(name)
     if file.endswith(".py"):
         return LazyConfig.load(file)
-    cfg = get_cfg()
-    add_nonlocal_config(cfg)
-    cfg.merge_from_file(file, allow_unsafe=False)
-    return cfg
+    return build_config(file)
 
 
 def get_model(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:

@@ -11,7 +11,6 @@ of those that a study has trained.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from tabulate import tabulate
 from nl_detectron import add_nonlocal_config
 from nl_detectron.analysis.recording import record_calls
 from nl_detectron.checkpoint_io import load_checkpoint
+from nl_detectron.engine.command_line import Parser
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.study.plan import Run, load_plan
 from nl_detectron.study.report import mean_and_deviation
@@ -31,9 +31,7 @@ NUM_PICTURES = 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--trained", type=Path, metavar="STUDY", help="the folder of the study")
     args = parser.parse_args()
     plan = load_plan(Path(__file__).with_name("long_range.yaml"))

@@ -8,7 +8,6 @@ The model is `zero_bn` of long_range.yaml. The table comes at the end.
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,9 +20,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nl_detectron import NonLocalBlock
-from nl_detectron.engine import Trainer, build_config, fit_config, parse_arguments
+from nl_detectron.analysis.metrics import last_aps
+from nl_detectron.config import build_config
+from nl_detectron.engine import Trainer
+from nl_detectron.engine.command_line import Parser
+from nl_detectron.engine.setup import use_cpu_without_cuda
 from nl_detectron.modeling import nonlocal_blocks
-from nl_detectron.study.runner import last_aps
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "long_range.yaml"
 
@@ -46,9 +48,7 @@ TRIALS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--trials", nargs="+", choices=list(TRIALS), default=list(TRIALS))
     parser.add_argument(
@@ -97,10 +97,8 @@ def run(trial: Trial, seed: int, output: Path) -> dict[str, float]:
         "SEED": seed,
         "OUTPUT_DIR": output,
     }
-    words = [str(word) for item in overrides.items() for word in item]
-    args = parse_arguments(["--config-file", str(CONFIG), *words])
-    cfg = build_config(args)
-    fit_config(cfg, args)
+    cfg = build_config(CONFIG, [str(word) for item in overrides.items() for word in item])
+    use_cpu_without_cuda(cfg)
     output.mkdir(parents=True, exist_ok=True)
     seed_all_rng(seed)
     trainer = TrialTrainer(cfg)

@@ -1,13 +1,12 @@
 """A folder as train_net.py leaves it, but of a small model with random weights."""
 
-import argparse
 from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
 
 from nl_detectron.checkpoint_io import save_checkpoint
-from nl_detectron.engine import build_config
+from nl_detectron.config import build_config
 
 QUICK_START = Path(__file__).resolve().parents[1] / "configs" / "quick_start.yaml"
 SMALL = [
@@ -18,8 +17,7 @@ SMALL = [
 
 def save_random_model(folder, *overrides):
     """Write ``config.yaml`` and ``model_final.pth``; returns the config, for that file."""
-    args = argparse.Namespace(config_file=str(QUICK_START), opts=[*SMALL, *overrides])
-    cfg = build_config(args)
+    cfg = build_config(QUICK_START, [*SMALL, *overrides])
     cfg.MODEL.WEIGHTS = str(folder / "model_final.pth")
     cfg.OUTPUT_DIR = str(folder)
     torch.manual_seed(0)

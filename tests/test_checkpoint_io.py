@@ -50,6 +50,37 @@ def test_round_trip(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"model": {"optimizer": {"lr": 0.1}, "iteration": 7}},
+        {"state_dict": {"epoch": 3}},
+        {"blobs": {}},
+        {"model_state": {"cfg": "MODEL: x"}},
+        {},
+    ],
+    ids=list,
+)
+def test_what_is_loaded_can_be_saved(others, suffix, tmp_path):
+    expected = {name: torch.as_tensor(value) for name, value in state_dict().items()}
+    content = expected
+    for key, rest in others.items():
+        content = {key: expected, **rest}
+    torch.save(content, tmp_path / "theirs.pth")
+    save_checkpoint(load_checkpoint(tmp_path / "theirs.pth"), tmp_path / f"ours{suffix}")
+    save_checkpoint(load_checkpoint(tmp_path / f"ours{suffix}"), tmp_path / "again.pth")
+    weights = load_checkpoint(tmp_path / "again.pth")["model"]
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_a_checkpoint_without_tensors_is_not_saved(tmp_path):
+    with pytest.raises(ValueError, match=r"model\.pth is not written: .* \['model', 'epoch'\]"):
+        save_checkpoint({"model": {}, "epoch": 3}, tmp_path / "model.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_an_interrupted_write_leaves_the_old_file(suffix, tmp_path, monkeypatch):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"old")

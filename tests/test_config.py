@@ -33,6 +33,7 @@ def test_defaults_are_the_papers_block():
 def test_nothing_else_changes():
     cfg = config()
     del cfg.MODEL["NONLOCAL"]
+    assert cfg.SOLVER.pop("CHECKPOINT_KEEP_LAST") == 0
     assert cfg == get_cfg()
 
 

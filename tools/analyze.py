@@ -33,8 +33,10 @@ from tabulate import tabulate
 from torch import Tensor
 
 from nl_detectron.analysis.cost import Cost, CostReport, measure_cost
-from nl_detectron.analysis.predictions import Predictor, trained_config
-from nl_detectron.engine.arguments import build_config, fit_device, message_of
+from nl_detectron.config import build_config
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
+from nl_detectron.engine.predictor import Predictor, trained_config
+from nl_detectron.engine.setup import use_cpu_without_cuda
 
 COST_HEADERS = ("parameters (M)", "GMACs", "time (ms)", "peak memory (MiB)")
 # Blocks that add nothing would be skipped, and regions that are nothing likely be dropped.
@@ -46,54 +48,49 @@ RANDOM_WEIGHTS = (
 NOISE = 1e-4
 
 
+@exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        report = run(args)
-        print(table(report))
-        if args.json:
-            args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2))
-    except (OSError, ValueError, KeyError) as error:
-        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
+    args = make_parser().parse_with_overrides(arguments)
+    report = run(args)
+    print(table(report))
+    if args.json:
+        args.json.write_text(json.dumps(dataclasses.asdict(report), indent=2))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="a config in YAML")
-    parser.add_argument("--weights", metavar="FILE", help="trained weights (default: random)")
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_model_arguments(weights="trained weights (default: random)")
     image = parser.add_mutually_exclusive_group()
     image.add_argument("--image", metavar="FILE", help="an image, resized as in evaluation")
     image.add_argument(
         "--size",
-        type=int,
+        type=positive_int,
         nargs=2,
         metavar=("H", "W"),
         help="of the random image, in pixels (default: the shorter and the longer side that "
         "the config allows in evaluation)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="timed calls (default: %(default)s)"
+        "--repeats",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="timed calls (default: %(default)s)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    parser.add_overrides()
     return parser
 
 
 def run(args: argparse.Namespace) -> CostReport:
     if bool(args.weights) != bool(args.image):
         raise ValueError("--weights and --image are needed together, or neither")
-    if args.repeats < 1:
-        raise ValueError(f"--repeats is {args.repeats}, but must be at least 1")
     if args.weights:
         cfg = trained_config(args.config_file, args.weights, args.opts)
         inputs = [DatasetMapper(cfg, is_train=False)({"file_name": args.image})]
         return measure_cost(Predictor(cfg).model, inputs, args.repeats)
-    args.opts = [*RANDOM_WEIGHTS, *args.opts]
-    cfg = build_config(args)
-    fit_device(cfg)
+    cfg = build_config(args.config_file, [*RANDOM_WEIGHTS, *args.opts])
+    use_cpu_without_cuda(cfg)
     inputs = [{"image": faint_noise(cfg, args.size or evaluation_size(cfg))}]
     torch.manual_seed(0)  # the same random weights each time
     return measure_cost(build_model(cfg), inputs, args.repeats)
@@ -107,8 +104,6 @@ def evaluation_size(cfg: CfgNode) -> tuple[int, int]:
 
 def faint_noise(cfg: CfgNode, size: tuple[int, int]) -> Tensor:
     """An image (C, H, W) of nearly the mean colour that the config subtracts."""
-    if min(size) < 1:
-        raise ValueError(f"--size is {size[0]} {size[1]}, but must be positive")
     mean = torch.tensor(cfg.MODEL.PIXEL_MEAN)[:, None, None]
     noise = torch.randn(len(mean), *size, generator=torch.Generator().manual_seed(0))
     return mean + NOISE * noise

@@ -3,10 +3,10 @@
 
 Detectron2 is not on the package registry under its own name, and its GitHub source needs a C++
 compiler. The registry does hold v0.6's source archive (as pb1-detectron2). This tool fetches it,
-checks its hash, applies the mends listed below, puts a stand-in for the compiled operations in
-and zips the result as detectron2-0.6-py3-none-any.whl.
+checks its hash, applies the patches listed below, adds a substitute for the module of compiled
+operations and lets pip and setuptools build detectron2-0.6-py3-none-any.whl.
 
-Everything but the compiled operations works: rotated boxes, deformable convolution and the C++
+Everything except the compiled operations works: rotated boxes, deformable convolution and the C++
 COCO evaluation (pycocotools evaluates instead) need a Detectron2 compiled from its source.
 """
 
@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import argparse
 import ast
-import base64
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
-from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 ARCHIVE_REQUIREMENT = "pb1-detectron2==0.6"
 ARCHIVE_NAME = "pb1-detectron2-0.6.tar.gz"
@@ -32,155 +31,138 @@ ARCHIVE_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b
 WHEEL_NAME = "detectron2-0.6-py3-none-any.whl"
 DEFAULT_OUTPUT = Path(__file__).resolve().parent.parent / "build" / "detectron2"
 
-# What Detectron2's main branch asks for today, except that iopath 0.1.10 is let in:
-# v0.6's pins (black==21.4b2, future, pydot) no longer install or are no longer used.
-REQUIREMENTS = (
-    "Pillow>=7.1",
-    "matplotlib",
-    "pycocotools>=2.0.2",
-    "termcolor>=1.1",
-    "yacs>=0.1.8",
-    "tabulate",
-    "cloudpickle",
-    "tqdm>4.29.0",
-    "tensorboard",
-    "fvcore>=0.1.5,<0.1.6",
-    "iopath>=0.1.7,<0.2",
-    "omegaconf>=2.1,<2.4",
-    "hydra-core>=1.1",
-    "black",
-    "packaging",
-)
+# The dependencies are what Detectron2's main branch asks for today, except that iopath 0.1.10 is
+# allowed: v0.6's pins (black==21.4b2, future, pydot) no longer install or are no longer used.
+OLDEST_SETUPTOOLS = 77  # names licences as this does
+PYPROJECT = f"""\
+[build-system]
+requires = ["setuptools>={OLDEST_SETUPTOOLS}"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "detectron2"
+version = "0.6"
+description = "Detectron2 v0.6 without its compiled operations, for current libraries"
+authors = [{{name = "FAIR"}}]
+license = "Apache-2.0"
+urls = {{Homepage = "https://github.com/facebookresearch/detectron2"}}
+requires-python = ">=3.7"
+dependencies = [
+    "Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate",
+    "cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5,<0.1.6", "iopath>=0.1.7,<0.2",
+    "omegaconf>=2.1,<2.4", "hydra-core>=1.1", "black", "packaging",
+]
+
+[tool.setuptools]
+packages.find = {{include = ["detectron2*"], namespaces = false}}
+package-data = {{"detectron2.model_zoo" = ["configs/**/*.yaml", "configs/**/*.py"]}}
+"""
 
 # Small projects that Detectron2's own setup.py installs as part of the package.
-PROJECTS = {
-    "projects/PointRend/point_rend": "detectron2/projects/point_rend",
-    "projects/DeepLab/deeplab": "detectron2/projects/deeplab",
-    "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
-}
+PROJECTS = ("PointRend/point_rend", "DeepLab/deeplab", "Panoptic-DeepLab/panoptic_deeplab")
 
 
 class BuildError(Exception):
     """The wheel cannot be built; the message says what is wrong and what to do."""
 
 
-@dataclass(frozen=True)
-class Mend:
-    """Replace `old`, which `file` holds exactly `count` times, with `new`."""
+class Patch(NamedTuple):
+    """Replace `old`, which `file` of the package holds exactly `times` times, with `new`."""
 
     file: str
     old: str
     new: str
     reason: str
-    count: int = 1
+    times: int = 1
 
 
 NUMPY = "NumPy 1.24 removed its aliases of the builtin types"
 PYCOCOTOOLS = "the C++ evaluation is not compiled; pycocotools computes the same AP"
+PKG_RESOURCES = "setuptools removed pkg_resources"
 SCHEDULER = "torch 2's schedulers are LRSchedulers: their state was silently not saved"
 MESHGRID = "torch warns when `indexing` is not given"
 MISSING_OPERATION = "the error of a missing operation should say how to get it"
 
-MENDS = (
-    Mend("detectron2/data/build.py", "dtype=np.int)", "dtype=int)", NUMPY),
-    Mend("detectron2/data/build.py", "dtype=np.int\n", "dtype=int\n", NUMPY),
-    Mend("detectron2/data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", NUMPY),
-    Mend("detectron2/evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", NUMPY, count=2),
-    Mend("detectron2/evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", NUMPY, 2),
-    Mend("detectron2/evaluation/sem_seg_evaluation.py", "np.float)", "float)", NUMPY, count=5),
-    Mend(
-        "detectron2/layers/mask_ops.py",
+PATCHES = (
+    Patch("data/build.py", "dtype=np.int)", "dtype=int)", NUMPY),
+    Patch("data/build.py", "dtype=np.int\n", "dtype=int\n", NUMPY),
+    Patch("data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", NUMPY),
+    Patch("evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", NUMPY, 2),
+    Patch("evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", NUMPY, 2),
+    Patch("evaluation/sem_seg_evaluation.py", "np.float)", "float)", NUMPY, 5),
+    Patch(
+        "layers/mask_ops.py",
         "np.array(mask, copy=False)",
         "np.asarray(mask)",
         "NumPy 2 raises where copy=False cannot be kept",
     ),
-    Mend("detectron2/structures/masks.py", "np.bool)", "bool)", NUMPY, count=3),
-    Mend("detectron2/utils/video_visualizer.py", "dtype=np.bool)", "dtype=bool)", NUMPY),
-    Mend("detectron2/utils/visualizer.py", "astype(np.bool)", "astype(bool)", NUMPY, count=3),
-    Mend(
-        "detectron2/data/transforms/transform.py",
+    Patch("structures/masks.py", "np.bool)", "bool)", NUMPY, 3),
+    Patch("utils/video_visualizer.py", "dtype=np.bool)", "dtype=bool)", NUMPY),
+    Patch("utils/visualizer.py", "astype(np.bool)", "astype(bool)", NUMPY, 3),
+    Patch(
+        "data/transforms/transform.py",
         "Image.LINEAR",
         "Image.BILINEAR",
         "Pillow 10 removed the alias",
     ),
-    Mend(
-        "detectron2/data/common.py",
+    Patch(
+        "data/common.py",
         "self._rng.sample(self._fallback_candidates, k=1)",
         "self._rng.sample(tuple(self._fallback_candidates), k=1)",
         "Python 3.11 no longer samples from a set",
     ),
-    Mend(
-        "detectron2/engine/hooks.py",
-        "lr_scheduler._LRScheduler",
-        "lr_scheduler.LRScheduler",
-        SCHEDULER,
-        count=2,
-    ),
-    Mend(
-        "detectron2/modeling/anchor_generator.py",
+    Patch("engine/hooks.py", "lr_scheduler._LRScheduler", "lr_scheduler.LRScheduler", SCHEDULER, 2),
+    Patch(
+        "modeling/anchor_generator.py",
         "torch.meshgrid(shifts_y, shifts_x)",
         'torch.meshgrid(shifts_y, shifts_x, indexing="ij")',
         MESHGRID,
     ),
-    Mend(
-        "projects/Panoptic-DeepLab/panoptic_deeplab/post_processing.py",
+    Patch(
+        "projects/panoptic_deeplab/post_processing.py",
         "        torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n",
         "        torch.arange(width, dtype=offsets.dtype, device=offsets.device),\n"
         '        indexing="ij",\n',
         MESHGRID,
     ),
-    Mend(
-        "detectron2/export/__init__.py",
+    Patch(
+        "export/__init__.py",
         "from .api import *\n",
         "try:\n    from .api import *\nexcept ImportError:  # without caffe2\n    pass\n",
         "torch no longer has caffe2, which took TracingAdapter and scripting down with it",
     ),
-    Mend(
-        "detectron2/model_zoo/model_zoo.py",
-        "import pkg_resources\n",
-        "",
-        "setuptools removed pkg_resources",
-    ),
-    Mend(
-        "detectron2/model_zoo/model_zoo.py",
+    Patch("model_zoo/model_zoo.py", "import pkg_resources\n", "", PKG_RESOURCES),
+    Patch(
+        "model_zoo/model_zoo.py",
         "pkg_resources.resource_filename(\n"
         '        "detectron2.model_zoo", os.path.join("configs", config_path)\n'
         "    )",
         'os.path.join(os.path.dirname(__file__), "configs", config_path)',
-        "setuptools removed pkg_resources",
+        PKG_RESOURCES,
     ),
-    Mend(
-        "detectron2/evaluation/fast_eval_api.py",
-        "class COCOeval_opt(COCOeval):",
-        "class _CompiledCOCOeval(COCOeval):",
+    Patch(
+        "evaluation/fast_eval_api.py",
+        "\n\n\nclass COCOeval_opt(COCOeval):",
+        "\n\nCOCOeval_opt = COCOeval\n\n\nclass _CompiledCOCOeval(COCOeval):",
         PYCOCOTOOLS,
     ),
-    Mend(
-        "detectron2/evaluation/fast_eval_api.py",
-        "logger = logging.getLogger(__name__)\n",
-        "logger = logging.getLogger(__name__)\n\nCOCOeval_opt = COCOeval\n",
-        PYCOCOTOOLS,
-    ),
-    Mend(
-        "detectron2/evaluation/coco_evaluation.py",
+    Patch(
+        "evaluation/coco_evaluation.py",
         "self._use_fast_impl = use_fast_impl",
         "self._use_fast_impl = False",
         PYCOCOTOOLS,
     ),
-    Mend(
-        "detectron2/layers/nms.py",
+    Patch(
+        "layers/nms.py",
         "from torchvision.ops import nms  # BC-compat\n",
         "from torchvision.ops import nms  # BC-compat\n\nfrom detectron2 import _C\n",
         MISSING_OPERATION,
     ),
-    Mend(
-        "detectron2/layers/nms.py",
-        "torch.ops.detectron2.nms_rotated(",
-        "_C.nms_rotated(",
-        MISSING_OPERATION,
+    Patch(
+        "layers/nms.py", "torch.ops.detectron2.nms_rotated(", "_C.nms_rotated(", MISSING_OPERATION
     ),
-    Mend(
-        "detectron2/utils/collect_env.py",
+    Patch(
+        "utils/collect_env.py",
         "        # print compilers that are used to build extension\n"
         '        data.append(("Compiler", _C.get_compiler_version()))\n'
         '        data.append(("CUDA compiler", _C.get_cuda_version()))  # cuda or hip\n'
@@ -190,11 +172,11 @@ MENDS = (
         "detect_compute_compatibility(CUDA_HOME, _C.__file__))\n"
         "            )\n",
         '        data.append(("detectron2._C", "not compiled"))\n',
-        "the stand-in can be imported but has no compiler to report",
+        "the substitute can be imported but has no compiler to report",
     ),
 )
 
-STAND_IN = '''\
+SUBSTITUTE = '''\
 """Stands in for Detectron2's compiled operations, which this pure-Python build does not have."""
 
 _OPERATIONS = {
@@ -265,8 +247,7 @@ def build_and_install(output: Path) -> None:
     wheel = build(output)
     # A wheel of the same version only replaces an older build of ours when it is forced to.
     replace = ["--force-reinstall", "--no-deps"] if package else []
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", *replace, str(wheel))
+    run_module("pip", "install", "--quiet", *replace, str(wheel))
     print(f"Detectron2 0.6 (pure Python) is installed in {sys.prefix}.")
 
 
@@ -291,20 +272,22 @@ def build(output: Path) -> Path:
         download(archive)
     check_hash(archive)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
-        tree = unpack(archive, Path(scratch))
-        apply_mends(tree, MENDS)
-        (tree / "detectron2" / "_C.py").write_text(STAND_IN, encoding="utf-8")
-        unfinished = Path(scratch, WHEEL_NAME)
-        write_wheel(tree, unfinished)
-        os.replace(unfinished, wheel)  # atomic: an interrupted build leaves no half wheel
+        shutil.unpack_archive(archive, scratch)
+        tree = Path(scratch, ARCHIVE_NAME[: -len(".tar.gz")])
+        prepare(tree)
+        # Without a setuptools that is new enough, pip fetches one for the build alone.
+        isolation = ["--no-build-isolation"] if has_setuptools() else []
+        run_module("pip", "wheel", "--no-deps", *isolation, "--wheel-dir", scratch, str(tree))
+        # In one step, so that an interrupted build leaves no incomplete wheel.
+        os.replace(Path(scratch, WHEEL_NAME), wheel)
     return wheel
 
 
 def download(archive: Path) -> None:
     """Fetch the source archive from the registry that pip is configured to use.
 
-    `pip download` runs the archive's setup.py, which needs torch and a name it does not have;
-    unearth only downloads.
+    `pip download` runs the archive's setup.py, which fails: it needs torch and gives another name
+    than the archive's. unearth only downloads.
     """
     if importlib.util.find_spec("unearth") is None:
         raise BuildError(
@@ -312,8 +295,8 @@ def download(archive: Path) -> None:
             f"run '{sys.executable} -m pip install unearth'"
         )
     config = pip_config()
-    command = [sys.executable, "-m", "unearth", ARCHIVE_REQUIREMENT, "--no-binary"]
-    if config.get("index-url"):  # else unearth's own default, which is pip's, too
+    command = ["unearth", ARCHIVE_REQUIREMENT, "--no-binary"]
+    if config.get("index-url"):  # without one, unearth's default is the same as pip's
         for url in (config["index-url"] + " " + config.get("extra-index-url", "")).split():
             command += ["--index-url", url]
     for host in config.get("trusted-host", "").split():
@@ -322,11 +305,10 @@ def download(archive: Path) -> None:
     if config.get("cert"):
         environment.setdefault("SSL_CERT_FILE", config["cert"])
     with tempfile.TemporaryDirectory(dir=archive.parent) as scratch:
-        run(*command, "--download", scratch, env=environment)
+        run_module(*command, "--download", scratch, env=environment)
         downloaded = Path(scratch, ARCHIVE_NAME)
         if not downloaded.is_file():
             raise BuildError(f"unearth downloaded no {ARCHIVE_NAME} for {ARCHIVE_REQUIREMENT}")
-        check_hash(downloaded)
         os.replace(downloaded, archive)
 
 
@@ -356,74 +338,43 @@ def check_hash(archive: Path) -> None:
         )
 
 
-def unpack(archive: Path, directory: Path) -> Path:
-    with tarfile.open(archive) as tar:
-        # The content is known by its hash, so an older Python without `filter` is safe, too.
-        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        tar.extractall(directory, **safely)
-    return directory / ARCHIVE_NAME[: -len(".tar.gz")]
+def prepare(tree: Path) -> None:
+    """Make the unpacked source archive one that setuptools packs as it is needed here."""
+    package = tree / "detectron2"
+    (tree / "setup.py").unlink()
+    (tree / "pyproject.toml").write_text(PYPROJECT, encoding="utf-8")
+    for project in PROJECTS:
+        folder = tree / "projects" / project
+        folder.rename(package / "projects" / folder.name)
+    apply_patches(package, PATCHES)
+    (package / "_C.py").write_text(SUBSTITUTE, encoding="utf-8")
 
 
-def apply_mends(tree: Path, mends: tuple[Mend, ...]) -> None:
-    for mend in mends:
-        path = tree / mend.file
+def apply_patches(package: Path, patches: tuple[Patch, ...]) -> None:
+    for file, old, new, reason, times in patches:
+        path = package / file
         if not path.is_file():
-            raise BuildError(f"{mend.file} is not there to be mended ({mend.reason})")
+            raise BuildError(f"{file}, which has to be patched ({reason}), does not exist")
         text = path.read_text(encoding="utf-8")
-        found = text.count(mend.old)
-        if found != mend.count:
+        if text.count(old) != times:
             raise BuildError(
-                f"{mend.file} holds {mend.old!r} {found} times, not {mend.count}: "
-                f"its mend ({mend.reason}) no longer applies and has to be revised"
+                f"{file} holds {old!r} {text.count(old)} times, not {times}: "
+                f"its patch ({reason}) no longer applies and has to be revised"
             )
-        path.write_text(text.replace(mend.old, mend.new), encoding="utf-8")
+        path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def write_wheel(tree: Path, wheel: Path) -> None:
-    """Zip the package with its metadata; the same tree always gives the same bytes."""
-    metadata = "detectron2-0.6.dist-info"
-    contents = {
-        f"{target}/{path.relative_to(tree / source).as_posix()}": path.read_bytes()
-        for source, target in {"detectron2": "detectron2", **PROJECTS}.items()
-        for path in sorted((tree / source).rglob("*"))
-        if path.is_file()
-    }
-    contents[f"{metadata}/licenses/LICENSE"] = (tree / "LICENSE").read_bytes()
-    contents[f"{metadata}/METADATA"] = "\n".join(
-        [
-            "Metadata-Version: 2.1",
-            "Name: detectron2",
-            "Version: 0.6",
-            "Summary: Detectron2 v0.6 without its compiled operations, for current libraries",
-            "Home-page: https://github.com/facebookresearch/detectron2",
-            "Author: FAIR",
-            "License: Apache-2.0",
-            "Requires-Python: >=3.7",
-            *(f"Requires-Dist: {requirement}" for requirement in REQUIREMENTS),
-            "",
-        ]
-    ).encode()
-    contents[f"{metadata}/WHEEL"] = (
-        b"Wheel-Version: 1.0\nGenerator: build_detectron2\n"
-        b"Root-Is-Purelib: true\nTag: py3-none-any\n"
-    )
-    record = [
-        f"{name},sha256={urlsafe_sha256(data)},{len(data)}" for name, data in contents.items()
-    ]
-    contents[f"{metadata}/RECORD"] = "\n".join([*record, f"{metadata}/RECORD,,\n"]).encode()
-    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in contents.items():
-            entry = zipfile.ZipInfo(name)  # its date is always 1980-01-01
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+def has_setuptools() -> bool:
+    """Can the setuptools of this Python read PYPROJECT?"""
+    try:
+        return int(metadata.version("setuptools").split(".")[0]) >= OLDEST_SETUPTOOLS
+    except metadata.PackageNotFoundError:
+        return False
 
 
-def urlsafe_sha256(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-
-
-def run(*command: str, env: dict[str, str] | None = None) -> None:
-    """Run a command whose output only matters when it fails."""
+def run_module(module: str, *arguments: str, env: dict[str, str] | None = None) -> None:
+    """Run a module of this Python as a command, whose output only matters when it fails."""
+    command = (sys.executable, "-m", module, *arguments)
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, check=False
     )

@@ -9,38 +9,39 @@
         --subsample embeddings
 
 In: non-local blocks, alone or in a whole checkpoint, of video-nonlocal-net (Caffe2, with its
-backbone if that is a 2-D one), mmcv, AlexHex7/Non-local_pytorch, SlowFast, PyTorchVideo and timm;
-ResNets and ResNeXts of torchvision and timm; what has Detectron2's names already is copied.
+backbone if it does not convolve over time), mmcv, AlexHex7/Non-local_pytorch, SlowFast,
+PyTorchVideo and timm; ResNets and ResNeXts of torchvision and timm; what has Detectron2's names
+already is copied.
 Out: nl_detectron, or the blocks as mmcv or PyTorchVideo have them.
 
 Prints a line for every tensor. The settings under which the result computes the same are printed
 and written beside TARGET, as .yaml: merge them into a config, or name them as its _BASE_.
-What the file does not tell has to be said; the error says what, and with which option.
+What the file does not tell has to be given; the error names it, and the option for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from dataclasses import fields
 from pathlib import Path
 
 from nl_detectron.checkpoint_io import load_checkpoint, save_checkpoint
-from nl_detectron.conversion import SOURCES, TARGETS, convert
-from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
+from nl_detectron.conversion import SOURCES, TARGETS, Options, convert
+from nl_detectron.engine.command_line import Parser, exit_on_user_error
+from nl_detectron.layers import PAIRWISE, SUBSAMPLE
 
 
+@exit_on_user_error()
 def main() -> None:
     args = make_parser().parse_args()
     try:
         run(args)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"{args.source} is not converted: {error}")
+    except ValueError as error:
+        raise ValueError(f"{args.source} is not converted: {error}") from error
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help=".pth, .pkl or .safetensors, read as data only")
     parser.add_argument(
         "target",
@@ -54,20 +55,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", choices=TARGETS, default="nl_detectron", help="default: %(default)s"
     )
-    said = parser.add_argument_group("what the source computes, where the file does not tell")
-    said.add_argument("--pairwise", choices=PAIRWISE, help="softmax or dot product, mostly")
-    said.add_argument(
+    options = parser.add_argument_group("what the source computes, where the file does not tell")
+    options.add_argument("--pairwise", choices=PAIRWISE, help="softmax or dot product, mostly")
+    options.add_argument(
         "--scale",
         action=argparse.BooleanOptionalAction,
         help="are the logits of the softmax multiplied by d^-1/2?",
     )
-    said.add_argument(
+    options.add_argument(
         "--subsample", choices=SUBSAMPLE, help="max-pooling after phi and g, of their input, none"
     )
-    said.add_argument("--norm", help="kind of a norm without statistics: GN or LN")
-    said.add_argument("--norm-eps", type=float, help="epsilon of the batch norm, if unusual")
-    said.add_argument("--dims", type=int, choices=(1, 2, 3), help="of the result (default: 2)")
-    said.add_argument(
+    options.add_argument("--norm", help="kind of a norm without statistics: GN or LN")
+    options.add_argument("--norm-eps", type=float, help="epsilon of the batch norm, if unusual")
+    options.add_argument("--dims", type=int, choices=(1, 2, 3), help="of the result (default: 2)")
+    options.add_argument(
         "--rename",
         action="append",
         default=[],
@@ -87,18 +88,9 @@ def old_and_new(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> None:
     settings_file = args.target.with_suffix(".yaml")
-    conversion = convert(
-        load_checkpoint(args.source),
-        args.family,
-        to=args.to,
-        pairwise=args.pairwise,
-        scale=args.scale,
-        subsample=args.subsample,
-        norm=args.norm,
-        norm_eps=args.norm_eps,
-        dims=args.dims,
-        rename=dict(args.rename),
-    )
+    options = {option.name: getattr(args, option.name) for option in fields(Options)}
+    options["rename"] = dict(args.rename)
+    conversion = convert(load_checkpoint(args.source), args.family, to=args.to, **options)
     model = conversion.settings.get("MODEL", {})
     if {"BACKBONE", "RESNETS"} & set(model):
         model["WEIGHTS"] = str(args.target)

@@ -16,9 +16,9 @@ from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
-from nl_detectron.analysis.predictions import trained_config
 from nl_detectron.engine import NonLocalCheckpointer
-from nl_detectron.engine.arguments import message_of
+from nl_detectron.engine.command_line import USER_ERRORS, Parser, exit_on_user_error
+from nl_detectron.engine.predictor import trained_config
 from nl_detectron.export import FORMATS, ExportError, export_detector
 
 EPILOG = """
@@ -55,12 +55,9 @@ USAGE = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", metavar="FILE", required=True, help="config of the model")
-    parser.add_argument("--weights", metavar="FILE", help="its weights (default: MODEL.WEIGHTS)")
+def make_parser() -> Parser:
+    parser = Parser(__doc__, EPILOG)
+    parser.add_model_arguments()
     parser.add_argument(
         "--image",
         metavar="IMAGE",
@@ -74,18 +71,16 @@ def make_parser() -> argparse.ArgumentParser:
         help="traced or scripted TorchScript, or ONNX (default: onnx for an --output of that "
         "suffix, else traced)",
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    parser.add_overrides()
     return parser
 
 
+@exit_on_user_error((*USER_ERRORS, ImportError))
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
+    args = make_parser().parse_with_overrides(arguments)
     setup_logger(name="nl_detectron")
     try:
         export(args)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
     except ExportError as error:
         print(f"{args.output} is not written: {error}", file=sys.stderr)
         return 1

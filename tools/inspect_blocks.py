@@ -32,8 +32,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from tabulate import tabulate
 
 from nl_detectron.analysis.block_report import BlockReport, inspect_blocks
-from nl_detectron.analysis.predictions import Predictor, trained_config
-from nl_detectron.engine.arguments import message_of
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
+from nl_detectron.engine.predictor import Predictor, trained_config
 
 HEADERS = (
     "block",
@@ -47,22 +47,17 @@ HEADERS = (
 )
 
 
+@exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        reports = run(args)
-        print(table(reports))
-        if args.json:
-            args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
-    except (OSError, ValueError, KeyError) as error:
-        parser.exit(2, f"{parser.prog}: error: {message_of(error)}\n")
+    args = make_parser().parse_with_overrides(arguments)
+    reports = run(args)
+    print(table(reports))
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as model_final.pth")
     parser.add_argument(
         "--config-file", metavar="FILE", help="default: config.yaml in the checkpoint's folder"
@@ -72,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--num-images",
-        type=int,
+        type=positive_int,
         default=4,
         metavar="N",
         help="without --image: the first N of the config's test dataset (default: %(default)s)",
@@ -80,13 +75,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the measurements here, too"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    parser.add_overrides()
     return parser
 
 
 def run(args: argparse.Namespace) -> list[BlockReport]:
-    if args.num_images < 1:
-        raise ValueError(f"--num-images is {args.num_images}, but must be at least 1")
     config_file = args.config_file or Path(args.checkpoint).with_name("config.yaml")
     if not Path(config_file).is_file():
         raise FileNotFoundError(f"{config_file} does not exist: name the config with --config-file")

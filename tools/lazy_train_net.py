@@ -9,53 +9,66 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import (
     AMPTrainer,
     SimpleTrainer,
-    default_argument_parser,
     default_setup,
     default_writers,
+    defaults,
     hooks,
-    launch,
 )
-from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
-from nl_detectron.engine import NonLocalCheckpointer
-from nl_detectron.engine.arguments import add_weights_options
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.data import TrainLoader
+from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer, launch
+from nl_detectron.engine.arguments import add_training_options
+from nl_detectron.engine.command_line import Parser, exit_on_user_error
+from nl_detectron.engine.hooks import BlockWeightsHook, NoEvaluationAfterFailureHook
+from nl_detectron.engine.interruption import sole_run
+from nl_detectron.engine.setup import check_weights_exist
 
 logger = logging.getLogger("nl_detectron")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Detectron2's own command line, with the options for loading weights."""
-    parser = default_argument_parser(epilog=" ")
-    parser.description = __doc__
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add_weights_options(parser)
-    args = parser.parse_args(arguments)
+    """Detectron2's own command line, with the options for loading weights and for errors."""
+    parser = Parser(__doc__)
+    add_training_options(parser)
+    parser.add_argument("opts", nargs="*", metavar="KEY=VALUE", help="overrides of the config")
+    args = parser.parse_intermixed_args(arguments)
     if not args.config_file.endswith(".py"):
         parser.error(f"--config-file is {args.config_file!r}, not a .py; see train_net.py for YAML")
     return args
 
 
+def build_config(args: argparse.Namespace) -> DictConfig:
+    """The config file with the overrides (``key.subkey=value``)."""
+    cfg = LazyConfig.load(args.config_file)
+    try:
+        return LazyConfig.apply_overrides(cfg, args.opts)
+    except Exception as error:  # of Hydra's or OmegaConf's own kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the overrides {' '.join(args.opts)}: {reason}") from error
+
+
 def setup(args: argparse.Namespace) -> DictConfig:
-    """
-    The config file with the overrides (``key.subkey=value``); without CUDA, ``train.device``
-    becomes "cpu".
-    """
-    cfg = LazyConfig.apply_overrides(LazyConfig.load(args.config_file), args.opts)
+    """The config; without CUDA, ``train.device`` becomes "cpu"."""
+    cfg = build_config(args)
     setup_logger(cfg.train.output_dir, name="nl_detectron", distributed_rank=comm.get_rank())
+    if not args.resume:
+        check_weights_exist("train.init_checkpoint", cfg.train.init_checkpoint)
     if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
         logger.info("There is no CUDA device: train.device is set to cpu.")
         cfg.train.device = "cpu"
@@ -70,23 +83,31 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     return results
 
 
-def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
+def prepare_training(
+    cfg: DictConfig, model: nn.Module, args: argparse.Namespace
+) -> Callable[[], None]:
+    """Build the trainer with its hooks, and load; what is returned trains."""
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
     block_weights = BlockWeightsHook(model, cfg.train.log_period)
-    model = create_ddp_model(model, **cfg.train.ddp)
+    model = defaults.create_ddp_model(model, **cfg.train.ddp)
     trainer_class = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
+    if cfg.dataloader.train._target_ is build_detection_train_loader:
+        cfg.dataloader.train._target_ = TrainLoader
     trainer = trainer_class(model, instantiate(cfg.dataloader.train), optimizer)
     checkpointer = build_checkpointer(cfg, model, args, trainer=trainer)
     trainer.register_hooks(
         [
             block_weights,
+            NoEvaluationAfterFailureHook(),
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
         ]
     )
     if comm.is_main_process():
         trainer.register_hooks([hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer)])
+    interruption = Interruption(checkpointer)
+    trainer.register_hooks([interruption, ExactResume(checkpointer, cfg.train.get("seed", -1))])
     trainer.register_hooks([hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model))])
     if comm.is_main_process():
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
@@ -94,8 +115,13 @@ def train(cfg: DictConfig, model: nn.Module, args: argparse.Namespace) -> None:
 
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     # A checkpoint holds the iteration that was just finished.
-    start = trainer.iter + 1 if args.resume and checkpointer.has_checkpoint() else 0
-    trainer.train(start, cfg.train.max_iter)
+    start = trainer.iter + 1 if checkpointer.resumed else 0
+
+    def train() -> None:
+        with interruption.watch():
+            trainer.train(start, cfg.train.max_iter)
+
+    return train
 
 
 def build_checkpointer(
@@ -111,23 +137,25 @@ def build_checkpointer(
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | None:
-    cfg = setup(args)
-    model = instantiate(cfg.model).to(cfg.train.device)
-    if not args.eval_only:
-        train(cfg, model, args)
-        return None
-    checkpointer = build_checkpointer(cfg, model, args)
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-    return evaluate(cfg, create_ddp_model(model))
+    with contextlib.ExitStack() as run:
+        # Errors of the user show up until all is built and loaded; later ones are the program's.
+        with exit_on_user_error(traceback=args.traceback):
+            if not args.eval_only:
+                run.enter_context(sole_run(build_config(args).train.output_dir))
+            cfg = setup(args)
+            model = instantiate(cfg.model).to(cfg.train.device)
+            if args.eval_only:
+                checkpointer = build_checkpointer(cfg, model, args)
+                checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+            else:
+                train = prepare_training(cfg, model, args)
+
+        if not args.eval_only:
+            train()
+            return None
+        with exit_on_user_error((OSError,), traceback=args.traceback):  # of data that is not there
+            return evaluate(cfg, defaults.create_ddp_model(model))
 
 
 if __name__ == "__main__":
-    args = parse_arguments()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, parse_arguments())

@@ -12,27 +12,22 @@ block there are ||W_z|| and the mean of |gamma|.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from pathlib import Path
 
 from nl_detectron.analysis.curves import plot_metrics
+from nl_detectron.engine.command_line import Parser, exit_on_user_error
 
 
+@exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
-    parser = make_parser()
-    args = parser.parse_args(arguments)
-    try:
-        plot_metrics(label_runs(args.runs, args.labels)).savefig(args.output)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    args = make_parser().parse_args(arguments)
+    plot_metrics(label_runs(args.runs, args.labels)).savefig(args.output)
     print(args.output)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="metrics.json, or the folder it lies in"
     )

@@ -9,8 +9,6 @@ KEY VALUE pairs override the config's, as for train_net.py.
 
 from __future__ import annotations
 
-import argparse
-import json
 import subprocess
 import sys
 import time
@@ -23,24 +21,26 @@ from string import Template
 import cv2
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
 
 from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.curves import plot_metrics
-from nl_detectron.analysis.predictions import (
+from nl_detectron.analysis.metrics import TASKS, last_aps, metrics_file
+from nl_detectron.config import build_config
+from nl_detectron.data.coco_format import Record
+from nl_detectron.engine.command_line import Parser, exit_on_user_error
+from nl_detectron.engine.predictor import (
     Predictor,
     draw_ground_truth,
     side_by_side,
     trained_config,
 )
-from nl_detectron.data.coco_format import Record
-from nl_detectron.engine import build_config
 from nl_detectron.modeling import nonlocal_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
-TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 NUM_PICTURES = 6
 NUM_ATTENTION = 2  # pictures, and points in each
 MIN_SCORE = 0.6
@@ -53,19 +53,14 @@ are close to an even share.</p>"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--skip-training", action="store_true", help="show what was trained in OUTPUT_DIR before"
     )
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="such as OUTPUT_DIR folder")
-    args = parser.parse_intermixed_args(arguments)
-    try:
-        cfg = build_config(argparse.Namespace(config_file=str(CONFIG_FILE), opts=args.opts))
-    except (AssertionError, KeyError, ValueError) as error:
-        parser.error(error.args[0])
-    output = Path(cfg.OUTPUT_DIR)
+    parser.add_overrides()
+    args = parser.parse_with_overrides(arguments)
+    with exit_on_user_error():
+        output = Path(build_config(CONFIG_FILE, args.opts).OUTPUT_DIR)
     minutes = None
     if not args.skip_training:
         start = time.perf_counter()
@@ -98,7 +93,7 @@ def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:
     page = Template((ROOT / "tools" / "quick_start.html").read_text(encoding="utf-8")).substitute(
         dataset=dataset,
         blocks=", ".join(f"<code>{escape(name)}</code>" for name in blocks) or "none",
-        results=results(output / "metrics.json", minutes),
+        results=results(output, minutes),
         min_score=f"{MIN_SCORE:.0%}",
         pictures=draw_pictures(predictor, records[:NUM_PICTURES], output),
         attention=draw_blocks(predictor, blocks, records[:NUM_ATTENTION], output),
@@ -108,28 +103,18 @@ def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:
     (output / "index.html").write_text(page, encoding="utf-8")
 
 
-def results(metrics_file: Path, minutes: float | None) -> str:
+def results(output: Path, minutes: float | None) -> str:
     """HTML: the APs, and the time."""
+    aps = last_aps(output)
     tiles = [
-        f"<div>{TASKS[task]} AP<b>{ap['AP']:.1f}</b>"
-        f"<small>AP50 {ap['AP50']:.1f}, AP75 {ap['AP75']:.1f}</small></div>"
-        for task, ap in last_aps(metrics_file).items()
+        f"<div>{name} AP<b>{aps[f'{task}/AP']:.1f}</b><small>AP50 {aps[f'{task}/AP50']:.1f}, "
+        f"AP75 {aps[f'{task}/AP75']:.1f}</small></div>"
+        for task, name in TASKS.items()
+        if f"{task}/AP" in aps
     ]
     if minutes is not None:
         tiles.append(f"<div>minutes<b>{minutes:.1f}</b><small>to train and evaluate</small></div>")
     return "\n".join(tiles)
-
-
-def last_aps(metrics_file: Path) -> dict[str, dict[str, float]]:
-    """Of each task that was evaluated, the last AP, AP50 and AP75 that Detectron2 wrote."""
-    metrics: dict[str, float] = {}
-    for line in metrics_file.read_text().splitlines():
-        metrics.update(json.loads(line))
-    return {
-        task: {name: metrics[f"{task}/{name}"] for name in ("AP", "AP50", "AP75")}
-        for task in TASKS
-        if f"{task}/AP" in metrics
-    }
 
 
 def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path) -> str:
@@ -137,7 +122,7 @@ def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path)
     (output / "predictions").mkdir(exist_ok=True)
     figures = []
     for record in records:
-        image = cv2.imread(record["file_name"])
+        image = read_image(record["file_name"], "BGR")
         truth = draw_ground_truth(image, record, predictor.metadata, SCALE)
         prediction = predictor.draw(image, SCALE)
         picture = side_by_side([truth, prediction], ["ground truth", "prediction"])
@@ -165,7 +150,7 @@ def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: 
     """Write what the centres of the most confident objects attend to, if there are any; HTML."""
     attention = record_attention(
         predictor.model,
-        cv2.imread(record["file_name"]),
+        read_image(record["file_name"], "BGR"),
         augmentation=predictor.aug,
         input_format=predictor.input_format,
         min_score=MIN_SCORE,
@@ -196,13 +181,15 @@ def commands(output: Path) -> str:
 def print_summary(cfg: CfgNode, output: Path, minutes: float | None) -> None:
     time_taken = "" if minutes is None else f"Trained and evaluated in {minutes:.1f} minutes. "
     print(f"\n{time_taken}On {cfg.DATASETS.TEST[0]}:")
-    for task, ap in last_aps(output / "metrics.json").items():
-        print(f"  {TASKS[task]} AP {ap['AP']:.1f}")
+    aps = last_aps(output)
+    for task, name in TASKS.items():
+        if f"{task}/AP" in aps:
+            print(f"  {name} AP {aps[f'{task}/AP']:.1f}")
     print(
         f"""
 Page with pictures and curves         {output / "index.html"}
 Weights                               {output / "model_final.pth"}
-Losses and APs, a line of JSON each   {output / "metrics.json"}
+Losses and APs, a line of JSON each   {metrics_file(output)}
 Predictions in COCO's format          {output / "inference"}
 The whole log, and the whole config   {output / "log.txt"}, config.yaml
 Curves                                tensorboard --logdir {output}

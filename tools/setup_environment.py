@@ -5,19 +5,17 @@ A Detectron2 that is already installed, in the environment itself or in the Pyth
 file, is used as it is, together with its PyTorch; only what is missing is added. Where there is
 none, the versions of requirements.txt are installed and Detectron2 v0.6 is built.
 
-An interrupted run is repaired by the next one. Only the standard library is needed.
+An environment that an interrupted run leaves incomplete is made anew by the next one. Only the
+standard library is needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import os
 import shutil
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +40,7 @@ def main() -> None:
         fill(Environment(directory))
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd))
-        sys.exit(f"The set-up stopped: `{command}` failed. Run it again to go on from there.")
+        sys.exit(f"The set-up stopped: `{command}` failed. Run it again when that is solved.")
 
 
 class Environment:
@@ -51,6 +49,7 @@ class Environment:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.python = directory / "bin" / "python"
+        self.incomplete = directory / ".incomplete"  # is there while a new environment is filled
 
     @property
     def site_packages(self) -> Path:
@@ -58,18 +57,16 @@ class Environment:
             output(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
         )
 
-    def create_or_repair(self) -> None:
-        if not succeeds(self.python, "-c", ""):
-            subprocess.run([sys.executable, "-m", "venv", "--clear", self.directory], check=True)
-        self.forget_half_installed()
+    def create(self) -> None:
+        """Make a new environment, unless there is one that works and is not incomplete."""
+        if self.incomplete.exists() or not succeeds(self.python, "-c", ""):
+            self.python.unlink(missing_ok=True)  # first: without it, no half of the rest counts
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self.directory.mkdir(parents=True)
+            self.incomplete.touch()
+            subprocess.run([sys.executable, "-m", "venv", self.directory], check=True)
         if not succeeds(self.python, "-m", "pip", "--version"):
             subprocess.run([self.python, "-m", "ensurepip", "--upgrade"], check=True)
-
-    def forget_half_installed(self) -> None:
-        """Delete the metadata of packages whose installation was cut short: pip then redoes it."""
-        for folder in self.site_packages.glob("*.dist-info"):
-            if not is_complete(metadata.PathDistribution(folder)):
-                shutil.rmtree(folder)
 
     def link(self, folders: list[str]) -> None:
         """Make the packages in these folders visible, after the environment's own."""
@@ -80,18 +77,23 @@ class Environment:
         (self.site_packages / LINK).unlink(missing_ok=True)
 
     def pip_install(self, *arguments: str) -> None:
-        command = [self.python, "-m", "pip", "--disable-pip-version-check", "install"]
-        subprocess.run([*command, *arguments], cwd=ROOT, check=True)
+        pip = (self.python, "-m", "pip", "--disable-pip-version-check")
+        subprocess.run([*pip, "install", *arguments], cwd=ROOT, check=True)
 
 
 def fill(environment: Environment) -> None:
-    environment.create_or_repair()
+    environment.create()
     environment.pip_install("--quiet", "--no-deps", "--requirement", "requirements-peers.txt")
     if detectron2 := find_existing_detectron2(environment):
         print(f"Detectron2 in {detectron2} is used as it is.", flush=True)
         kept = versions_to_keep(environment)
         environment.pip_install("--quiet", *kept, "--editable", ".[dev]")
-        return
+    else:
+        install_detectron2(environment)
+    environment.incomplete.unlink(missing_ok=True)
+
+
+def install_detectron2(environment: Environment) -> None:
     if sys.version_info >= OLDEST_PINNED_PYTHON:
         environment.pip_install("--requirement", "requirements.txt")
     else:
@@ -130,22 +132,15 @@ def detectron2_of(python: str | Path) -> str | None:
 
 
 def versions_to_keep(environment: Environment) -> list[str]:
-    """What the existing Detectron2 was compiled against: pip must not put others before these."""
+    """What the existing Detectron2 needs: pip must not put other versions before these."""
     versions = []
     for name in ("torch", "torchvision", "numpy"):
         script = f"from importlib.metadata import version; print(version({name!r}))"
         with contextlib.suppress(subprocess.CalledProcessError):  # raised where it is missing
             versions.append(f"{name}=={output(environment.python, '-c', script)}")
+    if not succeeds(environment.python, "-c", "import detectron2.model_zoo"):
+        versions.append("setuptools<81")  # the last with pkg_resources, which it imports
     return versions
-
-
-def is_complete(package: metadata.Distribution) -> bool:
-    """Did pip finish installing it? INSTALLER is written once all of its files are there."""
-    if package.read_text("INSTALLER") is None:
-        return False
-    rows = csv.reader((package.read_text("RECORD") or "").splitlines())
-    files = (row[0] for row in rows if row and not row[0].endswith(".pyc"))
-    return all(os.path.exists(package.locate_file(file)) for file in files)
 
 
 def output(*command: str | Path) -> str:

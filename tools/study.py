@@ -13,18 +13,20 @@ runs are kept, others go on from their last checkpoint, or start again.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import sys
 from pathlib import Path
 
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
+from nl_detectron.files import sole_user
 from nl_detectron.study.plan import load_plan
 from nl_detectron.study.report import write_report
-from nl_detectron.study.runner import default_workers, prepare_runs, run_all, sole_user
+from nl_detectron.study.runner import default_workers, prepare_runs, run_all
 
 TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train_net.py")]
 
 
+@exit_on_user_error()
 def main(arguments: list[str] | None = None) -> int:
     """The exit status: 1 if a run failed."""
     parser = make_parser()
@@ -37,11 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
         todo = prepare_runs(runs)
         print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished; in {output}")
         if todo and not args.report_only:
-            with sole_user(output):
+            with sole_user(output, "study"):
                 failed = run_all(todo, TRAIN, args.workers)
         report = write_report(plan.groups, runs, output, title=f"Study {args.plan.stem}")
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
     except (KeyboardInterrupt, asyncio.CancelledError):
         parser.exit(130, f"{parser.prog}: stopped; the same command goes on\n")
     print(f"\n{report.read_text(encoding='utf-8')}\n{report}")
@@ -50,17 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(failed))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> Parser:
+    parser = Parser(__doc__)
     parser.add_argument("plan", type=Path, metavar="STUDY.yaml", help="what to compare")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="default: output/studies/ and the plan's name"
     )
     parser.add_argument(
         "--workers",
-        type=_positive,
+        type=positive_int,
         metavar="N",
         default=default_workers(),
         help="runs at a time (default: one for each GPU, or core where there is none; here "
@@ -70,12 +68,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--report-only", action="store_true", help="only write the report of what is finished"
     )
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,25 @@ Good for seeing whether a model can learn a few images by heart.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 
+
+@exit_on_user_error()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=Path, help="annotations in COCO's format")
     parser.add_argument("target", type=Path, help="the file to write")
-    parser.add_argument("--images", type=int, required=True, help="how many images to take")
+    parser.add_argument(
+        "--images", type=positive_int, required=True, help="how many images to take"
+    )
     args = parser.parse_args()
-    coco = first_images(json.loads(args.source.read_text()), args.images)
+    try:
+        coco = first_images(json.loads(args.source.read_text()), args.images)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{args.source} is not in COCO's format: {error!r}") from error
     args.target.write_text(json.dumps(coco))
     print(f"{args.target}: {len(coco['images'])} images, {len(coco['annotations'])} annotations")
 

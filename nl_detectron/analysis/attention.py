@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
-from nl_detectron.analysis.recording import record_calls
+from nl_detectron.analysis.recording import choose_blocks, record_calls
 from nl_detectron.layers import AttentionBlock, spread_over_bins
-from nl_detectron.modeling import nonlocal_blocks
-from nl_detectron.validation import check_choice, did_you_mean
+from nl_detectron.validation import check_choice
 
 # The heads that Detectron2 calls with (features of regions, instances).
 _HEADS = (BaseKeypointRCNNHead, BaseMaskRCNNHead)
@@ -49,6 +48,9 @@ class AttentionRecord:
         Args:
             points: x, y in pixels of the image, whose upper left corner is 0, 0.
 
+        Returns:
+            For each block a map for each point.
+
         Raises:
             ValueError: a point lies outside the image.
         """
@@ -62,7 +64,15 @@ class AttentionRecord:
     def ask(
         self, name: str, features: PlacedFeatures, cells: Sequence[tuple[int, int]]
     ) -> list[AttentionMap]:
-        """What ``cells``, (row, column), of some ``features`` of the block ``name`` attend to."""
+        """
+        Args:
+            name: a block's.
+            features: some of the block's in :attr:`features`.
+            cells: row and column of each query.
+
+        Returns:
+            What each of the cells attends to.
+        """
         weights = _weights_on_grid(self.blocks[name], features.x, cells)
         rows = features.rows.of_keys(weights.shape[1])
         columns = features.columns.of_keys(weights.shape[2])
@@ -113,20 +123,20 @@ def record_attention(
         image: (H, W, 3) uint8, BGR as ``cv2.imread`` and ``DefaultPredictor`` have it.
         blocks: which blocks, as for :func:`choose_blocks`; all by default.
         augmentation: how the image is resized for the model, such as a ``DefaultPredictor``'s
-            ``aug``. It may flip the image, too: everything is mapped back.
+            ``aug``. It may also flip the image: everything is mapped back.
         input_format: what the model expects, ``cfg.INPUT.FORMAT``: "BGR" or "RGB".
         min_score: detected objects with a lower score are left out.
 
+    Returns:
+        The record, in pixels of ``image``.
+
     Raises:
-        ValueError: there is no such block, or what it is given has no place in the image.
+        ValueError: the image is not as above, there is no such block, or what it is given has no
+            place in the image.
     """
     chosen = choose_blocks(model, blocks)
     check_choice("input_format", input_format, ("BGR", "RGB"))
-    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(
-            f"the image is {image.dtype} of shape {image.shape}, but must be uint8 of shape "
-            "(height, width, 3)"
-        )
+    _check_image(image)
     augmented = T.AugInput(image[:, :, ::-1] if input_format == "RGB" else image)
     transform = augmentation(augmented) if augmentation else T.NoOpTransform()
     pixels = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), np.float32))
@@ -143,17 +153,10 @@ def record_attention(
 
     features = {}
     for name in chosen:
-        x = _only_input(name, calls[name])
-        head = next((head for head in heads if name.startswith(f"{head}.")), None)
-        if head is None:
-            boxes = _box_of_grid(name, x, calls["backbone"][0][0].shape[-2:])
-        else:
-            ((_, (instances,)),) = calls[head]
-            confident = instances.scores >= min_score
-            x, boxes = x[confident], instances.pred_boxes.tensor[confident]
+        x, boxes = _input_and_boxes(name, calls, heads, min_score)
         features[name] = [place(x[i : i + 1], box) for i, box in enumerate(in_image(boxes))]
     objects = torch.empty(0, 4)
-    if "instances" in output:  # not so of a model for semantic segmentation
+    if "instances" in output:  # a model for semantic segmentation has none
         found = output["instances"]
         objects = found.pred_boxes.tensor[found.scores >= min_score]
     rgb = np.ascontiguousarray(image[:, :, ::-1])
@@ -164,44 +167,29 @@ def attention_maps(
     model: nn.Module, image: np.ndarray, points: Sequence[Point], **options: Any
 ) -> AttentionMaps:
     """
-    What points of an image attend to in a detector's non-local blocks: in one call what
-    :func:`record_attention`, which explains the arguments, and :meth:`AttentionRecord.maps` do.
+    :func:`record_attention` and :meth:`AttentionRecord.maps` in one call.
+
+    Args:
+        model, image, **options: as for :func:`record_attention`.
+        points: x, y in pixels of the image.
+
+    Returns:
+        What the points attend to in the detector's non-local blocks.
+
+    Raises:
+        ValueError: as both of them.
     """
     return record_attention(model, image, **options).maps(points)
 
 
-def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
-    """
-    Args:
-        model: any with non-local blocks.
-        names: full names, or what these end in: ``res4.nonlocal4`` or ``nonlocal4``.
-
-    Returns:
-        The blocks so named by their full names; all of the model's, if ``names`` is empty.
-
-    Raises:
-        ValueError: the model has no such block, or none at all; the message lists what there is.
-    """
-    blocks = nonlocal_blocks(model, AttentionBlock)
-    if not blocks:
-        raise ValueError("the model has no non-local blocks")
-    for name in names:
-        if not any(_ends_in(full_name, name) for full_name in blocks):
-            raise ValueError(
-                f"the model has no non-local block {name!r}, but {', '.join(blocks)}"
-                f"{did_you_mean(name, blocks)}"
-            )
-    return {
-        full_name: block
-        for full_name, block in blocks.items()
-        if not names or any(_ends_in(full_name, name) for name in names)
-    }
-
-
 def check_points(points: Sequence[Point], image: np.ndarray) -> None:
     """
+    Args:
+        points: x, y in pixels.
+        image: (H, W, 3).
+
     Raises:
-        ValueError: a point, x and y in pixels, lies outside the image.
+        ValueError: a point lies outside the image.
     """
     height, width = image.shape[:2]
     for x, y in points:
@@ -223,8 +211,25 @@ def _weights_on_grid(
     return weights.cpu().numpy()
 
 
-def _ends_in(full_name: str, name: str) -> bool:
-    return f".{full_name}".endswith(f".{name}")
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(
+            f"the image is {image.dtype} of shape {image.shape}, but must be uint8 of shape "
+            "(height, width, 3)"
+        )
+
+
+def _input_and_boxes(
+    name: str, calls: dict[str, list[tuple]], heads: Iterable[str], min_score: float
+) -> tuple[Tensor, Tensor]:
+    """A block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input."""
+    x = _only_input(name, calls[name])
+    head = next((head for head in heads if name.startswith(f"{head}.")), None)
+    if head is None:
+        return x, _box_of_grid(name, x, calls["backbone"][0][0].shape[-2:])
+    ((_, (instances,)),) = calls[head]
+    confident = instances.scores >= min_score
+    return x[confident], instances.pred_boxes.tensor[confident]
 
 
 def _only_input(name: str, calls: list[tuple]) -> Tensor:

@@ -18,7 +18,6 @@ from nl_detectron.analysis.attention_map import (
     AttentionMap,
     AttentionMaps,
     BlockAttention,
-    format_weight,
 )
 from nl_detectron.analysis.placement import Box, Point
 from nl_detectron.layers import ATTENTION
@@ -61,8 +60,8 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
     return figure
 
 
-def describe(attention_map: AttentionMap, pairwise: str) -> str:
-    """What the colours do not tell of some weights: how uneven they are, and what is not shown."""
+def _describe(attention_map: AttentionMap, pairwise: str) -> str:
+    """What the colours do not tell: how uneven the weights are, and what is not shown."""
     if (total := ATTENTION[pairwise].weight_sum) is not None:
         ratio = attention_map.weights.max() * attention_map.keys / total
         meaning = f"at most {ratio:.3g} times an even share"
@@ -77,7 +76,14 @@ def describe(attention_map: AttentionMap, pairwise: str) -> str:
 
 
 def heat_colors(pairwise: str) -> Colormap:
-    """Weights of little magnitude are transparent, so that the image can be seen."""
+    """
+    Args:
+        pairwise: the kind of weights in :data:`nl_detectron.layers.ATTENTION`.
+
+    Returns:
+        Colours from the lowest to the highest weight, or, where weights have a sign, from -w to w.
+        Weights of small magnitude are transparent, so that the image can be seen.
+    """
     steps = np.linspace(0, 1, 256)
     rgba = colormaps["PuOr_r" if ATTENTION[pairwise].is_signed else "plasma"](steps)
     rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if ATTENTION[pairwise].is_signed else steps) ** 0.5
@@ -99,7 +105,7 @@ def _draw_panel(
     else:
         _draw_weights(panel, attention_map, block.pairwise)
         legend = _draw_arrows(panel, attention_map, point, arrows, block.pairwise)
-        legend += describe(attention_map, block.pairwise)
+        legend += _describe(attention_map, block.pairwise)
         _zoom(panel, attention_map.extent, (width, height))
     panel.set_xlabel(legend, fontsize=8)
     panel.plot(*point, "o", color=_POINT_COLOR, mec="black", ms=7, zorder=4)
@@ -140,9 +146,16 @@ def _draw_arrows(
             color="white",
             path_effects=_OUTLINE,
         )
-        last_in_line = number % _WEIGHTS_PER_LINE == 0
-        legend += f"{number}: {format_weight(weight, pairwise)}" + ("\n" if last_in_line else "   ")
+        space = "   " if number % _WEIGHTS_PER_LINE else "\n"
+        legend += f"{number}: {_format_weight(weight, pairwise)}{space}"
     return legend.rstrip() + "\n"
+
+
+def _format_weight(weight: float, pairwise: str) -> str:
+    """In per cent where the weights sum to 1."""
+    if ATTENTION[pairwise].weight_sum != 1:
+        return f"{weight:.3g}"
+    return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"
 
 
 def _zoom(panel: Axes, extent: Box, image_size: tuple[int, int]) -> None:

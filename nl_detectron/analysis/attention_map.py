@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional
 
 from nl_detectron.analysis.placement import Box, Point
-from nl_detectron.layers import ATTENTION
 
 
 @dataclass(frozen=True)
@@ -86,10 +85,3 @@ class AttentionMaps:
     image: np.ndarray
     points: list[Point]
     blocks: list[BlockAttention]
-
-
-def format_weight(weight: float, pairwise: str) -> str:
-    """In per cent where the weights sum to 1."""
-    if ATTENTION[pairwise].weight_sum != 1:
-        return f"{weight:.3g}"
-    return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"

@@ -1,10 +1,8 @@
-"""The losses and APs of training runs and the weights of their non-local blocks, drawn from what
-metrics.json has of them."""
+"""Figures of training runs: losses, APs and the weights of non-local blocks during training."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+
+from nl_detectron.analysis.metrics import metrics_file, read_metrics
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Iterations (T,), ascending, and the values (T,) of a metric at them."""
@@ -57,10 +57,9 @@ def plot_metrics(runs: Mapping[str, Path]) -> Figure:
     for index, name in enumerate(names):
         panel = figure.add_subplot(rows, columns, index + 1)
         panel.set_title(_title(name), fontsize=10)
-        draw = _draw_ap if _is_ap(name) else _draw_weight if _is_weight(name) else _draw_loss
         for style, run in zip(itertools.cycle(_STYLES), curves.values()):
             if name in run:
-                draw(panel, *run[name], style)
+                _draw(panel, name, run[name], style)
         _set_axes(panel, name)
     lines = [Line2D([], [], **style) for style, _ in zip(itertools.cycle(_STYLES), runs)]
     figure.legend(lines, list(runs), loc="outside upper left", ncols=columns, frameon=False)
@@ -81,22 +80,14 @@ def read_curves(path: Path) -> dict[str, Curve]:
         FileNotFoundError: there is no such file.
         ValueError: it is broken, or has neither losses nor APs.
     """
-    file = path / "metrics.json" if path.is_dir() else path
     values: dict[str, dict[int, float]] = {}
-    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            iteration = record["iteration"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file}, line {number}, is not a JSON object with an iteration: {line[:60]!r}"
-            ) from error
+    for record in read_metrics(path):
         for name, value in record.items():
             is_drawn = "loss" in name or _is_ap(name) or _is_weight(name)
             if is_drawn and math.isfinite(value):
-                values.setdefault(name, {})[iteration] = value
+                values.setdefault(name, {})[record["iteration"]] = value
     if not values:
-        raise ValueError(f"{file} has neither losses nor APs")
+        raise ValueError(f"{metrics_file(path)} has neither losses nor APs")
     return {name: _sorted(by_iteration) for name, by_iteration in values.items()}
 
 
@@ -125,21 +116,15 @@ def _sorted(by_iteration: dict[int, float]) -> Curve:
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
 
 
-def _draw_loss(
-    panel: Axes, iterations: np.ndarray, losses: np.ndarray, style: dict[str, Any]
-) -> None:
-    panel.plot(iterations, losses, **style, linewidth=0.5, alpha=0.25, zorder=1)
-    panel.plot(iterations, _smooth(losses), **style, linewidth=1.6)
-
-
-def _draw_ap(panel: Axes, iterations: np.ndarray, aps: np.ndarray, style: dict[str, Any]) -> None:
-    label = f"{aps[-1]:.1f}"
-    panel.plot(iterations, aps, **style, linewidth=1.2, marker="o", markersize=4, label=label)
-
-
-def _draw_weight(
-    panel: Axes, iterations: np.ndarray, values: np.ndarray, style: dict[str, Any]
-) -> None:
+def _draw(panel: Axes, name: str, curve: Curve, style: dict[str, Any]) -> None:
+    iterations, values = curve
+    if _is_ap(name):
+        label = f"{values[-1]:.1f}"
+        panel.plot(*curve, **style, linewidth=1.2, marker="o", markersize=4, label=label)
+        return
+    if not _is_weight(name):
+        panel.plot(*curve, **style, linewidth=0.5, alpha=0.25, zorder=1)
+        values = _smooth(values)
     panel.plot(iterations, values, **style, linewidth=1.6)
 
 

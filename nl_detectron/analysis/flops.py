@@ -3,7 +3,9 @@ What fvcore's FLOP counter has to know to be right for non-local blocks.
 
 fvcore counts a multiply-add as one flop, and only products of matrices and the like: of what the
 blocks call, it does not know ``scaled_dot_product_attention``, and without a handle counts it as
-nothing. Work on single elements (the softmax, the sorting and the prefix sums of the
+nothing. :mod:`nl_detectron.analysis.cost` passes the handles on itself; for a
+``FlopCountAnalysis`` of your own call :func:`register_flop_handles` once, or give it
+:func:`flop_handles`. Work on single elements (the softmax, the sorting and the prefix sums of the
 concatenation) is left out, as it is for all that fvcore knows.
 
 fvcore counts what it records. There the dot product always multiplies phi^T g first; for a small
@@ -28,8 +30,10 @@ _PADDING = ("aten::pad", "aten::constant_pad_nd")
 
 def flop_handles() -> dict[str, FlopHandle | None]:
     """
-    Handles for the operators of non-local blocks that fvcore lacks, as ``set_op_handle`` of its
-    ``FlopCountAnalysis`` takes them; None for operators that count as nothing.
+    Returns:
+        Handles for the operators of non-local blocks that fvcore lacks, for
+        ``FlopCountAnalysis(...).set_op_handle(**flop_handles())``; None for operators that count as
+        nothing.
     """
     return {
         "aten::scaled_dot_product_attention": _attention_flops,
@@ -39,8 +43,8 @@ def flop_handles() -> dict[str, FlopHandle | None]:
 
 def register_flop_handles() -> None:
     """
-    Add :func:`flop_handles` to what every ``FlopCountAnalysis`` (Detectron2's, too) knows from the
-    start. What is registered already stays.
+    Add :func:`flop_handles` to what every ``FlopCountAnalysis``, Detectron2's too, knows from the
+    start, in the whole process. What is registered already stays.
     """
     try:
         from fvcore.nn.flop_count import _DEFAULT_SUPPORTED_OPS as table

@@ -34,29 +34,58 @@ class Axis:
         return np.linspace(self.start, self.stop, self.cells + 1)
 
     def contains(self, position: float) -> bool:
+        """
+        Args:
+            position: in pixels.
+
+        Returns:
+            Does it lie on the axis, its ends included?
+        """
         return min(self.start, self.stop) <= position <= max(self.start, self.stop)
 
     def cell_at(self, position: float) -> int:
-        """The cell at a position that the axis contains."""
+        """
+        Args:
+            position: in pixels; the axis contains it.
+
+        Returns:
+            The number of the cell there.
+        """
         cell = math.floor((position - self.start) / (self.stop - self.start) * self.cells)
         return min(cell, self.cells - 1)  # the far border belongs to the last cell
 
     def visible(self, size: int) -> np.ndarray:
-        """The cells that overlap [0, size], from left to right, or top to bottom, in the image."""
+        """
+        Args:
+            size: of the image along this axis, in pixels.
+
+        Returns:
+            The cells (n,) that overlap the image, from left to right, or from top to bottom, in it.
+        """
         edges = self.edges
         low, high = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
         cells = np.flatnonzero((high > _TOLERANCE) & (low < size - _TOLERANCE))
         return cells if self.start < self.stop else cells[::-1]
 
     def span(self, cells: int | np.ndarray) -> tuple[float, float]:
-        """From where to where one cell or several neighbouring ones reach, in ascending order."""
+        """
+        Args:
+            cells: one, or several neighbouring ones in any order.
+
+        Returns:
+            The least and the greatest position that they cover, in pixels.
+        """
         borders = self.edges[[np.min(cells), np.max(cells) + 1]]
         return float(borders.min()), float(borders.max())
 
     def of_keys(self, keys: int) -> Axis:
         """
-        The axis of the keys of a block on this one, of which there are as many as cells, or,
-        max-pooled by 2, half as many: then the last of an odd number has no key.
+        Args:
+            keys: how many there are along this axis: as many as cells, or, max-pooled by 2, half as
+                many.
+
+        Returns:
+            The axis of the keys; the last of an odd number of pooled cells has none.
         """
         cells = keys if keys == self.cells else 2 * keys
         return Axis(self.start, self.start + (self.stop - self.start) * cells / self.cells, keys)
@@ -76,14 +105,33 @@ class PlacedFeatures:
         return abs((self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start))
 
     def contains(self, point: Point) -> bool:
+        """
+        Args:
+            point: in the image.
+
+        Returns:
+            Does it lie on the features, their border included?
+        """
         return self.columns.contains(point[0]) and self.rows.contains(point[1])
 
     def cell_at(self, point: Point) -> tuple[int, int]:
-        """Row and column of the cell at a point that the features contain."""
+        """
+        Args:
+            point: one that the features contain.
+
+        Returns:
+            Row and column of the cell there.
+        """
         return self.rows.cell_at(point[1]), self.columns.cell_at(point[0])
 
     def cell_box(self, cell: tuple[int, int]) -> Box:
-        """The rectangle that a cell, (row, column), covers."""
+        """
+        Args:
+            cell: row and column.
+
+        Returns:
+            The rectangle that it covers in the image.
+        """
         (top, bottom), (left, right) = self.rows.span(cell[0]), self.columns.span(cell[1])
         return left, top, right, bottom
 
@@ -94,6 +142,9 @@ def place(x: Tensor, box: np.ndarray) -> PlacedFeatures:
         x: a feature map (1, C, rows, columns).
         box: (4,), x and y of the outer corner of its first cell and of that of its last one, in
             pixels of the image.
+
+    Returns:
+        The features, placed.
     """
     left, top, right, bottom = box.round(6).tolist()
     rows, columns = x.shape[2:]
@@ -102,8 +153,13 @@ def place(x: Tensor, box: np.ndarray) -> PlacedFeatures:
 
 def grid_stride(input_size: tuple[int, int], grid: tuple[int, int]) -> int:
     """
-    The stride of a backbone's feature map: the power of 2 (as Detectron2's pooler has it) with
-    which ``input_size``, height and width in pixels, gives ``grid``, rows and columns, rounded up.
+    Args:
+        input_size: height and width of a backbone's input, in pixels.
+        grid: rows and columns of one of its feature maps.
+
+    Returns:
+        The stride of the feature map, a power of 2 as in Detectron2's poolers; sizes that it does
+        not divide are rounded up.
     """
     ratio = max(size / cells for size, cells in zip(input_size, grid))
     return 2 ** math.ceil(math.log2(ratio))

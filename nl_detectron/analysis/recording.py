@@ -2,18 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from nl_detectron.layers import AttentionBlock
+from nl_detectron.modeling import nonlocal_blocks
+from nl_detectron.validation import did_you_mean
+
+
+def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
+    """
+    Args:
+        model: any with non-local blocks.
+        names: full names, or their ends, such as ``res4.nonlocal4`` or ``nonlocal4``.
+
+    Returns:
+        Full name to block, of the named ones; of all of the model's, if ``names`` is empty.
+
+    Raises:
+        ValueError: the model has no such block, or none at all; the message lists what there is.
+    """
+    blocks = nonlocal_blocks(model, AttentionBlock)
+    if not blocks:
+        raise ValueError("the model has no non-local blocks")
+    for name in names:
+        if not any(_ends_in(full_name, name) for full_name in blocks):
+            raise ValueError(
+                f"the model has no non-local block {name!r}, but {', '.join(blocks)}"
+                f"{did_you_mean(name, blocks)}"
+            )
+    return {
+        full_name: block
+        for full_name, block in blocks.items()
+        if not names or any(_ends_in(full_name, name) for name in names)
+    }
+
 
 @contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
     """
-    Within the ``with``, keep the positional arguments of each call of each module: its name to
-    its calls, in order. Modules that are not called have an empty list.
+    Within the ``with``, keep the positional arguments of each call of each module.
+
+    Args:
+        modules: by names of any kind.
+
+    Yields:
+        Name to the arguments of each call, in order; an empty list if the module is not called.
     """
     calls: dict[str, list[tuple]] = {name: [] for name in modules}
 
@@ -26,3 +63,7 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tu
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _ends_in(full_name: str, name: str) -> bool:
+    return f".{full_name}".endswith(f".{name}")

@@ -1,11 +1,21 @@
 """
-Weights from other implementations into ours, and non-local blocks of ours into others'.
+Weights of other implementations for our models, and our non-local blocks for theirs.
 
-:func:`convert` takes a state dict and hands back the converted one, the config under which it
+:func:`convert` takes a state dict and returns the converted one, the config under which it
 computes the same, and a row for every tensor; ``tools/convert_weights.py`` does so with files.
 """
 
 from nl_detectron.conversion.convert import SOURCES, TARGETS, convert, recognise
+from nl_detectron.conversion.options import Options
 from nl_detectron.conversion.report import Conversion, ConversionError, Row
 
-__all__ = ["SOURCES", "TARGETS", "Conversion", "ConversionError", "Row", "convert", "recognise"]
+__all__ = [
+    "SOURCES",
+    "TARGETS",
+    "Conversion",
+    "ConversionError",
+    "Options",
+    "Row",
+    "convert",
+    "recognise",
+]

@@ -1,4 +1,4 @@
-"""What a conversion hands back: the tensors, the settings they need, and a row for every tensor."""
+"""The result of a conversion: the tensors, the settings they need, and a row for every tensor."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from tabulate import tabulate
 from torch import Tensor
 
 
@@ -16,7 +17,15 @@ class ConversionError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor. ``source`` is empty for one that was made up, ``target`` for one left out."""
+    """
+    What became of one tensor.
+
+    Attributes:
+        source: its name in the file; empty for a tensor that the file does not have.
+        target: its new name; empty for a tensor that is left out.
+        shape: its new shape, or that in the file if it is left out.
+        note: how it was changed, or why it is left out.
+    """
 
     source: str
     target: str
@@ -25,9 +34,9 @@ class Row:
 
     @property
     def outcome(self) -> str:
-        if not self.target:
-            return f"left out: {self.note}"
-        return f"done: {self.note}" if self.note else "done"
+        """The last column of the table: "done" or "left out", with the note."""
+        outcome = "done" if self.target else "left out"
+        return f"{outcome}: {self.note}" if self.note or not self.target else outcome
 
 
 @dataclass
@@ -50,8 +59,14 @@ class Conversion:
 
     def add(self, source: str, target: str, tensor: Tensor, note: str = "") -> None:
         """
+        Args:
+            source: the tensor's name in the file, or "".
+            target: its new name.
+            tensor: its new value.
+            note: how it was changed.
+
         Raises:
-            ConversionError: another tensor has got the name ``target``.
+            ConversionError: another tensor has the name ``target`` already.
         """
         if target in self.state_dict:
             raise ConversionError(f"two tensors would become {target}; the second is {source}")
@@ -59,20 +74,22 @@ class Conversion:
         self.rows.append(Row(source, target, tuple(tensor.shape), note))
 
     def leave_out(self, source: str, value: Any, why: str) -> None:
+        """
+        Args:
+            source: the name in the file.
+            value: what has this name there.
+            why: the reason, for the table.
+        """
         self.rows.append(Row(source, "", tuple(getattr(value, "shape", ())), why))
 
     def table(self) -> str:
         """All rows, a line each, in columns: source, target, shape, what became of it."""
-        head = ("source", "target", "shape", "")
-        lines = [head] + [
+        lines = [
             (r.source or "-", r.target or "-", "x".join(map(str, r.shape)) or "-", r.outcome)
             for r in self.rows
         ]
-        widths = [max(len(line[column]) for line in lines) for column in range(3)]
-        return "\n".join(
-            "  ".join([*(f"{cell:<{w}}" for cell, w in zip(line, widths)), line[3]]).rstrip()
-            for line in lines
-        )
+        head = ("source", "target", "shape", "")
+        return tabulate([head, *lines], tablefmt="plain", disable_numparse=True)
 
     def to_yaml(self) -> str:
         """The settings, below the notes as comments."""

@@ -7,8 +7,11 @@ from nl_detectron.data.long_range import (
     register_long_range,
 )
 from nl_detectron.data.shapes import default_root, make_shapes, register_shapes
+from nl_detectron.data.stream import TrainLoader, build_train_loader
 
 __all__ = [
+    "TrainLoader",
+    "build_train_loader",
     "configure_for_dataset",
     "make_long_range",
     "make_shapes",

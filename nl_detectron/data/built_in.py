@@ -6,14 +6,15 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
-from iopath.common.file_io import get_cache_dir
+from iopath.common.file_io import file_lock, get_cache_dir
 from PIL import Image
 
 from nl_detectron.data.coco_format import Record
@@ -21,7 +22,7 @@ from nl_detectron.data.coco_format import Record
 logger = logging.getLogger(__name__)
 
 Draw = Callable[[np.random.Generator], tuple[Image.Image, list[Record]]]
-"""From a source of chance to a picture and its annotations, which have no ids yet."""
+"""Draws a picture from random numbers; returns it and its annotations, which have no ids yet."""
 
 
 def make_dataset(
@@ -32,7 +33,8 @@ def make_dataset(
     split is the same on every machine.
 
     Everything is made in a folder beside ``root`` which takes its name when complete: ``root`` is
-    never half-made, and processes may start at once. A complete ``root`` is left as it is.
+    never half-made. A complete ``root`` is left as it is. Of processes that start at once, one
+    draws and the others wait for it.
 
     Args:
         root: the folder to make; its parents are made too.
@@ -55,6 +57,15 @@ def make_dataset(
         raise FileExistsError(
             f"{root} exists but holds no {name}; delete it or name another folder"
         )
+    with _one_at_a_time(root):
+        if not complete.exists():
+            _make(root, name, draw, categories, num_train, num_val)
+    return root
+
+
+def _make(
+    root: Path, name: str, draw: Draw, categories: list[Record], num_train: int, num_val: int
+) -> None:
     logger.info(f"Drawing {num_train} + {num_val} images of {name} into {root} ...")
     draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)
@@ -69,11 +80,21 @@ def make_dataset(
             (draft / f"{split}.json").write_text(json.dumps(coco))
         draft.rename(root)
     except OSError:
-        if not complete.exists():  # else another process was first
+        if not (root / "val.json").exists():  # else another process was first
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return root
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """One process after the other; nothing is left behind."""
+    with file_lock(str(path)):
+        try:
+            yield
+        finally:
+            # A process that comes now may overtake those that wait; the renaming bears it.
+            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
 
 
 def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **metadata: Any) -> None:
@@ -84,7 +105,7 @@ def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **meta
     Args:
         name: the dataset's.
         root: its folder.
-        make: makes it there, if it is not.
+        make: makes it in a folder, unless it is there.
         **metadata: for Detectron2's ``MetadataCatalog``; ``thing_classes`` is needed.
     """
     for split in ("train", "val"):
@@ -92,7 +113,14 @@ def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **meta
 
 
 def cache_folder(name: str) -> Path:
-    """A folder in Detectron2's cache (``$FVCORE_CACHE``)."""
+    """
+    Args:
+        name: the folder's.
+
+    Returns:
+        The path of a folder for this package's data in Detectron2's cache (``$FVCORE_CACHE``); it
+        need not exist.
+    """
     return Path(get_cache_dir()) / "nl_detectron" / name
 
 

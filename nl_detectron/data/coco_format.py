@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+Check = Callable[[Any], bool]
+Kind = tuple[Check, str]  # and what is legal, for the message
 
 REQUIRED_KEYS = {
     "images": ("id", "file_name", "height", "width"),
@@ -15,10 +18,14 @@ REQUIRED_KEYS = {
     "categories": ("id", "name"),
 }
 MAX_PIXELS = 1_000_000  # of a coordinate; pycocotools crashes on some that are much larger
+_NUMBERS = {int, float}
 
 
 def read_coco(json_file: Path) -> Record:
     """
+    Args:
+        json_file: the file to read.
+
     Returns:
         The file's content. All values that have a meaning in COCO's format are of the right kind;
         whether they agree with each other is for the caller to check.
@@ -67,31 +74,19 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _is_integer(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_id(value: Any) -> bool:
-    return type(value) in (int, str)
+def _of_type(*types: type) -> Check:
+    return lambda value: type(value) in types  # a bool is no integer here
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= MAX_PIXELS and value == int(value)
+    return type(value) in _NUMBERS and 0 < value <= MAX_PIXELS and value == int(value)
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value == value and abs(value) != float("inf")
+    return type(value) in _NUMBERS and value == value and abs(value) != float("inf")
 
 
-def _is_coordinate(value: Any) -> bool:
-    return type(value) in (int, float) and -MAX_PIXELS <= value <= MAX_PIXELS
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _list_of(is_legal: Callable[[Any], bool], length: int | None = None) -> Callable[[Any], bool]:
+def _list_of(is_legal: Check, length: int | None = None) -> Check:
     def check(value: Any) -> bool:
         right_length = isinstance(value, list) and length in (None, len(value))
         return right_length and all(map(is_legal, value))
@@ -99,7 +94,16 @@ def _list_of(is_legal: Callable[[Any], bool], length: int | None = None) -> Call
     return check
 
 
-_are_coordinates = _list_of(_is_coordinate)
+def _are_coordinates(value: Any) -> bool:
+    """A list of them; there are millions, so it has no loop of its own. A NaN shows in the sum."""
+    if not isinstance(value, list) or not _NUMBERS.issuperset(map(type, value)):
+        return False
+    in_range = not value or (min(value) >= -MAX_PIXELS and max(value) <= MAX_PIXELS)
+    return in_range and not isnan(sum(value))
+
+
+def _is_box(value: Any) -> bool:
+    return _are_coordinates(value) and len(value) == 4
 
 
 def _is_polygon(value: Any) -> bool:
@@ -123,20 +127,18 @@ def _is_segmentation(value: Any) -> bool:
     return _is_rle(value) if isinstance(value, dict) else _list_of(_is_polygon)(value)
 
 
-Kind = tuple[Callable[[Any], bool], str]
-
 _KINDS: dict[str, dict[str, Kind]] = {
     "images": {
-        "id": (_is_id, "an integer or a text"),
-        "file_name": (_is_text, "a text"),
+        "id": (_of_type(int, str), "an integer or a text"),
+        "file_name": (_of_type(str), "a text"),
         "height": (_is_size, f"an integer from 1 to {MAX_PIXELS}"),
         "width": (_is_size, f"an integer from 1 to {MAX_PIXELS}"),
     },
     "annotations": {
-        "id": (_is_id, "an integer or a text"),
-        "image_id": (_is_id, "an integer or a text"),
-        "category_id": (_is_integer, "an integer"),
-        "bbox": (_list_of(_is_coordinate, length=4), "[x, y, width, height]"),
+        "id": (_of_type(int, str), "an integer or a text"),
+        "image_id": (_of_type(int, str), "an integer or a text"),
+        "category_id": (_of_type(int), "an integer"),
+        "bbox": (_is_box, "[x, y, width, height]"),
         "segmentation": (
             _is_segmentation,
             "an RLE ({'size': [height, width], 'counts': ...}) nor a list of polygons "
@@ -148,9 +150,9 @@ _KINDS: dict[str, dict[str, Kind]] = {
         "area": (_is_number, "a number"),
     },
     "categories": {
-        "id": (_is_integer, "an integer"),
-        "name": (_is_text, "a text"),
-        "keypoints": (_list_of(_is_text), "a list of names"),
-        "skeleton": (_list_of(_list_of(_is_integer, length=2)), "a list of pairs of integers"),
+        "id": (_of_type(int), "an integer"),
+        "name": (_of_type(str), "a text"),
+        "keypoints": (_list_of(_of_type(str)), "a list of names"),
+        "skeleton": (_list_of(_list_of(_of_type(int), length=2)), "a list of pairs of integers"),
     },
 }

@@ -74,6 +74,11 @@ def configure_for_dataset(cfg: CfgNode, train_name: str, val_name: str) -> None:
     TEST.KEYPOINT_OKS_SIGMAS unless it has the right length: COCO's own for 17 keypoints, else
     0.05 for each.
 
+    Args:
+        cfg: the config to change.
+        train_name: the registered dataset to train on.
+        val_name: the registered dataset to evaluate on; may be the same.
+
     Raises:
         ValueError: the two datasets differ in their classes or keypoints, or lack the masks or
             keypoints that the config's model is to learn.
@@ -238,7 +243,7 @@ def _area(annotation: Record, image: Record) -> float:
 
 
 def _write_to_cache(coco: Record) -> Path:
-    """Write a JSON file named after its content, so that it never changes under a reader."""
+    """Write a JSON file named after its content: what a process reads, no other one changes."""
     text = json.dumps(coco)
     folder = Path(get_cache_dir()) / "nl_detectron" / "coco_json"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The built-in datasets ``long_range*``: what an object is, something far away says.
+"""The built-in datasets ``long_range*``: something far away tells the class of an object.
 
 Every picture has one green square. A disc is the cue: its colour, red or blue, is the class of the
 square, and says on which of its sides, left or right, its one keypoint lies. The square itself
@@ -6,7 +6,7 @@ looks the same for both. There are three sets of the same squares:
 
 ``long_range``: the disc is at the other end of the picture.
 ``long_range_near``: it is right beside the square.
-``long_range_none``: there is none, and the class is a coin toss.
+``long_range_none``: there is none, and the class is random.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEYPOINT_NAMES = ["side"]
 
 
 def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[dict[str, Any]]]:
-    # The same draws for every cue, so that the three sets have the same squares.
+    # The same random numbers for every cue, so that the three sets have the same squares.
     category, is_mirrored = (int(i) for i in rng.integers(2, size=2))
     square_x, cue_x = rng.uniform(15, 30), WIDTH - rng.uniform(10, 20)
     square_y, cue_y = rng.uniform(13, 19, size=2)
@@ -59,7 +59,7 @@ def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[dict
 
 
 def _annotate(category: int, square: Polygon, keypoint: tuple[float, float]) -> dict[str, Any]:
-    """One COCO annotation, but for its ids."""
+    """One COCO annotation, without its ids."""
     left, top, right, bottom = square.bounds
     x, y = keypoint
     return {
@@ -106,6 +106,9 @@ def register_long_range(root: str | Path) -> None:
     Register ``long_range_train`` and ``_val``, ``long_range_near_train`` and ``_val``, and
     ``long_range_none_train`` and ``_val``, to be made in folders of ``root`` on first use.
     Registering again replaces what was registered.
+
+    Args:
+        root: the folder that these folders are made in.
     """
     for cue in CUES:
         register_dataset(

@@ -60,7 +60,14 @@ def _keypoints(item: SceneObject, image: Polygon) -> list[float]:
 
 
 def annotate(item: SceneObject, size: Size) -> dict[str, Any]:
-    """One COCO annotation, but for its ids, of what is visible of an object in the picture."""
+    """
+    Args:
+        item: an object.
+        size: height and width of the picture, in pixels.
+
+    Returns:
+        The COCO annotation, without ids, of the part of it that can be seen in the picture.
+    """
     image = picture_frame(size)
     visible = hole_free_polygons(item.visible(image))
     left, top, right, bottom = MultiPolygon(visible).bounds
@@ -84,7 +91,17 @@ def _draw(rng: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any]]]:
 
 
 def make_shapes(root: str | Path, num_train: int = 600, num_val: int = 100) -> Path:
-    """Draw the shapes datasets; see :func:`make_dataset`, also for what is raised."""
+    """
+    Draw the shapes datasets; see :func:`make_dataset`, also for what is raised.
+
+    Args:
+        root: the folder to make.
+        num_train: number of training images.
+        num_val: number of validation images.
+
+    Returns:
+        ``root``.
+    """
     categories: list[dict[str, Any]] = [
         {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": [[1, 2]]}
         for i, name in enumerate(SHAPES, start=1)
@@ -93,9 +110,12 @@ def make_shapes(root: str | Path, num_train: int = 600, num_val: int = 100) -> P
 
 
 def register_shapes(root: str | Path) -> None:
-    """Register ``shapes_train`` and ``shapes_val``, to be made in the folder `root` on first use.
+    """
+    Register ``shapes_train`` and ``shapes_val``, to be made on first use. Registering again
+    replaces what was registered.
 
-    Registering again replaces what was registered.
+    Args:
+        root: their folder.
     """
     register_dataset(
         "shapes",

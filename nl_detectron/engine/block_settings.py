@@ -64,16 +64,13 @@ def _options(shapes: Shapes, block: str | None) -> dict[str, str]:
             "MODEL.NONLOCAL.BLOCK": "GlobalContextBlock",
             "MODEL.NONLOCAL.REDUCTION": str(channels // reduced),
         }
-    settings = {"MODEL.NONLOCAL.NORM": _norm(own)}
+    norm = {"MODEL.NONLOCAL.NORM": _norm(own)}
     if "g.weight" in own:
         inner_channels, channels = own["g.weight"][:2]
-        settings["MODEL.NONLOCAL.PAIRWISE"] = _pairwise(own)
-        settings["MODEL.NONLOCAL.REDUCTION"] = str(channels // inner_channels)
-    elif "conv3.weight" in own:
-        settings["MODEL.NONLOCAL.BLOCK"] = "LocalBlock"
-    else:
-        settings["MODEL.NONLOCAL.BLOCK"] = f"(one that has {', '.join(own)})"
-    return settings
+        reduction = {"MODEL.NONLOCAL.REDUCTION": str(channels // inner_channels)}
+        return {"MODEL.NONLOCAL.PAIRWISE": _pairwise(own), **norm, **reduction}
+    kind = "LocalBlock" if "conv3.weight" in own else f"(one that has {', '.join(own)})"
+    return {"MODEL.NONLOCAL.BLOCK": kind, **norm}
 
 
 def _pairwise(own: Shapes) -> str:

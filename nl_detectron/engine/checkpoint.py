@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 from nl_detectron.checkpoint_io import CheckpointError, load_checkpoint
 from nl_detectron.engine.load_report import LoadReport
+from nl_detectron.files import whole_file
 
 logger = logging.getLogger(__name__)
+
+_NUMBERED = re.compile(r"model_\d+\.pth")
 
 
 class NonLocalCheckpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer, with a report that separates what is meant to start fresh (the
     non-local blocks of a model that is given weights without them; the detector around a
-    classifier's weights) from what is missing. Files are read as data, and run nothing.
+    classifier's weights) from what is missing. Files are read as data, and run nothing; they are
+    written whole or not at all, and their checksums are compared when they are read.
+
+    Attributes:
+        keep_last: how many checkpoints to keep beside ``model_final.pth``; 0 keeps all.
+        resumed: did :meth:`resume_or_load` go on from a checkpoint, trainer and all?
+        note: what :meth:`resume_or_load` found amiss, in one line; else empty.
+        saved_iteration: the iteration after which was saved last; None if nothing was.
     """
 
     def __init__(
@@ -29,6 +44,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         *,
         strict: bool = False,
         report: bool = False,
+        keep_last: int = 0,
         **kwargs: Any,
     ) -> None:
         """
@@ -37,9 +53,15 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             save_dir: the folder that checkpoints are saved in.
             strict: nothing but non-local blocks may start fresh, and nothing be left over.
             report: log a table of all tensors and of what became of them.
+            keep_last: how many checkpoints to keep beside ``model_final.pth``; 0 keeps all.
             **kwargs: those of ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.path_manager: Any = _WholeFiles(self.path_manager)
+        self.keep_last = keep_last
+        self.resumed = False
+        self.note = ""
+        self.saved_iteration: int | None = None
         self.strict = strict
         self.report = report
 
@@ -56,6 +78,79 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             raise CheckpointError("Strict loading, but MODEL.WEIGHTS is empty: all starts fresh")
         self._source = path
         return super().load(path, *args, **kwargs)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """
+        Save, then remove what is older than ``keep_last`` checkpoints.
+
+        Args:
+            name: the file's, without ".pth".
+            **kwargs: what to save beside the model and the trainer, such as ``iteration``.
+
+        Raises:
+            OSError: the disk is full, for one; all that was saved before is still there.
+        """
+        super().save(name, **kwargs)
+        self.saved_iteration = kwargs.get("iteration")
+        if self.keep_last and self.save_dir and self.save_to_disk:
+            numbered = [p for p in Path(self.save_dir).iterdir() if _NUMBERED.fullmatch(p.name)]
+            numbered.sort(key=lambda path: path.stat().st_mtime_ns)
+            for path in numbered[: -self.keep_last]:
+                path.unlink()
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """
+        With ``resume``, go on from the checkpoint that ``last_checkpoint`` names, or if that is
+        missing or damaged, from the newest sound one in the folder; if there is none, or without
+        ``resume``, load ``path``. ``resumed`` and ``note`` tell afterwards.
+
+        Args:
+            path: weights, a file or URL; may be empty.
+            resume: whether to look for a checkpoint.
+
+        Returns:
+            What the file holds that was not used.
+
+        Raises:
+            CheckpointError: see :meth:`load`.
+        """
+        found, self.resumed, self.note = "", False, ""
+        if resume:  # the main process decides for all
+            mine = self._find_checkpoint() if comm.is_main_process() else None
+            found, self.resumed, self.note = comm.all_gather(mine)[0]
+        if self.note and (self.resumed or not self.checkpointables):
+            logger.warning(self.note)
+        return self.load(found or path, checkpointables=None if self.resumed else [])
+
+    def _find_checkpoint(self) -> tuple[str, bool, str]:
+        """The file to go on from ("" if none), whether it has the trainer's state, the note."""
+        tag = Path(self.save_dir, "last_checkpoint")
+        try:
+            if not (name := tag.read_text(encoding="utf-8").strip()):
+                raise ValueError(f"{tag} is empty")
+            return self._describe(tag.with_name(name))
+        except (OSError, ValueError) as error:  # a CheckpointError is one, too
+            problem = f"{tag} is missing" if not tag.exists() else str(error)
+        sound = []
+        for path in Path(self.save_dir).glob("*.pth"):
+            with contextlib.suppress(OSError, CheckpointError):
+                content = load_checkpoint(path)
+                if self._has_state(content):
+                    sound.append((content["trainer"]["iteration"], str(path)))
+        if not sound:
+            where = f"There is no checkpoint in {self.save_dir} to go on from"
+            return "", False, f"{where} ({problem}): training starts afresh"
+        newest = max(sound)[1]
+        return newest, True, f"{problem}: going on from {newest}, the newest sound checkpoint"
+
+    def _describe(self, path: Path) -> tuple[str, bool, str]:
+        if self._has_state(load_checkpoint(path)) or not self.checkpointables:
+            return str(path), bool(self.checkpointables), ""
+        note = f"{path} has weights alone, no state of a trainer: training starts at 0 with them"
+        return str(path), False, note
+
+    def _has_state(self, content: dict[str, Any]) -> bool:
+        return "iteration" in content.get("trainer", {})
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = load_checkpoint(filename)
@@ -111,6 +206,27 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         if report.unused:
             unused = ", ".join(sorted(report.unused))
             logger.info(f"Not used by the model, though in {self._source}: {unused}")
+
+
+class _WholeFiles:
+    """Detectron2's file manager, but files that are written appear whole or not at all."""
+
+    def __init__(self, path_manager: Any) -> None:
+        self._path_manager = path_manager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._path_manager, name)
+
+    def open(self, path: str, mode: str = "r", **options: Any) -> Any:
+        if "w" not in mode or "://" in path:
+            return self._path_manager.open(path, mode, **options)
+        return _open_whole(path, mode, **options)
+
+
+@contextlib.contextmanager
+def _open_whole(path: str, mode: str, **options: Any) -> Iterator[Any]:
+    with whole_file(path) as draft, draft.open(mode, **options) as file:
+        yield file
 
 
 def _without(weights: Any, suffix: str) -> Any:

@@ -1,11 +1,17 @@
-"""What is written about non-local blocks while they are trained."""
+"""What is done around each step of training."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
+from nl_detectron.data.stream import seed_generators
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
 
@@ -39,3 +45,52 @@ class BlockWeightsHook(HookBase):
             for key, value in scalars.items():
                 if value is not None:
                     storage.put_scalar(f"nonlocal/{name}/{key}", value, smoothing_hint=False)
+
+
+class NoEvaluationAfterFailureHook(HookBase):
+    """
+    Keeps Detectron2's ``EvalHook``, if that comes later, from evaluating after an error in the last
+    iteration, which it takes for the end: one process would wait there for all others, and they
+    for it.
+    """
+
+    def after_train(self) -> None:
+        if self.trainer.iter < self.trainer.max_iter:
+            self.trainer.max_iter = math.inf
+
+
+class SamplingByImageHook(HookBase):
+    """
+    Which anchors and region proposals of an image are sampled is drawn from a seed of its own, by
+    the run's seed, the iteration and the image's place in the batch of all ranks: the same for any
+    number of ranks. It belongs behind what sets the run's seed.
+    """
+
+    def __init__(self, model: nn.Module, seed: Callable[[], int], images_per_rank: int) -> None:
+        """
+        Args:
+            model: one of Detectron2's; its methods that sample for an image are wrapped.
+            seed: gives the run's seed once training has begun.
+            images_per_rank: how many images each rank has in an iteration.
+        """
+        self._seed = seed
+        self._first_place = comm.get_rank() * images_per_rank
+        self._places: dict[str, int] = {}
+        for name, module in model.named_modules():
+            for method in ("_subsample_labels", "_sample_proposals"):
+                if hasattr(module, method):
+                    setattr(module, method, self._seeded(f"{name}.{method}", module, method))
+
+    def before_step(self) -> None:
+        self._places = {}
+
+    def _seeded(self, key: str, module: nn.Module, method: str) -> Callable[..., Any]:
+        sample = getattr(module, method)
+
+        def sample_of_image(*args: Any, **kwargs: Any) -> Any:
+            place = self._places.get(key, 0)
+            self._places[key] = place + 1
+            seed_generators(self._seed(), key, self.trainer.iter, self._first_place + place)
+            return sample(*args, **kwargs)
+
+        return sample_of_image

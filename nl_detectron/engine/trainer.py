@@ -7,30 +7,71 @@ import os
 import weakref
 from typing import Any
 
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
+from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils import comm
 
+from nl_detectron.data import TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.exact_resume import ExactResume
+from nl_detectron.engine.hooks import (
+    BlockWeightsHook,
+    NoEvaluationAfterFailureHook,
+    SamplingByImageHook,
+)
+from nl_detectron.engine.interruption import Interruption
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Trains and evaluates what a config describes; see Detectron2's ``DefaultTrainer``."""
+    """
+    Trains and evaluates what a config describes; see Detectron2's ``DefaultTrainer``. A resumed
+    run goes on exactly (see :class:`ExactResume`), and signals end it with a checkpoint (see
+    :class:`Interruption`).
+    """
 
-    checkpointer: DetectionCheckpointer
+    checkpointer: NonLocalCheckpointer
 
     def build_hooks(self) -> list[HookBase | None]:
         # The parent has just made its own checkpointer; the hooks take this one.
         self.checkpointer = NonLocalCheckpointer(
-            self.checkpointer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+            self.checkpointer.model,
+            self.cfg.OUTPUT_DIR,
+            keep_last=self.cfg.SOLVER.get("CHECKPOINT_KEEP_LAST", 0),
+            trainer=weakref.proxy(self),
         )
-        # First, so that it comes before the writers, and the time that is written includes it.
-        return [BlockWeightsHook(self.checkpointer.model), *super().build_hooks()]
+        self._interruption = Interruption(self.checkpointer)
+        hooks = super().build_hooks()
+        # After the periodic checkpoint; before the evaluation, which may take longer than there is.
+        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
+        exact_resume = ExactResume(self.checkpointer, self.cfg.SEED)
+        sampling = SamplingByImageHook(
+            self.checkpointer.model,
+            seed=lambda: exact_resume.seed,
+            images_per_rank=self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        )
+        hooks[place:place] = [self._interruption, exact_resume, sampling]
+        # First, so that they come before the writers, and the time that is written includes them.
+        return [BlockWeightsHook(self.checkpointer.model), NoEvaluationAfterFailureHook(), *hooks]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """
+        Args:
+            resume: go on from the last sound checkpoint in ``cfg.OUTPUT_DIR``. Without one, or
+                without ``resume``, ``cfg.MODEL.WEIGHTS`` is loaded and training starts at 0.
+        """
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        # A checkpoint holds the iteration that was just finished.
+        self.start_iter = self.iter + 1 if self.checkpointer.resumed else 0
+
+    def train(self) -> Any:
+        """Train, as ``DefaultTrainer.train`` does, until the end or a signal."""
+        with self._interruption.watch():
+            return super().train()
 
     def state_dict(self) -> dict[str, Any]:
         # Detectron2 0.6 forgets the optimizer's momentum; its main branch saves it as this does.
@@ -42,6 +83,11 @@ class Trainer(DefaultTrainer):
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """Detectron2's images, mapper and batch size, in an order that a resumed run keeps."""
+        return build_train_loader(cfg)
 
     @classmethod
     def build_evaluator(

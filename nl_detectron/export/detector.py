@@ -66,7 +66,8 @@ def export_detector(
         format: one of :data:`FORMATS`.
 
     Raises:
-        ValueError: the format, the model or the image is none of these.
+        ValueError: the format, the model or the image is not one of these, or the model finds
+            nothing in the image.
         ModuleNotFoundError: onnx or onnxruntime is needed and not installed.
         ExportError: PyTorch can't export the model, or what it wrote does not find the same.
     """

@@ -19,6 +19,13 @@ Detector = Callable[[np.ndarray], "dict[str, np.ndarray]"]
 
 
 def load_torchscript(file: str) -> Detector:
+    """
+    Args:
+        file: a detector exported as TorchScript, traced or scripted.
+
+    Returns:
+        The detector: an image (C, H, W), float32, to the outputs by name.
+    """
     import torch
     import torchvision  # noqa: F401 (for its operators nms and roi_align)
 
@@ -32,6 +39,13 @@ def load_torchscript(file: str) -> Detector:
 
 
 def load_onnx(file: str) -> Detector:
+    """
+    Args:
+        file: a detector exported as ONNX.
+
+    Returns:
+        The detector, as from :func:`load_torchscript`.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

@@ -208,18 +208,22 @@ class NonLocalBlock(AttentionBlock):
         keys = x if keys is None else keys
         self._check_input(x)
         self._check_keys(x, keys)
-        theta = flat_positions(x)[:, flat_index(positions, x)]
-        mean = accumulable(flat_positions(x)).mean(1, keepdim=True).to(x.dtype)
-        phi, m, _ = self._embed_keys(keys)
-        if self.theta is not None:
-            weight, bias = self.theta.weight.flatten(1), self.theta.bias
-            theta, mean = (functional.linear(t, weight, bias) for t in (theta, mean))
+        queries = flat_positions(x)[:, flat_index(positions, x)]
+        theta = accumulable(self._embed_queries(queries))
+        phi, m = self._embed_keys(self._pool_input(keys))
         key_grid = phi.shape[2:]
-        theta, mean, phi = accumulable(theta), accumulable(mean), accumulable(flat_positions(phi))
+        if m is not None:  # theta is linear: the mean of theta is theta of the mean
+            mean = accumulable(flat_positions(x)).mean(1, keepdim=True).to(x.dtype)
+            theta = theta - accumulable(self._embed_queries(mean))
+            m = accumulable(m)
         with no_autocast(x):
-            if m is not None:  # theta is linear: the mean of theta is theta of the mean
-                theta, m = theta - mean, accumulable(m)
-            return self._weights(theta, phi, m).unflatten(2, key_grid)
+            return self._weights(theta, accumulable(flat_positions(phi)), m).unflatten(2, key_grid)
+
+    def _embed_queries(self, x: Tensor) -> Tensor:
+        """theta, (B, Q, d), of some positions (B, Q, C)."""
+        if self.theta is None:
+            return x
+        return functional.linear(x, self.theta.weight.flatten(1), self.theta.bias)
 
     def _check_keys(self, x: Tensor, keys: Tensor) -> None:
         sizes = keys.dim(), keys.shape[0], keys.shape[1]
@@ -232,8 +236,9 @@ class NonLocalBlock(AttentionBlock):
     def _transform(self, x: Tensor, keys: Tensor) -> Tensor:
         """W_z y before the norm, (B, C, *grid)."""
         theta = flat_positions(x if self.theta is None else self.theta(x))
-        phi, m, g = self._embed_keys(keys)
-        phi, g = flat_positions(phi), flat_positions(g)
+        keys = self._pool_input(keys)
+        phi, m = self._embed_keys(keys)
+        phi, g = flat_positions(phi), flat_positions(self._subsample(self.g(keys)))
         if torch.jit.is_scripting():
             y = self._operate(theta, phi, m, g)
         else:
@@ -272,15 +277,17 @@ class NonLocalBlock(AttentionBlock):
             return dot_product_weights(theta, phi)
         return softmax_weights(theta, phi, self.logit_scale)
 
-    def _embed_keys(self, keys: Tensor) -> tuple[Tensor, Optional[Tensor], Tensor]:  # noqa: UP045
-        """phi (B, d, *key grid), m (B, N_k) if there is one, and g (B, c, *key grid)."""
-        if self.subsample == "input":
-            keys = max_pool(keys)
+    def _pool_input(self, keys: Tensor) -> Tensor:
+        """What phi, m and g are given."""
+        return max_pool(keys) if self.subsample == "input" else keys
+
+    def _embed_keys(self, keys: Tensor) -> tuple[Tensor, Optional[Tensor]]:  # noqa: UP045
+        """phi (B, d, *key grid), and m (B, N_k) if there is one."""
         phi = self._subsample(keys if self.phi is None else self.phi(keys))
         m: Optional[Tensor] = None  # noqa: UP045
         if self.unary is not None:
             m = self._subsample(self.unary(keys)).flatten(1)
-        return phi, m, self._subsample(self.g(keys))
+        return phi, m
 
     def _subsample(self, x: Tensor) -> Tensor:
         """What is done after phi, m and g."""

@@ -24,7 +24,7 @@ Half precision inputs are accumulated in float32. The softmax kinds return the d
 y is an average of g, so it fits. The 1 / N_k kinds return float32 for float16 inputs: their y is a
 product of three embeddings and may well not fit.
 
-Gradients are exact; gradients of gradients there are none, but for the dot product.
+Gradients are exact. Only the dot product has gradients of gradients.
 
 What is recorded to be run elsewhere (TorchScript, torch.export, torch.compile, ONNX) is made of
 PyTorch's own operators only, in a form that holds for every input size.

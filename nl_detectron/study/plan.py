@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from nl_detectron.engine import build_config
+from nl_detectron.config import build_config
 from nl_detectron.validation import check_choice
 
-KEYS = ("config", "seeds", "settings", "groups")
-_OWN_KEYS = ("SEED", "OUTPUT_DIR")  # set for each run
+_KEYS = {
+    "config": (str, "the path of a file"),
+    "seeds": (list, "a list of different integers from 0"),
+    "settings": (dict, "a mapping of names to overrides"),
+    "groups": (dict, "a mapping of titles to settings"),
+}
+_OWN_KEYS = {"SEED", "OUTPUT_DIR"}  # set for each run
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Run:
     setting: str
     seed: int
     folder: Path
-    config: str  # the whole of it, but for OUTPUT_DIR, as YAML
+    config: str  # all of it except OUTPUT_DIR, as YAML
 
     def __str__(self) -> str:
         return f"{self.setting}, seed {self.seed}"
@@ -40,8 +44,13 @@ class Plan:
 
     def runs(self, output: Path) -> list[Run]:
         """
-        All runs, each with a folder of its own in ``output``: every setting with the first seed,
-        then every setting with the second, so that a study that is cut short is a smaller study.
+        Args:
+            output: the study's folder.
+
+        Returns:
+            All runs, each with a folder of its own in ``output``: every setting with the first
+            seed, then every setting with the second, so that a study which is stopped early has
+            compared all settings with fewer seeds.
 
         Raises:
             ValueError: a setting's overrides do not fit the config; the message names it.
@@ -55,9 +64,8 @@ class Plan:
     def _config(self, setting: str, seed: int) -> str:
         overrides = [word for item in self.settings[setting].items() for word in item]
         try:
-            cfg = build_config(Namespace(config_file=str(self.config), opts=overrides))
-        # What yacs raises for a value of the wrong type, and for an unknown or a renamed key.
-        except (ValueError, KeyError, AssertionError) as error:
+            cfg = build_config(self.config, overrides)
+        except (ValueError, KeyError) as error:
             raise ValueError(f"settings: {setting}: {error.args[0]}") from error
         cfg.SEED = seed
         cfg.OUTPUT_DIR = ""
@@ -66,15 +74,19 @@ class Plan:
 
 def load_plan(path: Path) -> Plan:
     """
-    Read a plan such as ::
+    Args:
+        path: a YAML file such as ::
 
-        config: ../configs/long_range.yaml  # relative to the plan
-        seeds: [1, 2, 3]
-        settings:  # name to overrides of the config
-          nl: {}
-          nl_dot_product: {MODEL.NONLOCAL.PAIRWISE: dot_product}
-        groups:  # a title to the settings that are compared below it
-          Pairwise functions: [nl, nl_dot_product]
+            config: ../configs/long_range.yaml  # relative to the plan
+            seeds: [1, 2, 3]
+            settings:  # name to overrides of the config
+              nl: {}
+              nl_dot_product: {MODEL.NONLOCAL.PAIRWISE: dot_product}
+            groups:  # a title to the settings that are compared below it
+              Pairwise functions: [nl, nl_dot_product]
+
+    Returns:
+        The plan; an empty setting (``nl:``) is the config as it is.
 
     Raises:
         OSError: the file cannot be read.
@@ -96,40 +108,35 @@ def load_plan(path: Path) -> Plan:
 
 
 def _check(content: Any) -> None:
+    """
+    Raises:
+        ValueError: the content of a plan is not as :func:`load_plan` shows it.
+    """
     if not isinstance(content, dict):
-        raise ValueError(f"a plan is a mapping with the keys {', '.join(KEYS)}")
+        raise ValueError(f"a plan is a mapping with the keys {', '.join(_KEYS)}")
     for key in content:
-        check_choice("a key", key, KEYS)
-    for key in KEYS:
+        check_choice("a key", key, _KEYS)
+    for key, (kind, legal) in _KEYS.items():
         if not content.get(key):
             raise ValueError(f"it has no {key}")
-    _check_kinds(content)
+        if not isinstance(content[key], kind):
+            raise ValueError(f"{key} is {content[key]!r}, not {legal}")
+    seeds = content["seeds"]
+    # Detectron2 takes a negative seed for "a random one".
+    if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {seeds!r}, not {_KEYS['seeds'][1]}")
     for name, overrides in content["settings"].items():
         # It becomes the name of a folder.
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
             raise ValueError(
-                f"settings: {name!r} is no name: letters, digits, - and _, the first no digit"
+                f"settings: {name!r} is no name: letters, digits, - and _, not a digit first"
             )
         if not isinstance(overrides, (dict, type(None))):
             raise ValueError(f"settings: {name} is {overrides!r}, not a mapping of config keys")
-        for key in overrides or {}:
-            if key in _OWN_KEYS:
-                raise ValueError(f"settings: {name}: {key} is for the study itself to set")
+        for key in _OWN_KEYS.intersection(overrides or {}):
+            raise ValueError(f"settings: {name}: {key} is for the study itself to set")
     for title, names in content["groups"].items():
         if not isinstance(names, list) or not names:
             raise ValueError(f"groups: {title} is {names!r}, not a list of settings")
         for name in names:
             check_choice(f"groups: {title}: a setting", name, list(content["settings"]))
-
-
-def _check_kinds(content: dict[str, Any]) -> None:
-    if not isinstance(content["config"], str):
-        raise ValueError(f"config is {content['config']!r}, not the path of a file")
-    seeds = content["seeds"]
-    are_integers = isinstance(seeds, list) and all(type(seed) is int for seed in seeds)
-    if not are_integers or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        # Detectron2 takes a negative seed for "a random one".
-        raise ValueError(f"seeds is {seeds!r}, not a list of different integers from 0")
-    for key in ("settings", "groups"):
-        if not isinstance(content[key], dict):
-            raise ValueError(f"{key} is {content[key]!r}, not a mapping")

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from nl_detectron.analysis.curves import COLORS, read_curves
+from nl_detectron.analysis.metrics import TASKS
 from nl_detectron.study.plan import Run
 from nl_detectron.study.runner import read_result
 
-TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
 METRICS = [f"{task}/{ap}" for task in TASKS for ap in ("AP", "AP50")]
 CURVE = "bbox/AP"
 _STYLES = ("-", "--", ":", "-.")
@@ -121,7 +121,14 @@ def _values(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Such as "80.2 ± 2.2"; of a single value only that, of none nothing."""
+    """
+    Args:
+        values: of one metric, over the seeds.
+
+    Returns:
+        Mean and sample standard deviation such as "80.2 ± 2.2"; of a single value the value alone,
+        of none the empty string.
+    """
     if not values:
         return ""
     mean = f"{np.mean(values):.1f}"

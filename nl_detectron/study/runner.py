@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
-import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
 
+from nl_detectron.analysis.metrics import last_aps
 from nl_detectron.study.plan import Run
 
 CONFIG, LOG, RESULT = "run.yaml", "run.log", "result.json"
-_AP = re.compile(r"\w+/AP(50|75)?")
 
 
 def prepare_runs(runs: Sequence[Run]) -> list[Run]:
     """
-    Make the folders of all runs, each with its config, and return those that are not finished.
+    Make the folders of all runs, each with its config.
+
+    Args:
+        runs: all of the study's.
+
+    Returns:
+        Those that are not finished.
 
     Raises:
         ValueError: a folder has the results of another config, which is not touched.
@@ -42,24 +45,11 @@ def prepare_runs(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if read_result(run) is None]
 
 
-@contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """
-    Within the ``with``, no other process may be in a ``with`` of the same folder.
-
-    Raises:
-        ValueError: one is.
-    """
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder} is where another study is running now") from None
-        yield
-
-
 def read_result(run: Run) -> dict[str, float] | None:
     """
+    Args:
+        run: a run of a plan.
+
     Returns:
         Of a finished run, "bbox/AP", "bbox/AP50" and so on, in percent, for each task that was
         evaluated, and "seconds", the time that it took since it was last started; else None.
@@ -86,12 +76,12 @@ def run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> list[Run
 
 
 def default_workers() -> int:
-    """One for each GPU, or for each core where there is none."""
+    """How many runs at a time: one for each GPU, or for each core where there is none."""
     return torch.cuda.device_count() or os.cpu_count() or 1
 
 
 async def _run_all(runs: Sequence[Run], train: Sequence[str], workers: int) -> list[Run]:
-    # A polite kill is to stop the children, too.
+    # SIGTERM, too, stops the children.
     this_task = asyncio.current_task()
     assert this_task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this_task.cancel)
@@ -157,15 +147,6 @@ async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> s
     draft.write_text(json.dumps({**aps, "seconds": time.monotonic() - start}), encoding="utf-8")
     draft.replace(run.folder / RESULT)
     return None
-
-
-def last_aps(folder: Path) -> dict[str, float]:
-    """The last "bbox/AP", "bbox/AP50" and so on in the ``metrics.json`` of a run, in percent."""
-    file = folder / "metrics.json"
-    metrics: dict[str, float] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        metrics.update(json.loads(line))
-    return {name: value for name, value in metrics.items() if _AP.fullmatch(name)}
 
 
 def _summary(run: Run) -> str:

@@ -11,11 +11,11 @@ from nl_detectron import GlobalContextBlock, NonLocalBlock, model_zoo
 from nl_detectron.analysis.attention import (
     AttentionRecord,
     attention_maps,
-    choose_blocks,
     record_attention,
 )
 from nl_detectron.analysis.attention_map import AttentionMap
 from nl_detectron.analysis.placement import place
+from nl_detectron.analysis.recording import choose_blocks
 from tests.analysis.planted import PlantedDetector, centre, image_with_bright_cells
 
 KEYPOINT_BLOCK = "roi_heads.keypoint_head.nonlocal4"

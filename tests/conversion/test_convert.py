@@ -1,3 +1,4 @@
+import re
 import sys
 
 import numpy as np
@@ -106,6 +107,7 @@ def test_what_the_file_does_not_tell_has_to_be_said(family, said, message):
         ("timm", {"dims": 4}, "dims is 4"),
         ("timm", {"to": "mmdet"}, "to is 'mmdet'.*'mmcv'"),
         ("timm", {"norm": "BN"}, "norm is 'BN'.*one of ''"),
+        ("timm", {"pairwse": "x"}, "option is 'pairwse'.*'subsample'.*did you mean 'pairwise'"),
         ("timm", {"to": "pytorchvideo", "dims": 2}, "PyTorchVideo's blocks are 3-D, not 2-D"),
     ],
 )
@@ -286,12 +288,15 @@ def test_tool_end_to_end(tmp_path, monkeypatch, capsys):
     assert np.array_equal(body.res4.nonlocal4.theta.weight.detach(), theta)
 
 
-def test_tool_says_what_is_wrong(tmp_path, monkeypatch):
+def test_tool_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     save_checkpoint(block("mmcv"), tmp_path / "theirs.pth")
-    with pytest.raises(SystemExit, match=r"theirs.pth is not converted.*--pairwise, --scale"):
-        run_tool(monkeypatch, tmp_path / "theirs.pth", tmp_path / "ours.pth")
-    with pytest.raises(SystemExit, match=r"nowhere.pth does not exist"):
-        run_tool(monkeypatch, tmp_path / "nowhere.pth", tmp_path / "ours.pth")
+    for source, message in (
+        ("theirs.pth", r"theirs.pth is not converted.*--pairwise, --scale"),
+        ("nowhere.pth", r"nowhere.pth does not exist"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run_tool(monkeypatch, tmp_path / source, tmp_path / "ours.pth")
+        assert re.search(message, capsys.readouterr().err)
     with pytest.raises(SystemExit, match=r"2"):
         run_tool(monkeypatch, "a.pth", "b.pth", "--rename", "res4")
     assert not list(tmp_path.glob("ours*"))

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.engine import default_argument_parser
 
+import train_net
 from nl_detectron.data import default_root, make_shapes
-from nl_detectron.engine import build_config, fit_config, parse_arguments
+from nl_detectron.engine import parse_arguments
 from tests.corruption import read_corrupted
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -13,11 +15,15 @@ QUICK_START = str(CONFIGS / "quick_start.yaml")
 MASK = str(CONFIGS / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_nl_1x.yaml")
 
 
+@pytest.fixture(autouse=True)
+def _no_log(monkeypatch):
+    """Nothing is written, nor is the environment looked at, which takes seconds."""
+    for name in ("setup_logger", "default_setup"):
+        monkeypatch.setattr(train_net, name, lambda *args, **kwargs: None)
+
+
 def config(*arguments, config_file=QUICK_START):
-    args = parse_arguments(["--config-file", config_file, *arguments])
-    cfg = build_config(args)
-    fit_config(cfg, args)
-    return cfg
+    return train_net.setup(parse_arguments(["--config-file", config_file, *arguments]))
 
 
 def test_config_file_then_overrides():
@@ -46,6 +52,28 @@ def test_options_may_follow_the_overrides(resume_first):
     args = parse_arguments(["--config-file", QUICK_START, *words])
     assert args.resume
     assert args.opts == overrides
+
+
+def test_options_are_detectron2s():
+    theirs = vars(default_argument_parser().parse_args(["--config-file", QUICK_START]))
+    ours = vars(parse_arguments(["--config-file", QUICK_START]))
+    assert theirs.items() <= ours.items()
+    data = {"train_json", "train_images", "val_json", "val_images"}
+    own = data | {"weights_report", "strict_weights", "traceback", "timeout"}
+    assert ours.keys() - theirs.keys() == own
+
+
+@pytest.mark.parametrize("value", ["--resume", "--resum"])
+def test_a_key_takes_no_option_as_its_value(value, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--config-file", QUICK_START, "SOLVER.BASE_LR", value])
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_datasets_must_be_registered(key):
+    with pytest.raises(ValueError, match=f"DATASETS.{key} is 'shape_val'.*did you mean 'shapes_v"):
+        config(f"DATASETS.{key}", "('shape_val',)")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -342,7 +342,7 @@ def test_the_command_line_ends_in_the_same_errors(words, tmp_path):
     path = tmp_path / "weights.pth"
     save_checkpoint(model_zoo.get_model("quick_start", device="cpu").state_dict(), path)
     words += ["--config-file", model_zoo.get_config_file("quick_start"), "--strict-weights"]
-    words += ["OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(path)]
+    words += ["--traceback", "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", str(path)]
     for overrides, message in (
         (["MODEL.FPN.OUT_CHANNELS", "32"], "Strict loading"),
         (["MODEL.NONLOCAL.REDUCTION", "4"], "MODEL.NONLOCAL.REDUCTION 2"),

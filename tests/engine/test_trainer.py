@@ -17,7 +17,9 @@ from pycocotools.cocoeval import COCOeval
 
 import train_net
 from nl_detectron import NonLocalBlock
-from nl_detectron.engine import Trainer, build_config, fit_config, parse_arguments
+from nl_detectron.config import build_config
+from nl_detectron.engine import Trainer, parse_arguments
+from nl_detectron.engine.setup import use_cpu_without_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
@@ -73,9 +75,8 @@ def test_resuming_goes_on_where_it_stopped(trained):
 
 def test_every_block_learns(trained):
     folder, first = trained
-    args = parse_arguments([*QUICK_START, "OUTPUT_DIR", str(folder)])
-    cfg = build_config(args)
-    fit_config(cfg, args)
+    cfg = build_config(QUICK_START[1], ["OUTPUT_DIR", str(folder)])
+    use_cpu_without_cuda(cfg)
     blocks = [
         n for n, m in Trainer.build_model(cfg).named_modules() if isinstance(m, NonLocalBlock)
     ]
@@ -148,8 +149,7 @@ def noisy(record, rng):
 
 
 def test_evaluation_is_pycocotools(tmp_path):
-    args = parse_arguments([*QUICK_START, "OUTPUT_DIR", str(tmp_path)])
-    cfg = build_config(args)
+    cfg = build_config(QUICK_START[1], ["OUTPUT_DIR", str(tmp_path)])
     records = DatasetCatalog.get("shapes_val")
     evaluator = Trainer.build_evaluator(cfg, "shapes_val")
     evaluator.reset()

@@ -1,6 +1,5 @@
 """A backbone with blocks, recorded at one size, does at others what it does in eager mode."""
 
-import argparse
 import io
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from detectron2 import export  # noqa: F401 (it makes Detectron2's backbones scriptable)
 from detectron2.modeling import build_backbone
 
-from nl_detectron.engine import build_config
+from nl_detectron.config import build_config
 from tests.export.acting import make_act, run_acting
 from tests.random_model import QUICK_START
 
@@ -28,7 +27,7 @@ def backbone():
         "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE",
         "[[],[0],[0,1],[]]",
     ]
-    cfg = build_config(argparse.Namespace(config_file=str(QUICK_START), opts=overrides))
+    cfg = build_config(QUICK_START, overrides)
     torch.manual_seed(1)
     return make_act(build_backbone(cfg)).eval()
 

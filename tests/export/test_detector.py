@@ -1,4 +1,3 @@
-import argparse
 import importlib.util
 import runpy
 import sys
@@ -9,7 +8,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from nl_detectron.engine import build_config
+from nl_detectron.config import build_config
 from nl_detectron.export import FORMATS, ExportError, export_detector, standalone
 from tests.export.acting import make_act, run_acting
 from tests.random_model import QUICK_START, SMALL
@@ -22,7 +21,7 @@ PLAIN = [
 
 def make_detector(*overrides):
     words = [*SMALL, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, *overrides]
-    cfg = build_config(argparse.Namespace(config_file=str(QUICK_START), opts=list(map(str, words))))
+    cfg = build_config(QUICK_START, list(map(str, words)))
     torch.manual_seed(1)
     return make_act(build_model(cfg)).eval()
 

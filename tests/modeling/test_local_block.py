@@ -4,6 +4,7 @@ from detectron2.modeling import build_backbone
 from fvcore.nn import FlopCountAnalysis
 
 from nl_detectron import NonLocalBlock, model_zoo
+from nl_detectron.analysis.flops import flop_handles
 from nl_detectron.layers import LocalBlock
 from nl_detectron.modeling import nonlocal_blocks
 
@@ -25,7 +26,8 @@ def cost(block, grid):
     """Parameters, and multiply-adds for one image."""
     block = block.eval().requires_grad_(False)
     x = torch.randn(1, block.in_channels, *grid)
-    flops = FlopCountAnalysis(block, x).unsupported_ops_warnings(False)
+    flops = FlopCountAnalysis(block, x).set_op_handle(**flop_handles())
+    flops.unsupported_ops_warnings(False)
     return sum(p.numel() for p in block.parameters()), flops.total()
 
 

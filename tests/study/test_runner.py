@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 
-from nl_detectron.study.runner import default_workers, prepare_runs, read_result, run_all, sole_user
+from nl_detectron.study.runner import default_workers, prepare_runs, read_result, run_all
 
 RUN_ALL = """
 import sys
@@ -96,17 +96,6 @@ def test_each_worker_has_a_gpu(study, monkeypatch, visible, devices):
     prepare_runs(study.runs)
     run_all(study.runs, study.train, default_workers())
     assert {device for _, device in environments(study)} == devices
-
-
-def test_a_folder_has_one_user_at_a_time(tmp_path):
-    with (
-        sole_user(tmp_path),
-        pytest.raises(ValueError, match=r"another study"),
-        sole_user(tmp_path),
-    ):
-        pass
-    with sole_user(tmp_path):  # it is free again
-        pass
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])

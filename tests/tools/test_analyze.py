@@ -74,8 +74,8 @@ def test_errors_of_the_user(tmp_path, capsys):
     assert "--image" in fail(capsys, *config, "--weights", "none.pth")
     assert "none.pth" in fail(capsys, *config, "--weights", "none.pth", "--image", "image.png")
     assert "--weights" in fail(capsys, *config, "--image", "image.png")
-    assert "--size is 0 64" in fail(capsys, *config, "--size", 0, 64)
-    assert "--repeats is 0" in fail(capsys, *config, "--repeats", 0)
+    assert "--size: '0' is not" in fail(capsys, *config, "--size", 0, 64)
+    assert "--repeats: '0' is not" in fail(capsys, *config, "--repeats", 0)
     assert "KEY VALUE" in fail(capsys, *config, "MODEL.DEVICE")
     assert "did you mean 'MODEL.DEVICE'" in fail(capsys, *config, "MODEL.DEVIC", "cpu")
     no_blocks = [

@@ -71,7 +71,7 @@ def test_errors_of_the_user(folder, tmp_path, capsys):
     dataset = ["DATASETS.TEST", "('never_registered',)"]
     assert "'never_registered'" in fail(capsys, weights, *dataset)
     assert "--image" in fail(capsys, weights, "DATASETS.TEST", "()")
-    assert "--num-images is 0" in fail(capsys, weights, "--num-images", 0)
+    assert "--num-images: '0' is not" in fail(capsys, weights, "--num-images", 0)
     assert "KEY VALUE" in fail(capsys, weights, "MODEL.DEVICE")
     assert "did you mean 'MODEL.DEVICE'" in fail(capsys, weights, "MODEL.DEVIC", "cpu")
     gaussian = ["MODEL.NONLOCAL.PAIRWISE", "gaussian"]

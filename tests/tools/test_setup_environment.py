@@ -1,11 +1,10 @@
-"""How `make setup` repairs an interrupted installation and finds an existing Detectron2."""
+"""How `make setup` replaces an incomplete environment and finds an existing Detectron2."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import venv
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,30 +12,12 @@ import pytest
 import setup_environment
 from setup_environment import Environment
 
-HALF_INSTALLED = {
-    "cut off before pip's last step": "INSTALLER",
-    "its files half removed": "package.py",
-}
-
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
     monkeypatch.delenv("PYTHONPATH", raising=False)
     venv.create(tmp_path / "an environment", with_pip=False)
     return Environment(tmp_path / "an environment")
-
-
-def install(site_packages: Path) -> Path:
-    """Lay down a package as pip does; returns its metadata."""
-    metadata_folder = site_packages / "package-1.0.dist-info"
-    metadata_folder.mkdir(parents=True)
-    (site_packages / "package.py").touch()
-    (metadata_folder / "INSTALLER").write_text("pip\n")
-    (metadata_folder / "RECORD").write_text(
-        "package.py,sha256=x,0\n__pycache__/package.cpython-311.pyc,,\n"
-        "package-1.0.dist-info/INSTALLER,,\n"
-    )
-    return metadata_folder
 
 
 def install_detectron2(site_packages: Path) -> Path:
@@ -48,18 +29,48 @@ def install_detectron2(site_packages: Path) -> Path:
     return package
 
 
-def test_complete_package_stays(environment: Environment) -> None:
-    package = install(environment.site_packages)
-    environment.forget_half_installed()
-    assert setup_environment.is_complete(metadata.PathDistribution(package))
+def test_environment_that_works_stays(environment: Environment) -> None:
+    package = install_detectron2(environment.site_packages)
+    (environment.site_packages / "pip.py").touch()
+    environment.create()
+    assert package.exists()
+    assert not environment.incomplete.exists()
 
 
-@pytest.mark.parametrize("missing", HALF_INSTALLED.values(), ids=HALF_INSTALLED)
-def test_half_installed_package_is_forgotten(environment: Environment, missing: str) -> None:
-    package = install(environment.site_packages)
-    next(environment.site_packages.rglob(missing)).unlink()
-    environment.forget_half_installed()
+@pytest.mark.parametrize("damage", ["interrupted while it was filled", "Python is gone"])
+def test_incomplete_environment_is_made_anew(environment: Environment, damage: str) -> None:
+    package = install_detectron2(environment.site_packages)
+    if damage == "Python is gone":
+        environment.python.unlink()
+    else:
+        environment.incomplete.touch()
+    environment.create()
     assert not package.exists()
+    assert setup_environment.succeeds(environment.python, "-m", "pip", "--version")
+    assert environment.incomplete.exists()  # until it is filled
+
+
+def test_interrupted_removal_leaves_no_environment_that_seems_to_work(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        environment.incomplete.unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup_environment.shutil, "rmtree", interrupted)
+    environment.incomplete.touch()
+    with pytest.raises(KeyboardInterrupt):
+        environment.create()
+    assert not setup_environment.succeeds(environment.python, "-c", "")
+
+
+def test_detectron2_that_needs_pkg_resources_gets_it(environment: Environment) -> None:
+    package = install_detectron2(environment.site_packages)
+    model_zoo = package / "model_zoo.py"
+    model_zoo.touch()
+    assert setup_environment.versions_to_keep(environment) == []
+    model_zoo.write_text("import pkg_resources\n")
+    assert setup_environment.versions_to_keep(environment) == ["setuptools<81"]
 
 
 def test_detectron2_of_the_environment_itself_is_kept(environment: Environment) -> None:

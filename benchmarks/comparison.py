@@ -1,0 +1,145 @@
+"""A case, measured for several implementations, in a process with a memory limit."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from benchmarks.implementations import (
+    NAMES,
+    Case,
+    build_all,
+    embed,
+    make_block,
+    make_input,
+)
+from benchmarks.measure import FORWARD, FORWARD_BACKWARD, UNAVAILABLE, Outcome, Trial, measure
+
+if sys.platform != "win32":
+    import resource
+
+# What is measured of the whole block, with its convolutions and norm, and of the operation alone.
+BLOCK, OPERATION = "block", "operation"
+PASSES = {BLOCK: (FORWARD, FORWARD_BACKWARD), OPERATION: (FORWARD_BACKWARD,)}
+
+# Imported once, for all processes; those that are not installed are left out.
+_PRELOAD = [
+    "benchmarks.comparison",
+    "mmcv.cnn.bricks.non_local",
+    "pytorchvideo.layers.nonlocal_net",
+    "timm.layers.non_local_attn",
+]
+Result = TypeVar("Result")
+
+
+class Row(NamedTuple):
+    """One implementation in one case; ``level`` and ``which`` as in ``PASSES``."""
+
+    case: Case
+    implementation: str
+    level: str
+    which: str
+    outcome: Outcome
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it on one level, for JSON; sizes in bytes, times in seconds."""
+        return {
+            **asdict(self.case),
+            "positions": self.case.positions,
+            "implementation": self.implementation,
+            "level": self.level,
+            "pass": self.which,
+            **asdict(self.outcome),
+        }
+
+
+def compare(
+    case: Case,
+    device: torch.device,
+    budget: float,
+    levels: Sequence[str] = tuple(PASSES),
+    names: Sequence[str] = NAMES,
+) -> list[Row]:
+    """
+    Measure the implementations ``names`` in one case, with a budget for each level and pass. Those
+    whose operation cannot be taken out of the block have no row for the operation.
+    """
+    warnings.simplefilter("ignore")  # what other packages deprecate among themselves
+    block = make_block(case).to(device)
+    built, reasons = build_all(block, names)
+    x = make_input(case).to(device)
+    trials: dict[str, dict[str, Trial]] = {BLOCK: {}, OPERATION: {}}
+    with torch.no_grad():
+        inputs = tuple(t.detach().requires_grad_() for t in embed(block, x))
+    x.requires_grad_()
+    grad_y, grad_z = torch.randn_like(inputs[0][..., : inputs[2].shape[2]]), torch.randn_like(x)
+    for name, (module, operation) in built.items():
+        trials[BLOCK][name] = Trial(module, (x,), grad_z, tuple(module.parameters()))
+        if operation is not None:
+            trials[OPERATION][name] = Trial(operation, inputs, grad_y)
+    rows = [
+        Row(case, name, level, which, outcome)
+        for level in levels
+        for which in PASSES[level]
+        for name, outcome in measure(trials[level], which, device, budget).items()
+    ]
+    return rows + [
+        Row(case, name, BLOCK, which, Outcome(UNAVAILABLE, note=reason))
+        for which in PASSES[BLOCK]
+        for name, reason in reasons.items()
+    ]
+
+
+def run_limited(
+    function: Callable[..., Result],
+    *arguments: Any,
+    device: torch.device,
+    threads: int,
+    memory_limit: int | None,
+) -> Result:
+    """
+    ``function(*arguments)`` in a process of its own, which may take ``memory_limit`` bytes on
+    ``device`` beyond what it holds at its start: PyTorch raises an error at the allocation that
+    goes beyond. On the CPU only Linux can do that. ``BrokenProcessPool``: the process was killed.
+    """
+    is_posix = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if is_posix else "spawn")
+    if is_posix:
+        context.set_forkserver_preload(_PRELOAD)
+    limits = (device, threads, memory_limit)
+    with ProcessPoolExecutor(1, context, initializer=_prepare, initargs=limits) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def available_memory() -> int:
+    """The bytes that this machine has left; where it does not tell, more than any."""
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: +(\d+) kB", meminfo.read_text() if meminfo.exists() else "")
+    return 1024 * int(found[1]) if found else sys.maxsize
+
+
+def _prepare(device: torch.device, threads: int, memory_limit: int | None) -> None:
+    gc.freeze()  # collecting garbage among all that was imported takes long
+    torch.set_num_threads(threads)
+    # On a GPU, convolutions would be rounded to 10 bits by default, matrix products not.
+    torch.backends.cudnn.allow_tf32 = False
+    if memory_limit is None:
+        return
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_limit / total), device)
+    elif sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        memory_limit += pages * resource.getpagesize()
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (memory_limit, hard))

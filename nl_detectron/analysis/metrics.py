@@ -1,0 +1,69 @@
+"""What Detectron2 writes to ``metrics.json`` during training and evaluation."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+TASKS = {"bbox": "box", "segm": "mask", "keypoints": "keypoint"}
+"""COCO's tasks, as Detectron2 names them, to what people call their APs."""
+
+_AP = re.compile(r"\w+/AP(50|75)?")
+
+
+def metrics_file(run: Path) -> Path:
+    """
+    Args:
+        run: the output folder of a run, or its ``metrics.json`` itself.
+
+    Returns:
+        The path of its ``metrics.json``, which need not exist.
+    """
+    return run / "metrics.json" if run.is_dir() else run
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """
+    Args:
+        run: as for :func:`metrics_file`.
+
+    Returns:
+        Its records in the order of writing, each with "iteration"; a resumed run writes some
+        iterations again.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not such a record; the message names the file and the line.
+    """
+    file = metrics_file(run)
+    records = []
+    for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            record["iteration"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}, line {number}, is not a JSON object with an iteration: {line[:60]!r}"
+            ) from error
+        records.append(record)
+    return records
+
+
+def last_aps(run: Path) -> dict[str, float]:
+    """
+    Args:
+        run: as for :func:`metrics_file`.
+
+    Returns:
+        The last "bbox/AP", "bbox/AP50", "bbox/AP75" and so on of the run, in percent; nothing if
+        it has none, or no ``metrics.json`` yet.
+
+    Raises:
+        ValueError: see :func:`read_metrics`.
+    """
+    metrics: dict[str, float] = {}
+    for record in read_metrics(run) if metrics_file(run).is_file() else []:
+        metrics.update(record)
+    return {name: value for name, value in metrics.items() if _AP.fullmatch(name)}

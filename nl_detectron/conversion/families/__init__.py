@@ -1,0 +1,21 @@
+"""
+The implementations whose non-local blocks are converted, a module each.
+
+For another one, write a module with what distinguishes it, a :class:`Family`, and give it a line
+below; with a :class:`Target` blocks are written for it as well.
+"""
+
+from __future__ import annotations
+
+from nl_detectron.conversion.families import alexhex7, caffe2, mmcv, ours, slowfast, timm
+from nl_detectron.conversion.family import Family
+
+FAMILIES: dict[str, Family] = {
+    "nl_detectron": ours.FAMILY,
+    "caffe2": caffe2.FAMILY,
+    "mmcv": mmcv.FAMILY,
+    "alexhex7": alexhex7.FAMILY,
+    "slowfast": slowfast.SLOWFAST,
+    "pytorchvideo": slowfast.PYTORCHVIDEO,
+    "timm": timm.FAMILY,
+}

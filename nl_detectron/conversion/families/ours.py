@@ -1,0 +1,54 @@
+"""This package's own blocks, and the node MODEL of a config for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from nl_detectron.conversion.block import BATCH_NORMS, Block, common_reduction
+from nl_detectron.conversion.family import EITHER, NO_SOFTMAX, Family, Target
+from nl_detectron.conversion.report import ConversionError
+
+_PLACE = re.compile(r"(?:.*\.)?res([2-5])\.nonlocal(\d+)")
+
+
+def _settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
+    """One MODEL.NONLOCAL for all; without the places if the place of a block is not known."""
+    names, traits = list(blocks), [block.traits for block in blocks.values()]
+    for name, other in zip(names, traits):
+        if other != traits[0]:
+            raise ConversionError(
+                f"{names[0]} and {name} differ, and MODEL.NONLOCAL holds for all: "
+                f"{traits[0]} and {other}"
+            )
+    node: dict[str, Any] = {
+        "PAIRWISE": traits[0].pairwise,
+        "REDUCTION": common_reduction(blocks.values()),
+        "SCALE": traits[0].scale,
+        "SUBSAMPLE": traits[0].subsample,
+        "NORM": traits[0].norm,
+    }
+    lost = [name for name in names if not _PLACE.fullmatch(name)]
+    if lost:
+        notes.append(
+            f"The place of {', '.join(map(repr, lost))} in our model is not known, so "
+            "AFTER_BLOCKS_PER_STAGE is left to you. rename (convert_weights.py: --rename OLD=NEW) "
+            "puts a block in its place: NEW is res4.nonlocal4 for one after residual block 4 of "
+            "res4."
+        )
+        return {"MODEL": {"NONLOCAL": node}}
+    places = sorted(_PLACE.sub(r"\1 \2", name).split() for name in names)
+    node["AFTER_BLOCKS_PER_STAGE"] = [
+        sorted(int(after) for at, after in places if at == stage) for stage in "2345"
+    ]
+    return {"MODEL": {"BACKBONE": {"NAME": "build_nonlocal_backbone"}, "NONLOCAL": node}}
+
+
+FAMILY = Family(
+    title="nl_detectron",
+    modules={name: name for name in ("theta", "phi", "g", "out", "norm", "concat")},
+    scales={"gaussian": EITHER, "embedded_gaussian": EITHER, **NO_SOFTMAX},
+    usual={"pairwise": "embedded_gaussian", "scale": True, "subsample": "embeddings"},
+    target=Target(dims=(2, 1, 3), norms=("", *BATCH_NORMS, "GN", "LN"), settings=_settings),
+)

@@ -1,0 +1,207 @@
+"""One run of many processes: torchrun's, or those that Detectron2 spawns for ``--num-gpus``."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import defaults
+from detectron2.engine import launch as launch_spawned
+from detectron2.utils import comm
+from torch.distributed.elastic.multiprocessing.errors import record
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT_MINUTES = 10.0
+"""More than rank 0 needs for an evaluation, in which the others wait for it."""
+
+_SECONDS_TO_BE_ENDED = 5.0
+"""torchrun needs far less to see that a process has ended, and to end the others."""
+
+
+@dataclass(frozen=True)
+class ProcessPlace:
+    """
+    A process among those of its run.
+
+    Attributes:
+        rank: from 0 to world_size - 1.
+        world_size: number of processes on all machines.
+        local_rank: from 0 to local_world_size - 1.
+        local_world_size: number of processes on this machine.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> ProcessPlace | None:
+        """
+        Args:
+            environment: the environment variables; torchrun sets ``RANK``, ``WORLD_SIZE``,
+                ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``.
+
+        Returns:
+            This process's place; None if one of the four is not set.
+
+        Raises:
+            ValueError: the processes are not spread evenly over the machines.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if any(name not in environment for name in names):
+            return None
+        place = cls(*(int(environment[name]) for name in names))
+        if place.world_size % place.local_world_size:
+            raise ValueError(
+                f"LOCAL_WORLD_SIZE is {place.local_world_size}, which does not divide WORLD_SIZE, "
+                f"{place.world_size}: every machine has to have the same number of processes"
+            )
+        return place
+
+
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    """
+    Add ``--timeout``, which :func:`launch` reads.
+
+    Args:
+        parser: the parser to add it to.
+    """
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_MINUTES,
+        metavar="MINUTES",
+        help="of many processes, end when one has waited so long for another (default: "
+        "%(default)g); evaluating on rank 0 has to take less",
+    )
+
+
+def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """
+    Run ``main(args)`` in every process of a run: in this one, if torchrun (or anything that sets
+    its environment) has started it; in those that Detectron2 spawns, if ``args.num_gpus`` or
+    ``args.num_machines`` asks for more than one; otherwise in this one alone.
+
+    Under torchrun the processes talk through NCCL where each has a GPU, and through gloo on
+    machines without one. A process that fails names its rank and its error in a line on stderr;
+    Python's warnings are shown by rank 0 alone.
+
+    Args:
+        main: called with ``args``.
+        args: Detectron2's command line with what :func:`add_launch_options` adds.
+
+    Raises:
+        SystemExit: the options or this machine do not fit what torchrun was asked for.
+    """
+    place = ProcessPlace.from_environment(os.environ)
+    if place is None:
+        launch_spawned(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+            timeout=timedelta(minutes=args.timeout),
+        )
+        return
+    if problem := _problem(args, place, os.environ):
+        # Each process finds the same one.
+        sys.exit(problem if place.local_rank == 0 else 1)
+    record(_run)(main, args, place)
+
+
+def _problem(
+    args: argparse.Namespace, place: ProcessPlace, environment: Mapping[str, str]
+) -> str | None:
+    """Why there can be no such run, in a line."""
+    if args.num_gpus > 1 or args.num_machines > 1:
+        option = "--num-gpus" if args.num_gpus > 1 else "--num-machines"
+        return f"{option} is for runs without torchrun, which has --nproc-per-node and --nnodes"
+    num_gpus = torch.cuda.device_count()
+    if 0 < num_gpus < place.local_world_size:
+        return (
+            f"--nproc-per-node is {place.local_world_size}, but this machine has {num_gpus} GPUs; "
+            "CUDA_VISIBLE_DEVICES= (empty) puts all processes on the CPU"
+        )
+    max_restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if max_restarts != "0" and not (args.resume or args.eval_only):
+        return (
+            f"--max-restarts is {max_restarts}, but a restarted run would start again from "
+            "iteration 0: add --resume"
+        )
+    return None
+
+
+def _run(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, place: ProcessPlace
+) -> None:
+    """``main(args)`` as one process of torchrun's."""
+    if place.rank > 0:
+        warnings.simplefilter("ignore")
+    try:
+        if place.world_size > 1:
+            _join(place, timedelta(minutes=args.timeout))
+        main(args)
+        if place.world_size > 1:
+            dist.destroy_process_group()
+    except Exception as error:
+        name = f"rank {place.rank} of {place.world_size}"
+        if _is_of_another(error):
+            print(f"{name} has lost another: {_first_line(error)}", file=sys.stderr, flush=True)
+            # The other is the one to blame in torchrun's report: let torchrun see it first.
+            time.sleep(_SECONDS_TO_BE_ENDED)
+        else:
+            print(f"{name} failed: {_first_line(error)}", file=sys.stderr, flush=True)
+        raise
+
+
+def _join(place: ProcessPlace, timeout: timedelta) -> None:
+    """Set up the process groups: of all, and of those of each machine, as Detectron2 wants them."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    else:
+        # Detectron2 names a GPU otherwise, which DistributedDataParallel refuses for CPUs.
+        defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    # A restarted run may find the store of the one before, with addresses of ended processes.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    # As main's comm.create_local_process_group, which Detectron2 0.6 has not.
+    for first in range(0, place.world_size, place.local_world_size):
+        ranks = list(range(first, first + place.local_world_size))
+        group = dist.new_group(ranks, timeout=timeout)
+        if place.rank in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+    comm.synchronize()
+
+
+def _is_of_another(error: Exception) -> bool:
+    """Is this the error of a collective operation, after another process ended or hung?"""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,0 +1,201 @@
+import itertools
+import random
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+from detectron2.data.samplers import (
+    InferenceSampler,
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from torch.utils.data import IterableDataset
+
+from nl_detectron.data import TrainLoader, build_train_loader
+
+
+def records(count):
+    """Every third image is wide."""
+    return [{"id": i, "width": 3 if i % 3 == 0 else 2, "height": 2} for i in range(count)]
+
+
+def draw(record):
+    """What augmentations draw from."""
+    return (record["id"], random.random(), np.random.rand(), torch.rand(()).item())
+
+
+def take(count, size=10, batch=4, mapper=draw, **options):
+    loader = TrainLoader(records(size), mapper=mapper, total_batch_size=batch, **options)
+    return list(itertools.islice(loader, count))
+
+
+def ids(batches):
+    return [[sample[0] for sample in batch] for batch in batches]
+
+
+def samplers(size):
+    return [
+        None,
+        TrainingSampler(size),
+        TrainingSampler(size, shuffle=False),
+        RandomSubsetTrainingSampler(size, 0.5 if size > 1 else 1.0),
+        RepeatFactorTrainingSampler(torch.linspace(0.5, 3.2, size)),
+    ]
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (1, 4), (3, 8), (2, 1)])
+def test_starts_anywhere(size, batch, kind, grouping):
+    sampler = samplers(size)[kind]
+    options = {"sampler": sampler, "aspect_ratio_grouping": grouping, "seed": 3}
+    whole = take(30, size, batch, **options)
+    assert all(len(one) == batch for one in whole)
+    for start in (1, 7, 29):
+        assert take(30 - start, size, batch, start_iteration=start, **options) == whole[start:]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one_process(world_size):
+    whole = take(20)
+    ranks = [take(20, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert [list(itertools.chain(*parts)) for parts in zip(*ranks)] == whole
+
+
+def test_number_of_workers_does_not_matter():
+    whole = take(12)
+    assert take(12, num_workers=1) == whole
+    assert take(12, num_workers=3) == whole
+    assert len({sample[1:] for batch in whole for sample in batch}) == 48
+
+
+def test_seed_matters():
+    first, second = take(20, seed=1), take(20, seed=2)
+    assert ids(first) != ids(second)
+    assert not {s[1] for b in first for s in b} & {s[1] for b in second for s in b}
+
+
+def test_batches_are_of_one_kind_and_every_image_comes():
+    batches = ids(take(500))
+    assert all(len({i % 3 == 0 for i in batch}) == 1 for batch in batches)
+    counts = Counter(itertools.chain(*batches))
+    assert set(counts) == set(range(10))
+    # Of 200 epochs; those of the last may wait for a batch.
+    assert all(195 <= count <= 202 for count in counts.values())
+
+
+def test_epochs_differ_and_are_permutations():
+    epochs = ids(take(50, batch=10, aspect_ratio_grouping=False))
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 50
+
+
+def test_without_shuffle_epochs_are_in_order():
+    epochs = ids(
+        take(3, batch=10, aspect_ratio_grouping=False, sampler=TrainingSampler(10, shuffle=False))
+    )
+    assert epochs == [list(range(10))] * 3
+
+
+def test_repeat_factors_are_kept():
+    factors = torch.tensor([1.0, 1.5, 3.2, 0.25])
+    sampler = RepeatFactorTrainingSampler(factors)
+    batches = ids(take(4000, 4, batch=1, sampler=sampler, aspect_ratio_grouping=False))
+    counts = Counter(itertools.chain(*batches))
+    for image, factor in enumerate(factors / factors.sum()):
+        assert counts[image] / 4000 == pytest.approx(factor.item(), abs=0.02)
+
+
+def test_subset_depends_on_the_seed_alone():
+    subsets = [
+        set(itertools.chain(*ids(take(30, sampler=RandomSubsetTrainingSampler(10, 0.4), seed=s))))
+        for s in (5, 5, 6)
+    ]
+    assert [len(subset) for subset in subsets] == [4, 4, 4]
+    assert subsets[0] == subsets[1] != subsets[2]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_mapper_may_leave_images_out(num_workers):
+    def mapper(record):
+        return None if record["id"] < 6 else draw(record)
+
+    whole = take(20, mapper=mapper, num_workers=num_workers)
+    assert set(itertools.chain(*ids(whole))) == {6, 7, 8, 9}
+    assert whole == take(20, mapper=mapper)
+    assert take(15, mapper=mapper, start_iteration=5) == whole[5:]
+
+
+def test_mapper_that_leaves_all_out_is_an_error():
+    with pytest.raises(ValueError, match="None for each of the 10 images"):
+        take(1, mapper=lambda record: None)
+
+
+def test_global_generators_are_left_alone():
+    def state():
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+    before = state()
+    take(5)
+    take(5, num_workers=1)
+    assert state() == before
+
+
+def test_starts_at_once_in_a_long_run():
+    kinds = np.random.RandomState(0).rand(118_000) < 0.7
+    dataset = [{"width": 1 + kind, "height": 1} for kind in kinds]
+    options = {"mapper": lambda record: record["width"], "total_batch_size": 16}
+    loader = TrainLoader(dataset, start_iteration=89_999, **options)
+    start = time.process_time()
+    (batch,) = itertools.islice(loader, 1)
+    assert time.process_time() - start < 1
+    assert len(batch) == 16
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(records(3))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (records(3), {"total_batch_size": 3, "world_size": 2}, "is 3, but must be a multiple of"),
+        (records(3), {"total_batch_size": 0}, "is 0, but"),
+        (records(3), {"total_batch_size": 1, "sampler": InferenceSampler(3)}, "InferenceSampler"),
+        (Stream(), {"total_batch_size": 1}, "iterable"),
+        ([], {"total_batch_size": 1}, "no image"),
+    ],
+)
+def test_what_it_cannot_load_is_an_error(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainLoader(dataset, mapper=None, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
+)
+def test_of_a_config(name):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("shapes_train",)
+    cfg.DATALOADER.SAMPLER_TRAIN = name
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.1
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    cfg.SEED = 4
+    batches = list(itertools.islice(build_train_loader(cfg), 6))
+    again = list(itertools.islice(build_train_loader(cfg, start_iteration=4), 2))
+    names = {record["file_name"] for record in DatasetCatalog.get("shapes_train")}
+    for batch, other in zip(batches[4:], again):
+        assert [sample["file_name"] for sample in batch] == [s["file_name"] for s in other]
+        assert {sample["file_name"] for sample in batch} <= names
+        for sample, same in zip(batch, other):
+            assert torch.equal(sample["image"], same["image"])
+            assert torch.equal(
+                sample["instances"].gt_boxes.tensor, same["instances"].gt_boxes.tensor
+            )

@@ -1,0 +1,166 @@
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import TrainerBase, hooks
+from torch import nn
+
+from nl_detectron.data import TrainLoader
+from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer
+from nl_detectron.engine.interruption import Interrupted
+
+ROOT = Path(__file__).resolve().parents[2]
+ITERATIONS = 12
+STOPPED = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
+
+
+class DrawingTrainer(TrainerBase):
+    """Adds what it draws to its weight; gets a signal in a step or in an evaluation."""
+
+    def __init__(self, folder, seed=1, number=signal.SIGTERM, **moments):
+        super().__init__()
+        self.signal = number
+        moments = {"before": None, "in_step": None, "in_evaluation": None, **moments}
+        self.before, self.in_step, self.in_evaluation = moments.values()
+        self.model = nn.Linear(1, 1)
+        self.data_loader = TrainLoader(
+            [{"id": i} for i in range(5)],
+            mapper=lambda record: record["id"] + random.random(),
+            total_batch_size=2,
+        )
+        self.batches = iter(self.data_loader)
+        self.evaluated = []
+        nn.init.zeros_(self.model.weight)
+        self.checkpointer = NonLocalCheckpointer(self.model, str(folder), trainer=self)
+        self.exact_resume = ExactResume(self.checkpointer, seed)
+        self.interruption = Interruption(self.checkpointer)
+        self.register_hooks(
+            [
+                hooks.PeriodicCheckpointer(self.checkpointer, 5),
+                self.interruption,
+                self.exact_resume,
+                hooks.EvalHook(4, self.evaluate),
+            ]
+        )
+
+    def before_step(self):
+        if self.iter == self.before:  # no hook knows yet that a step begins
+            os.kill(os.getpid(), self.signal)
+        super().before_step()
+
+    def run_step(self):
+        drawn = [*next(self.batches), torch.rand(()).item(), np.random.rand(), random.random()]
+        with torch.no_grad():
+            self.model.weight += sum(drawn)
+        self.storage.put_scalar("drawn", sum(drawn))
+        if self.iter == self.in_step:
+            os.kill(os.getpid(), self.signal)
+
+    def evaluate(self):
+        if self.iter == self.in_evaluation:
+            os.kill(os.getpid(), self.signal)
+        self.evaluated.append(self.iter)
+        return {}
+
+    def run(self, resume=False):
+        self.checkpointer.resume_or_load("", resume=resume)
+        with self.interruption.watch():
+            self.train(self.iter + 1 if self.checkpointer.resumed else 0, ITERATIONS)
+        history = self.storage.history("drawn").values() if self.storage.histories() else []
+        return self.model.weight.item(), history
+
+
+@pytest.mark.parametrize(("number", "status"), STOPPED.items())
+@pytest.mark.parametrize("iteration", [0, 3, 4, ITERATIONS - 1])
+def test_stops_after_the_step_with_a_checkpoint(number, status, iteration, tmp_path):
+    (tmp_path / "whole").mkdir()
+    expected = DrawingTrainer(tmp_path / "whole").run()
+    before = signal.getsignal(number)
+    stopped = DrawingTrainer(tmp_path, number=number, in_step=iteration)
+    with pytest.raises(SystemExit) as end:
+        stopped.run()
+    assert end.value.code == status
+    assert signal.getsignal(number) == before
+    assert stopped.iter == iteration
+    assert iteration not in stopped.evaluated
+    resumed = DrawingTrainer(tmp_path)
+    assert resumed.run(resume=True) == expected
+    # What the stopped run did not wait for, then the rest.
+    due = [i for i in (3, 7, ITERATIONS) if i >= iteration] if iteration < 11 else [ITERATIONS]
+    assert resumed.evaluated == due
+    assert resumed.start_iter == iteration + 1
+
+
+@pytest.mark.parametrize("iteration", [3, 7, ITERATIONS])
+def test_does_not_wait_for_an_evaluation(iteration, tmp_path):
+    stopped = DrawingTrainer(tmp_path, in_evaluation=iteration)
+    with pytest.raises(Interrupted):
+        stopped.run()
+    assert iteration not in stopped.evaluated
+    resumed = DrawingTrainer(tmp_path)
+    resumed.run(resume=True)
+    assert resumed.evaluated[0] == iteration
+    assert resumed.start_iter == min(iteration + 1, ITERATIONS)
+
+
+@pytest.mark.parametrize("iteration", [0, 1, 5, 9])
+def test_stops_between_steps(iteration, tmp_path):
+    (tmp_path / "whole").mkdir()
+    expected = DrawingTrainer(tmp_path / "whole").run()
+    with pytest.raises(Interrupted):
+        DrawingTrainer(tmp_path, before=iteration).run()
+    resumed = DrawingTrainer(tmp_path)
+    assert resumed.run(resume=True) == expected
+    assert resumed.start_iter == iteration
+
+
+def test_says_how_to_go_on(tmp_path, caplog):
+    logging.getLogger("nl_detectron").propagate = True
+    with pytest.raises(Interrupted):
+        DrawingTrainer(tmp_path, in_step=6).run()
+    (line,) = [r.getMessage() for r in caplog.records if "Stopped" in r.getMessage()]
+    assert line == (
+        "Stopped by SIGTERM, iteration: after 6. The same command with --resume goes on "
+        f"({tmp_path / 'model_0000006.pth'})"
+    )
+
+
+def test_drawn_seed_is_kept(tmp_path):
+    first = DrawingTrainer(tmp_path, seed=-1, in_step=6)
+    with pytest.raises(Interrupted):
+        first.run()
+    other, resumed = DrawingTrainer(tmp_path, seed=-1), DrawingTrainer(tmp_path, seed=-1)
+    assert other.exact_resume.seed != first.exact_resume.seed
+    resumed.run(resume=True)
+    assert resumed.exact_resume.seed == resumed.data_loader.seed == first.exact_resume.seed
+
+
+@pytest.mark.parametrize("number", STOPPED)
+def test_second_signal_ends_at_once(number, tmp_path):
+    interruption = DrawingTrainer(tmp_path).interruption
+    child = os.fork()
+    if not child:
+        interruption.before_step()
+        with interruption.watch():
+            os.kill(os.getpid(), number)
+            (tmp_path / "goes on").touch()
+            os.kill(os.getpid(), number)
+            os._exit(0)  # not reached
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+    assert (tmp_path / "goes on").exists()
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_they_were_not():
+    """The short form of tests/kills.py."""
+    command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "kills.py"), "--kills", "6"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 of 6 resumed runs are identical" in done.stdout

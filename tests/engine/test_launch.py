@@ -1,0 +1,96 @@
+"""What a process knows of its run before any other process is asked."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils import comm
+
+from nl_detectron.engine import build_config, launch, parse_arguments
+from nl_detectron.engine.launch import ProcessPlace
+from nl_detectron.engine.setup import use_sync_bn_of_cpu
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+QUICK_START = [
+    "--config-file",
+    str(Path(__file__).resolve().parents[2] / "configs" / "quick_start.yaml"),
+]
+
+
+@pytest.fixture
+def one_process_of_torchrun(monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "1" if name.endswith("SIZE") else "0")
+
+
+def test_place_from_the_environment():
+    assert ProcessPlace.from_environment(TORCHRUN) == ProcessPlace(5, 8, 1, 4)
+    for name in TORCHRUN:
+        rest = {key: value for key, value in TORCHRUN.items() if key != name}
+        assert ProcessPlace.from_environment(rest) is None
+
+
+def test_uneven_machines_are_refused():
+    with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE is 3, which does not divide WORLD_SIZE"):
+        ProcessPlace.from_environment({**TORCHRUN, "LOCAL_WORLD_SIZE": "3"})
+
+
+def test_without_torchrun_and_with_one_process(monkeypatch, one_process_of_torchrun):
+    args = parse_arguments(QUICK_START)
+    seen = []
+    launch(seen.append, args)
+    for name in TORCHRUN:
+        monkeypatch.delenv(name)
+    launch(seen.append, args)
+    assert seen == [args, args]
+
+
+@pytest.mark.parametrize(
+    ("option", "max_restarts", "num_gpus", "message"),
+    [
+        ({"num_gpus": 2}, "0", 0, "--num-gpus is for runs without torchrun"),
+        ({"num_machines": 2}, "0", 0, "--num-machines is for runs without torchrun"),
+        ({}, "3", 0, "--max-restarts is 3.*: add --resume"),
+        ({"resume": True}, "3", 0, None),
+        ({"eval_only": True}, "3", 0, None),
+        ({}, "0", 1, "--nproc-per-node is 2, but this machine has 1 GPUs"),
+    ],
+)
+def test_options_that_do_not_fit(
+    option, max_restarts, num_gpus, message, monkeypatch, one_process_of_torchrun
+):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", max_restarts)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    if num_gpus:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    args = argparse.Namespace(**{**vars(parse_arguments(QUICK_START)), **option})
+    seen = []
+    if message is None:
+        launch(seen.append, args)
+        assert seen == [args]
+        return
+    with pytest.raises(SystemExit, match=message):
+        launch(seen.append, args)
+    assert seen == []
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sync_bn_on_cpus(world_size, monkeypatch):
+    monkeypatch.setattr(comm, "get_world_size", lambda: world_size)
+    words = ["MODEL.NONLOCAL.NORM", "SyncBN", "MODEL.DEVICE", "cpu"]
+    args = parse_arguments([*QUICK_START, *words])
+    cfg = build_config(args.config_file, args.opts)
+    use_sync_bn_of_cpu(cfg)
+    expected = {1: "SyncBN", 2: "naiveSyncBN_N"}[world_size]
+    assert expected == cfg.MODEL.NONLOCAL.NORM
+    assert cfg.MODEL.RESNETS.NORM == "BN"
+    cfg.MODEL.NONLOCAL.NORM, cfg.MODEL.DEVICE = "SyncBN", "cuda"
+    use_sync_bn_of_cpu(cfg)
+    assert cfg.MODEL.NONLOCAL.NORM == "SyncBN"
+
+
+def test_timeout():
+    assert parse_arguments(QUICK_START).timeout == 10
+    assert parse_arguments([*QUICK_START, "--timeout", "0.5"]).timeout == 0.5

@@ -1,0 +1,164 @@
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
+
+from nl_detectron.checkpoint_io import CheckpointError
+from nl_detectron.config import build_config
+from nl_detectron.engine.predictor import (
+    Predictor,
+    dataset_metadata,
+    draw_ground_truth,
+    draw_predictions,
+    side_by_side,
+)
+from tests.random_model import QUICK_START, save_random_model
+
+SIZE = (60, 80)
+BLUE, RED = (0, 0, 255), (255, 0, 0)  # RGB, as in Detectron2's metadata
+
+
+@pytest.fixture
+def gray():
+    return np.full((*SIZE, 3), 128, np.uint8)
+
+
+@pytest.fixture
+def labels(monkeypatch):
+    """The labels that are drawn."""
+    drawn = []
+    overlay = Visualizer.overlay_instances
+
+    def spy(self, **arguments):
+        drawn.extend(arguments["labels"])
+        return overlay(self, **arguments)
+
+    monkeypatch.setattr(Visualizer, "overlay_instances", spy)
+    return drawn
+
+
+def ring_and_spot():
+    """An object of class 0 with a hole, and one of class 1."""
+    instances = Instances(SIZE)
+    masks = np.zeros((2, *SIZE), bool)
+    masks[0, 10:50, 5:45] = True
+    masks[0, 20:40, 15:35] = False
+    masks[1, 20:40, 55:75] = True
+    instances.pred_masks = torch.from_numpy(masks)
+    instances.pred_boxes = Boxes(torch.tensor([[5.0, 10, 45, 50], [55, 20, 75, 40]]))
+    instances.pred_classes = torch.tensor([0, 1])
+    instances.scores = torch.tensor([0.75, 0.5])
+    return instances
+
+
+def test_masks_have_the_colour_of_the_class_and_open_holes(gray):
+    metadata = Metadata(thing_classes=["ring", "spot"], thing_colors=[BLUE, RED])
+    picture = draw_predictions(gray, ring_and_spot(), metadata)
+    assert picture.shape == gray.shape
+    blue, _, red = picture[45, 25].astype(int)
+    assert blue > 150 > 100 > red
+    blue, _, red = picture[30, 65].astype(int)
+    assert red > 150 > 100 > blue
+    assert (picture[30, 25] == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (Metadata(thing_classes=["ring", "spot"]), ["ring 75%", "spot 50%"]),
+        (Metadata(), ["0 75%", "1 50%"]),
+    ],
+)
+def test_classes_without_names_are_numbers(metadata, expected, gray, labels):
+    draw_predictions(gray, ring_and_spot(), metadata)
+    assert labels == expected
+
+
+@pytest.mark.parametrize("fields", [[], ["pred_keypoints"]])
+def test_models_without_masks(fields, gray):
+    instances = ring_and_spot()
+    instances.remove("pred_masks")
+    points = torch.tensor([[[25.0, 30, 1]], [[65, 30, 1]]])
+    if fields:
+        instances.pred_keypoints = points
+    picture = draw_predictions(gray, instances, Metadata(), scale=2)
+    assert picture.shape == (120, 160, 3)
+    is_marked = (picture[60, [50, 130]] != 128).any(axis=1)
+    assert is_marked.all() if fields else not is_marked.any()
+
+
+def test_nothing_found_is_the_image(gray):
+    image = gray + np.array([0, 50, 100], np.uint8)
+    assert (draw_predictions(image, ring_and_spot()[:0], Metadata()) == image).all()
+
+
+def test_ground_truth_of_a_registered_dataset():
+    record = DatasetCatalog.get("shapes_val")[0]
+    image = cv2.imread(record["file_name"])
+    picture = draw_ground_truth(image, record, MetadataCatalog.get("shapes_val"), scale=2)
+    enlarged = image.repeat(2, 0).repeat(2, 1)
+    assert picture.shape == enlarged.shape
+    assert (picture != enlarged).any()
+
+
+def test_side_by_side(gray):
+    small, large = gray[:30, :40], np.zeros((*SIZE, 3), np.uint8)
+    joined = side_by_side([small, large], ["a", "MMMMMMMMMMMM"])
+    height, width = joined.shape[:2]
+    above = height - len(large)
+    assert (joined[above : above + 30, :40] == small).all()
+    assert (joined[above:, width - 80 :] == large).all()
+    assert (joined[above + 30 :, :40] == 255).all()
+    for caption in (joined[:above, :40], joined[:above, width - 80 :]):
+        assert 0 < (caption < 200).mean() < 0.4
+        assert (caption[:, [0, -1]] == 255).all()  # it fits
+
+
+def test_predictor_predicts_what_the_model_does(tmp_path, gray):
+    cfg = save_random_model(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0")
+    predictor = Predictor(cfg)
+    found = predictor(gray)["instances"]
+    assert len(found) == 3
+    drawn = draw_predictions(gray, found, predictor.metadata, 2)
+    assert (predictor.draw(gray, 2) == drawn).all()
+    weights = torch.load(cfg.MODEL.WEIGHTS)["model"]
+    for name, value in predictor.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_predictor_refuses_weights_that_do_not_fit(tmp_path):
+    cfg = save_random_model(tmp_path)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 4
+    with pytest.raises(CheckpointError, match="cls_score"):
+        Predictor(cfg)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_predictor_runs_without_cuda(tmp_path):
+    cfg = save_random_model(tmp_path)
+    cfg.MODEL.DEVICE = "cuda"
+    cfg.freeze()
+    assert Predictor(cfg).model.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_known"),
+    [
+        ([], True),
+        (["DATASETS.TEST", "()"], False),
+        (["DATASETS.TEST", "('not_registered',)"], False),
+        (["DATASETS.TEST", "('coco_2017_val',)"], False),
+        (["DATASETS.TEST", "('coco_2017_val',)", "MODEL.ROI_HEADS.NUM_CLASSES", "80"], True),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet"], False),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "3"], True),
+        (["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "17"], False),
+        (["MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", "17", "MODEL.KEYPOINT_ON", "False"], True),
+    ],
+)
+def test_names_are_known_if_they_fit_the_model(overrides, is_known):
+    cfg = build_config(QUICK_START, overrides)
+    assert bool(dataset_metadata(cfg).get("thing_classes")) == is_known
