@@ -81,6 +81,7 @@ def test_block_of_res4_at_800_x_1280(subsample, gmacs):
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.usefixtures("registered")
 def test_global_context_is_counted_by_the_formula(dims):
     grid = (12, 5, 2)[:dims]
     block = GlobalContextBlock(C, reduction=4, dims=dims).eval()

@@ -21,7 +21,7 @@ def make_act(model, gain=1.0):
 
 def make_acting_block(channels, block_class=NonLocalBlock, **options):
     torch.manual_seed(1)
-    return make_act(block_class(channels, **options), gain=2.0)
+    return make_act(block_class(channels, **options), gain=2.5)
 
 
 @torch.no_grad()
