@@ -235,10 +235,11 @@ class NonLocalBlock(AttentionBlock):
 
     def _transform(self, x: Tensor, keys: Tensor) -> Tensor:
         """W_z y before the norm, (B, C, *grid)."""
-        theta = flat_positions(x if self.theta is None else self.theta(x))
         keys = self._pool_input(keys)
+        g = self.g(keys)
+        theta = flat_positions(x if self.theta is None else self.theta(x))
         phi, m = self._embed_keys(keys)
-        phi, g = flat_positions(phi), flat_positions(self._subsample(self.g(keys)))
+        phi, g = flat_positions(phi), flat_positions(self._subsample(g))
         if torch.jit.is_scripting():
             y = self._operate(theta, phi, m, g)
         else:

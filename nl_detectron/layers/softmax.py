@@ -161,14 +161,20 @@ class _ChunkedAverage(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         logits, g, weights, y = ctx.saved_tensors
-        grad_g, grad_logits = torch.empty_like(g), torch.empty_like(weights)
+        grad_g, product = torch.empty_like(g), torch.empty_like(weights)
+        # What is not copied to another dtype needs no parts.
+        size = max(1, g.shape[1]) if g.dtype == weights.dtype else MAX_SUMMED
         with no_autocast(g):
-            for start in range(0, g.shape[1], MAX_SUMMED):
-                part = slice(start, start + MAX_SUMMED)
-                grad_g[:, part] = weights[:, part].unsqueeze(2) * grad_y.unsqueeze(1)
-                # The softmax's Jacobian. Less y, the values have no mean that costs digits.
-                product = (accumulable(g[:, part]) - y) @ grad_y.unsqueeze(2)
-                grad_logits[:, part] = weights[:, part] * product.squeeze(2)
+            for start in range(0, g.shape[1], size):
+                part = slice(start, start + size)
+                outer = weights[:, part].unsqueeze(2), grad_y.unsqueeze(1)
+                if g.dtype == weights.dtype:
+                    torch.mul(*outer, out=grad_g)  # in the layout of g
+                else:
+                    grad_g[:, part] = torch.mul(*outer)
+                product[:, part] = (accumulable(g[:, part]) @ grad_y.unsqueeze(2)).squeeze(2)
+            # The softmax's Jacobian.
+            grad_logits = weights * (product - (y @ grad_y.unsqueeze(2)).squeeze(2))
         return grad_logits.to(logits.dtype), grad_g
 
 

@@ -13,6 +13,7 @@ from nl_detectron.conversion.families import (
     caffe2,
     dnl,
     gcnet,
+    keras,
     mmcv,
     ours,
     slowfast,
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     "pytorchvideo": slowfast.PYTORCHVIDEO,
     "timm": timm.FAMILY,
     "gcnet": gcnet.FAMILY,
+    "keras": keras.FAMILY,
     "dnl": dnl.FAMILY,
     "ann": ann.FAMILY,
 }
