@@ -16,13 +16,15 @@ from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.comparison import OPERATION, PASSES, Row, available_memory, compare, run_limited
-from benchmarks.implementations import NAMES, OURS, PAIRWISE, STAGES, SUBSAMPLE, TEXTBOOK, Case
+from benchmarks.implementations import FUNCTIONS, NAMES, OURS, STAGES, SUBSAMPLE, TEXTBOOK, Case
 from benchmarks.measure import DIFFERS, MEASURED, is_out_of_memory
 
 HELP = """
 Time and peak memory of the non-local block (forward, forward + backward) and of the operation alone
 (forward + backward) on one 800 x 1344 image, side by side with the N x N form as one writes it from
-the equation, and with mmcv, PyTorchVideo and timm, where they are installed and compute the same.
+the equation, and with mmcv, PyTorchVideo, timm and mmsegmentation, where they are installed and
+compute the same. So are its successors: --pairwise disentangled and global_context, --subsample
+pyramid.
 All have the same weights and inputs. Results and gradients are compared before anything is timed;
 if they differ, the exit status is 1. Run it from the repository's root:
 
@@ -40,7 +42,12 @@ BUDGET, QUICK_BUDGET = 1.0, 0.02
 # With it, res2 has 1,536 positions: the functions differ, and what copies pairs is out of memory.
 QUICK_IMAGE_SIZE = (128, 192)
 CPU_LIMIT, QUICK_CPU_LIMIT = 8 * 2**30, 2 * 2**30
+DEFAULT_SUBSAMPLE = ("none", "embeddings", "pyramid")
+# A global context block does not subsample.
+NO_CASES = {("global_context", subsample) for subsample in SUBSAMPLE if subsample != "none"}
 # log2 of N for --scaling. The softmax takes O(N^2) time, whoever computes it, and stops early.
+# The other functions with a softmax cost what the embedded Gaussian does.
+SCALING_FUNCTIONS = ("embedded_gaussian", "dot_product", "concatenation")
 POWERS, QUICK_POWERS, MAX_SOFTMAX_POWER = range(10, 19), range(7, 12), 15
 
 
@@ -69,8 +76,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
     return [
         Case(stage, pairwise, subsample, args.batch, **size)
         for stage in args.stages or (["res2"] if args.quick else STAGES)
-        for subsample in args.subsample or (["none"] if args.quick else ["none", "embeddings"])
-        for pairwise in args.pairwise or PAIRWISE
+        for subsample in args.subsample or (["none"] if args.quick else DEFAULT_SUBSAMPLE)
+        for pairwise in args.pairwise or FUNCTIONS
+        if (pairwise, subsample) not in NO_CASES
     ]
 
 
@@ -79,10 +87,9 @@ def _scaling_cases(args: argparse.Namespace) -> list[Case]:
     stride = STAGES["res2"][1]
     return [
         Case("res2", f, "none", args.batch, (stride << power // 2, stride << (power + 1) // 2))
-        # The Gaussian costs what the embedded one does.
-        for f in args.pairwise or [f for f in PAIRWISE if f != "gaussian"]
+        for f in args.pairwise or SCALING_FUNCTIONS
         for power in (QUICK_POWERS if args.quick else POWERS)
-        if "gaussian" not in f or power <= MAX_SOFTMAX_POWER
+        if f in ("dot_product", "concatenation") or power <= MAX_SOFTMAX_POWER
     ]
 
 
@@ -118,8 +125,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     for option, legal, default in (
         ("--stages", tuple(STAGES), "all"),
-        ("--pairwise", PAIRWISE, "all"),
-        ("--subsample", SUBSAMPLE, "none and embeddings"),
+        ("--pairwise", FUNCTIONS, "all"),
+        ("--subsample", SUBSAMPLE, ", ".join(DEFAULT_SUBSAMPLE)),
     ):
         words = f"of {', '.join(legal)} (default: {default})"
         add(option, nargs="+", choices=legal, metavar=option[2:].upper(), help=words)
@@ -145,6 +152,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     if args.scaling and (args.stages or args.subsample):
         parser.error("--stages and --subsample have no meaning with --scaling")
+    if args.scaling and "global_context" in (args.pairwise or ()):
+        parser.error("--pairwise global_context has no operation of its own for --scaling")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is 'cuda', but PyTorch finds no CUDA device here")
     args.device = torch.device(args.device)

@@ -24,6 +24,7 @@ from benchmarks.implementations import (
     make_input,
 )
 from benchmarks.measure import FORWARD, FORWARD_BACKWARD, UNAVAILABLE, Outcome, Trial, measure
+from nl_detectron.layers import NonLocalBlock
 
 if sys.platform != "win32":
     import resource
@@ -36,6 +37,7 @@ PASSES = {BLOCK: (FORWARD, FORWARD_BACKWARD), OPERATION: (FORWARD_BACKWARD,)}
 _PRELOAD = [
     "benchmarks.comparison",
     "mmcv.cnn.bricks.non_local",
+    "mmcv.cnn.bricks.context_block",
     "pytorchvideo.layers.nonlocal_net",
     "timm.layers.non_local_attn",
 ]
@@ -79,10 +81,13 @@ def compare(
     built, reasons = build_all(block, names)
     x = make_input(case).to(device)
     trials: dict[str, dict[str, Trial]] = {BLOCK: {}, OPERATION: {}}
-    with torch.no_grad():
-        inputs = tuple(t.detach().requires_grad_() for t in embed(block, x))
+    inputs: tuple[torch.Tensor, ...] = ()
+    if isinstance(block, NonLocalBlock):
+        with torch.no_grad():
+            inputs = tuple(t.detach().requires_grad_() for t in embed(block, x))
+        grad_y = torch.randn_like(inputs[0][..., : inputs[2].shape[2]])
     x.requires_grad_()
-    grad_y, grad_z = torch.randn_like(inputs[0][..., : inputs[2].shape[2]]), torch.randn_like(x)
+    grad_z = torch.randn_like(x)
     for name, (module, operation) in built.items():
         trials[BLOCK][name] = Trial(module, (x,), grad_z, tuple(module.parameters()))
         if operation is not None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nl_detectron.conversion import convert
+from benchmarks import peers
+from benchmarks.peers import Block, Built, Operation
 from nl_detectron.layers import (
-    PAIRWISE,
+    ATTENTION,
     SUBSAMPLE,
+    GlobalContextBlock,
     NonLocalBlock,
     concatenation_pairwise,
+    disentangled_pairwise,
     dot_product_pairwise,
     softmax_pairwise,
 )
@@ -24,11 +26,9 @@ from nl_detectron.layers import (
 # Channels and stride of a ResNet's stages.
 STAGES = {"res2": (256, 4), "res3": (512, 8), "res4": (1024, 16), "res5": (2048, 32)}
 
-# theta (B, N_q, d), phi (B, N_k, d), g (B, N_k, c) to y (B, N_q, c)
-Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
-# The whole block, (B, C, H, W) to the same shape, and the operation, or None if it cannot be
-# taken out of the block.
-Built = tuple[nn.Module, Optional[Operation]]
+# A block's pairwise function, or "global_context" for a block of that kind.
+FUNCTIONS = tuple(ATTENTION)
+CONTEXT_REDUCTION = 16
 
 
 @dataclass(frozen=True)
@@ -58,32 +58,37 @@ class Implementation(NamedTuple):
     """Its name, how to build it with the weights of our block, and what it computes."""
 
     name: str
-    build: Callable[[NonLocalBlock], Built]  # raises ImportError if it is not installed
-    pairwise: tuple[str, ...] = tuple(PAIRWISE)
+    build: Callable[[Block], Built]  # raises ImportError if it is not installed
+    pairwise: tuple[str, ...] = FUNCTIONS
     subsample: tuple[str, ...] = SUBSAMPLE
 
 
-def make_block(case: Case) -> NonLocalBlock:
+def make_block(case: Case) -> Block:
     """
     Our block with random weights, the same for the same case. Batch norm is in evaluation mode.
-    Where x has variance 8 / C, its embeddings and W_z y are of the order of 1.
+    Where x has variance 8 / C, its embeddings and what is added to it are of the order of 1.
     """
     torch.manual_seed(0)
-    # The others scale the logits of the embedded Gaussian, but not those of the Gaussian.
-    block = NonLocalBlock(
-        STAGES[case.stage][0],
-        pairwise=case.pairwise,
-        scale=case.pairwise == "embedded_gaussian",
-        subsample=case.subsample,
-    )
+    channels = STAGES[case.stage][0]
+    block: Block
+    if case.pairwise == "global_context":
+        block = GlobalContextBlock(channels, reduction=CONTEXT_REDUCTION)
+    else:
+        # The others scale the logits of the embedded Gaussian, but not those of the Gaussian.
+        scale = case.pairwise in ("embedded_gaussian", "disentangled")
+        block = NonLocalBlock(
+            channels, pairwise=case.pairwise, scale=scale, subsample=case.subsample
+        )
     with torch.no_grad():
         for name, parameter in block.named_parameters():
             if name == "norm.weight":
                 parameter.fill_(1)
-            elif name in ("theta.weight", "phi.weight", "g.weight"):
-                parameter.normal_(std=8**-0.5)
+            elif name in ("out.weight", "concat.weight"):
+                parameter.normal_(std=block.out.in_channels**-0.5)
+            elif parameter.dim() == 1:
+                parameter.normal_(std=0.1)
             else:
-                parameter.normal_(std=0.1 if parameter.dim() == 1 else block.g.out_channels**-0.5)
+                parameter.normal_(std=8**-0.5)
     return block.eval()
 
 
@@ -97,14 +102,22 @@ def make_input(case: Case) -> Tensor:
     return torch.randn(case.batch, channels, *case.grid) * (8 / channels) ** 0.5
 
 
-def embed(block: NonLocalBlock, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """theta (B, N_q, d), phi (B, N_k, d) and g (B, N_k, c) of a block for images (B, C, H, W)."""
+def embed(block: NonLocalBlock, x: Tensor) -> tuple[Tensor, ...]:
+    """
+    theta (B, N_q, d), phi (B, N_k, d), g (B, N_k, c) of a block for images (B, C, H, W), and its m
+    (B, N_k, 1), if it has one.
+    """
     keys = functional.max_pool2d(x, 2) if block.subsample == "input" else x
     theta, phi = (x, keys) if block.theta is None else (block.theta(x), block.phi(keys))
-    g = block.g(keys)
+    by_key = [phi, block.g(keys), *([] if block.unary is None else [block.unary(keys)])]
     if block.subsample == "embeddings":
-        phi, g = functional.max_pool2d(phi, 2), functional.max_pool2d(g, 2)
-    return theta.flatten(2).mT, phi.flatten(2).mT, g.flatten(2).mT
+        by_key = [functional.max_pool2d(t, 2) for t in by_key]
+    if block.subsample == "pyramid":
+        by_key = [
+            torch.cat([functional.adaptive_avg_pool2d(t, n).flatten(2) for n in (1, 3, 6, 8)], 2)
+            for t in by_key
+        ]
+    return theta.flatten(2).mT, *(t.flatten(2).mT for t in by_key)
 
 
 class BlockAround(nn.Module):
@@ -121,19 +134,51 @@ class BlockAround(nn.Module):
         return x + (z if self.block.norm is None else self.block.norm(z))
 
 
-def _ours(block: NonLocalBlock) -> Built:
+class TextbookContext(nn.Module):
+    """A global context block, as one writes it from the equation."""
+
+    def __init__(self, block: GlobalContextBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        weights = self.block.context(x).flatten(2).softmax(2)
+        context = (x.flatten(2) @ weights.mT).unsqueeze(3)
+        reduced = self.block.norm(self.block.reduce(context).flatten(1)).relu()
+        return x + self.block.out(reduced[:, :, None, None])
+
+
+def _ours(block: Block) -> Built:
+    if isinstance(block, GlobalContextBlock):
+        return block, None
+    return block, _our_operation(block)
+
+
+def _our_operation(block: NonLocalBlock) -> Operation:
     def concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         return concatenation_pairwise(*_concat_terms(block, theta, phi), g)
+
+    def disentangled(theta: Tensor, phi: Tensor, g: Tensor, m: Tensor) -> Tensor:
+        scale = block.logit_scale / block.temperature
+        return disentangled_pairwise(theta, phi, m.squeeze(2), g, scale)
 
     def softmax(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         return softmax_pairwise(theta, phi, g, block.logit_scale)
 
-    operations = {"dot_product": dot_product_pairwise, "concatenation": concatenation}
-    return block, operations.get(block.pairwise, softmax)
+    operations: dict[str, Operation] = {
+        "dot_product": dot_product_pairwise,
+        "concatenation": concatenation,
+        "disentangled": disentangled,
+    }
+    return operations.get(block.pairwise, softmax)
 
 
-def _textbook(block: NonLocalBlock) -> Built:
-    def y(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+def _textbook(block: Block) -> Built:
+    if isinstance(block, GlobalContextBlock):
+        return TextbookContext(block), None
+
+    def y(theta: Tensor, phi: Tensor, g: Tensor, m: Tensor | None = None) -> Tensor:
         """y_i = 1 / C(x) * sum_j f(x_i, x_j) g(x_j) (Eq. 1), holding f for all pairs."""
         if block.pairwise == "dot_product":
             return (theta / phi.shape[1]) @ phi.mT @ g
@@ -141,6 +186,10 @@ def _textbook(block: NonLocalBlock) -> Built:
             # w_f^T [theta_i, phi_j], without the 2d x N x N tensor of concatenated embeddings.
             a, b = _concat_terms(block, theta, phi)
             return (a.unsqueeze(2) + b.unsqueeze(1)).relu() @ (g / phi.shape[1])
+        if m is not None:
+            theta, phi = (t - t.mean(1, keepdim=True) for t in (theta, phi))
+            pairs = (block.logit_scale / block.temperature * theta @ phi.mT).softmax(2)
+            return pairs @ g + m.softmax(1).mT @ g
         return (block.logit_scale * theta @ phi.mT).softmax(2) @ g
 
     return BlockAround(block, y), y
@@ -151,77 +200,25 @@ def _concat_terms(block: NonLocalBlock, theta: Tensor, phi: Tensor) -> tuple[Ten
     return theta @ w_theta, phi @ w_phi
 
 
-def _mmcv(block: NonLocalBlock) -> Built:
-    module = importlib.import_module("mmcv.cnn.bricks.non_local")
-    weights, arguments = _converted(block, "mmcv", dims=2)
-    theirs = getattr(module, arguments.pop("type"))(**arguments)
-    theirs.load_state_dict(weights)
-
-    def y(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        if block.pairwise == "concatenation":
-            return theirs.concatenation(theta.mT.unsqueeze(3), phi.mT.unsqueeze(2)) @ g
-        return getattr(theirs, block.pairwise)(theta, phi.mT) @ g
-
-    return theirs, y
-
-
-def _pytorchvideo(block: NonLocalBlock) -> Built:
-    module = importlib.import_module("pytorchvideo.layers.nonlocal_net")
-    weights, arguments = _converted(block, "pytorchvideo", dims=3)
-    theirs = module.create_nonlocal(**arguments)
-    theirs.load_state_dict(weights)
-    return _OneFrame(theirs), None
-
-
-def _timm(block: NonLocalBlock) -> Built:
-    module = importlib.import_module("timm.layers.non_local_attn")
-    width = block.g.out_channels
-    theirs = module.NonLocalAttn(block.in_channels, rd_channels=width, rd_divisor=1)
-    # Its children come in the order of ours.
-    theirs.load_state_dict(dict(zip(theirs.state_dict(), block.state_dict().values())))
-    theirs.scale = block.logit_scale  # it takes C^-1/2, we d^-1/2
-    return theirs, None
-
-
-class _OneFrame(nn.Sequential):
-    """A block for videos on images."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unsqueeze(2)).squeeze(2)
-
-
-def _converted(
-    block: NonLocalBlock, to: str, dims: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of ``block`` for another implementation, and what to build its block with."""
-    result = convert(
-        block.state_dict(),
-        to=to,
-        pairwise=block.pairwise,
-        scale=block.logit_scale != 1,
-        subsample=block.subsample,
-        dims=dims,
-    )
-    return result.state_dict, next(iter(result.settings.values()))
-
-
 OURS, TEXTBOOK = "nl_detectron", "textbook N x N"
+# Those of the paper.
+FOUR = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 # The first is what the others are compared with.
 IMPLEMENTATIONS = (
     Implementation(OURS, _ours),
     Implementation(TEXTBOOK, _textbook),
-    Implementation("mmcv", _mmcv, subsample=("none", "embeddings")),
+    Implementation("mmcv", peers.mmcv, (*FOUR, "global_context"), ("none", "embeddings")),
     Implementation(
-        "PyTorchVideo", _pytorchvideo, ("embedded_gaussian", "dot_product"), ("none", "input")
+        "PyTorchVideo", peers.pytorchvideo, ("embedded_gaussian", "dot_product"), ("none", "input")
     ),
-    Implementation("timm", _timm, ("embedded_gaussian",), ("none",)),
+    Implementation("timm", peers.timm, ("embedded_gaussian",), ("none",)),
+    Implementation("mmsegmentation", peers.disentangled, ("disentangled",), ("none",)),
+    Implementation("mmsegmentation's ANN", peers.pyramid, ("embedded_gaussian",), ("pyramid",)),
 )
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 
 
-def build_all(
-    block: NonLocalBlock, names: Collection[str]
-) -> tuple[dict[str, Built], dict[str, str]]:
+def build_all(block: Block, names: Collection[str]) -> tuple[dict[str, Built], dict[str, str]]:
     """Those of ``names`` that compute what ``block`` does, and why the others do not."""
     built, reasons = {}, {}
     for name, build, pairwise, subsample in IMPLEMENTATIONS:
@@ -234,7 +231,7 @@ def build_all(
         else:
             try:
                 module, operation = build(block)
-                built[name] = module.eval().to(block.g.weight.device), operation
+                built[name] = module.eval().to(block.out.weight.device), operation
             except ImportError as error:
                 reasons[name] = f"{name} is not installed: {error}"
     return built, reasons

@@ -23,7 +23,7 @@ from benchmarks.comparison import BLOCK, OPERATION, PASSES, Row
 from benchmarks.implementations import NAMES, OURS, Case
 from benchmarks.measure import DIFFERS, FORWARD, FORWARD_BACKWARD, MEASURED, UNAVAILABLE, Outcome
 
-_PACKAGES = ("nl_detectron", "torch", "mmcv-lite", "mmcv", "pytorchvideo", "timm")
+_PACKAGES = ("nl_detectron", "torch", "mmcv-lite", "mmcv", "pytorchvideo", "timm", "mmsegmentation")
 _TITLES = {
     BLOCK: "The whole block: 1x1 convolutions, operation, batch norm (in evaluation mode), sum",
     OPERATION: "The operation alone: y from given theta, phi and g",
@@ -39,7 +39,10 @@ _TELLING_POSITIONS = 1000
 # At small N the cost is that of calling functions, not of computing.
 _FITTED_POINTS = 4
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a shape each.
-_STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v"))
+_STYLES = (
+    *(("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v")),
+    *(("#56B4E9", "P"), ("#E69F00", "X")),
+)
 # The attributes of Outcome that are compared, their names and how they are written.
 _QUANTITIES = {
     "seconds": ("time", EngFormatter("s", places=1)),
@@ -215,6 +218,7 @@ def _draw_ratios(axes: Axes, cases: list[Case], rows: list[Row], quantity: str) 
     beside = "out of memory\nor error"
     axes.text(1.04, 1, beside, transform=axes.transAxes, ha="center", va="bottom")
     pooled = {"none": "", "embeddings": ", pooled", "input": ", pooled input"}
+    pooled["pyramid"] = ", pyramid"
     labels = [f"{c.stage} {c.pairwise.replace('_', ' ')}{pooled[c.subsample]}" for c in cases]
     axes.set_yticks(range(len(cases)), labels)
     low, high = axes.get_xlim()

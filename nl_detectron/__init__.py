@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 import nl_detectron.data  # noqa: F401
 from nl_detectron.config import add_nonlocal_config
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.layers import GlobalContextBlock, NonLocalBlock
 from nl_detectron.modeling import (
     NONLOCAL_BLOCK_REGISTRY,
     NonLocalKeypointHead,
@@ -30,6 +30,7 @@ from nl_detectron.modeling import (
 
 __all__ = [
     "NONLOCAL_BLOCK_REGISTRY",
+    "GlobalContextBlock",
     "NonLocalBlock",
     "NonLocalKeypointHead",
     "add_nonlocal_config",

@@ -5,6 +5,7 @@ tensors, arrays and plain containers is refused, and nothing in it is ever run.
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import re
 import tarfile
@@ -43,11 +44,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Args:
         path: a local file. ``.pkl`` is a pickle of arrays, as in the model zoos of Detectron and
             Detectron2, possibly written by Python 2; ``.safetensors`` is a file of that format;
-            every other file is read as one that ``torch.save`` wrote.
+            ``.h5`` is a file of Keras's weights, in HDF5, which takes h5py; every other file is
+            read as one that ``torch.save`` wrote.
 
     Returns:
         What the file holds, unchanged: a state dict, or a dict that has one under one of
-        :data:`STATE_DICT_KEYS`. Tensors are on the CPU; the arrays of a ``.pkl`` are NumPy arrays.
+        :data:`STATE_DICT_KEYS`. Tensors are on the CPU; the arrays of a ``.pkl`` or ``.h5`` are
+        NumPy arrays. The names of those of a ``.h5`` have the layer and the weight, such as
+        ``conv2d_1/kernel:0``.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -146,7 +150,27 @@ def _write_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     safetensors.torch.save_file(copies, path)
 
 
+def _read_keras(path: Path) -> Any:
+    try:
+        h5py = importlib.import_module("h5py")
+    except ImportError:
+        raise _Refusal("reading HDF5 takes h5py (pip install h5py)") from None
+    arrays: dict[str, np.ndarray] = {}
+
+    def add(name: str, item: Any) -> None:
+        # "model_weights/conv2d/conv2d/kernel:0"; Keras 3 has "layers/conv2d/vars/0".
+        parts = ["kernel" if p == "0" else "bias" for p in name.split("/")[-1:] if p in "01"]
+        parts = [name.split("/")[-3], *parts] if "/vars/" in name else name.split("/")[-2:]
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biuf":
+            arrays["/".join(parts)] = item[()]
+
+    with h5py.File(path, "r") as file:
+        file.visititems(add)
+    return arrays
+
+
 _READERS: dict[str, Callable[[Path], Any]] = {
+    ".h5": _read_keras,
     ".pkl": _read_pickle,
     ".safetensors": safetensors.torch.load_file,
 }

@@ -32,18 +32,23 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # comes; negatives count from the end, so -2 is "right before the last residual block".
     node.AFTER_BLOCKS_PER_STAGE = [[], [], [-2], []]
 
-    # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, LocalBlock (a control without
-    # attention), or one of your own. Each reads those of the keys below that mean something to it.
+    # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, GlobalContextBlock (GCNet; see
+    # docs/BLOCKS.md), LocalBlock (a control without attention), or one of your own. Each reads
+    # those of the keys below that mean something to it: GlobalContextBlock REDUCTION and ZERO_INIT.
     node.BLOCK = "NonLocalBlock"
-    # The pairwise function: gaussian, embedded_gaussian, dot_product or concatenation.
+    # The pairwise function: gaussian, embedded_gaussian, dot_product, concatenation, or
+    # disentangled (DNL; see docs/BLOCKS.md).
     node.PAIRWISE = "embedded_gaussian"
-    # Block channels divided by the channels of theta, phi and g.
+    # Block channels divided by the channels of theta, phi and g, or of GlobalContextBlock's W_1:
+    # for that set 16 or 4, as GCNet does, since this default is the non-local block's.
     node.REDUCTION = 2
-    # Multiply the logits of the two Gaussians by d ** -0.5 (the released code; the paper's text
-    # does not).
+    # Multiply the logits of the two Gaussians and of disentangled by d ** -0.5 (the released code;
+    # the paper's text does not).
     node.SCALE = True
+    # Divide the logits of disentangled's pairs by this; 0.05 is DNL's.
+    node.TEMPERATURE = 0.05
     # Max-pool the keys by 2: "embeddings" after phi and g (the paper), "input" before them (the
-    # released code), or "none".
+    # released code); or average them over a "pyramid" of 110 bins (ANN); or "none".
     node.SUBSAMPLE = "embeddings"
     # The normalisation after W_z; anything that Detectron2's get_norm knows.
     node.NORM = "BN"

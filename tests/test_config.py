@@ -20,6 +20,7 @@ def test_defaults_are_the_papers_block():
         "PAIRWISE": "embedded_gaussian",
         "REDUCTION": 2,
         "SCALE": True,
+        "TEMPERATURE": 0.05,
         "SUBSAMPLE": "embeddings",
         "NORM": "BN",
         "ZERO_INIT": True,
@@ -48,6 +49,13 @@ def test_the_config_makes_a_block():
 def test_a_block_needs_the_node():
     with pytest.raises(ValueError, match=r"call add_nonlocal_config\(cfg\) first"):
         build_block(get_cfg(), 64)
+
+
+def test_a_block_refuses_a_temperature():
+    cfg = config()
+    cfg.MODEL.NONLOCAL.TEMPERATURE = -1.0
+    with pytest.raises(ValueError, match=r"MODEL.NONLOCAL.TEMPERATURE is -1.0, .* above 0"):
+        build_block(cfg, 64)
 
 
 @pytest.mark.parametrize("key", ["BLOCK", "PAIRWISE", "SUBSAMPLE", "NORM", "ZERO_INIT_LAYER"])

@@ -13,7 +13,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from torch import nn
 
-from nl_detectron import NonLocalBlock, add_nonlocal_config
+from nl_detectron import GlobalContextBlock, add_nonlocal_config
+from nl_detectron.layers import AttentionBlock
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -23,6 +24,7 @@ MASK = "COCO-InstanceSegmentation/mask_rcnn_"
 KEYPOINT = "COCO-Keypoints/keypoint_rcnn_R_101_FPN_"
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_"
 ABLATION = "ablations/mask_rcnn_R_50_FPN_nl_"
+SUCCESSOR = "successors/mask_rcnn_R_50_FPN_"
 
 # Tables 5 and 6 of the paper, AP / AP50 / AP75.
 PAPER = {
@@ -38,6 +40,12 @@ PAPER = {
 }
 
 HEAD_BLOCKS = [f"roi_heads.keypoint_head.nonlocal{n}" for n in (2, 4, 6, 8)]
+RES5 = [f"res5.nonlocal{n}" for n in range(3)]
+RES3_TO_5 = [
+    *(f"res3.nonlocal{n}" for n in range(4)),
+    *(f"res4.nonlocal{n}" for n in range(6)),
+    *RES5,
+]
 # The non-local blocks in each config, below backbone.bottom_up where not said otherwise.
 BLOCKS = {
     f"{FASTER}1x.yaml": [],
@@ -68,12 +76,25 @@ BLOCKS = {
         *(f"res3.nonlocal{n}" for n in range(4)),
         *(f"res4.nonlocal{n}" for n in range(6)),
     ],
+    f"{SUCCESSOR}gc_r16_1x.yaml": RES3_TO_5,
+    f"{SUCCESSOR}gc_r4_1x.yaml": RES3_TO_5,
+    f"{SUCCESSOR}dnl_1x.yaml": ["res4.nonlocal4"],
+    f"{SUCCESSOR}dnl_c4_c5_1x.yaml": ["res4.nonlocal4", *RES5],
+    f"{SUCCESSOR}pyramid_1x.yaml": ["res4.nonlocal4"],
 }
 
 # What sets each config with blocks apart from its baseline.
 BACKBONE, HEAD = "MODEL.BACKBONE.NAME", "MODEL.ROI_KEYPOINT_HEAD.NAME"
 AFTER_BLOCKS = "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"
+REDUCTION, SUBSAMPLE = "MODEL.NONLOCAL.REDUCTION", "MODEL.NONLOCAL.SUBSAMPLE"
+CONTEXT = {BACKBONE, AFTER_BLOCKS, REDUCTION, "MODEL.NONLOCAL.BLOCK"}
+DISENTANGLED = {BACKBONE, REDUCTION, SUBSAMPLE, "MODEL.NONLOCAL.PAIRWISE"}
 CHANGED = {
+    f"{SUCCESSOR}gc_r16_1x.yaml": CONTEXT,
+    f"{SUCCESSOR}gc_r4_1x.yaml": CONTEXT,
+    f"{SUCCESSOR}dnl_1x.yaml": DISENTANGLED,
+    f"{SUCCESSOR}dnl_c4_c5_1x.yaml": {*DISENTANGLED, AFTER_BLOCKS},
+    f"{SUCCESSOR}pyramid_1x.yaml": {BACKBONE, SUBSAMPLE},
     f"{KEYPOINT}nl_head_1x.yaml": {HEAD},
     f"{KEYPOINT}nl_head_backbone_1x.yaml": {BACKBONE, HEAD},
     f"{ABLATION}gaussian_1x.yaml": {BACKBONE, "MODEL.NONLOCAL.PAIRWISE"},
@@ -170,8 +191,8 @@ def build(name: str) -> nn.Module:
         return build_model(cfg)
 
 
-def nonlocal_blocks(model: nn.Module) -> dict[str, NonLocalBlock]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, NonLocalBlock)}
+def nonlocal_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, AttentionBlock)}
 
 
 def test_the_tables_of_this_file_name_every_config_there_is():
@@ -241,13 +262,19 @@ def test_has_the_blocks(name):
 def test_every_block_learns(name):
     for block in nonlocal_blocks(build(name)).values():
         assert all(p.requires_grad for p in block.parameters())
-        assert isinstance(block.norm, nn.BatchNorm2d)
+        is_context = isinstance(block, GlobalContextBlock)
+        assert isinstance(block.norm, nn.LayerNorm if is_context else nn.BatchNorm2d)
 
 
 @pytest.mark.parametrize("name", WITH_BLOCKS)
 def test_blocks_follow_the_config(name):
     node = load(name).MODEL.NONLOCAL
     for block in nonlocal_blocks(build(name)).values():
+        assert type(block).__name__ == node.BLOCK
+        inner = block.reduce if node.BLOCK == "GlobalContextBlock" else block.g
+        assert inner.out_channels == block.in_channels // node.REDUCTION
+        if node.BLOCK == "GlobalContextBlock":
+            continue
         assert block.pairwise == node.PAIRWISE
         assert block.subsample == node.SUBSAMPLE
         assert (block.logit_scale == 1) == (not node.SCALE)
@@ -280,10 +307,17 @@ def test_baseline_is_detectron2s(name):
     assert differing_keys(load(name), load(paths[0])) == differing
 
 
-def test_readme_of_the_ablations_names_each_of_them():
-    text = (CONFIGS / "ablations" / "README.md").read_text(encoding="utf-8")
-    names = [name for name in LEAVES if name.startswith(ABLATION)]
+@pytest.mark.parametrize("prefix", [ABLATION, SUCCESSOR])
+def test_readme_of_a_folder_names_each_of_its_configs(prefix):
+    folder = prefix.partition("/")[0]
+    text = (CONFIGS / folder / "README.md").read_text(encoding="utf-8")
+    names = [name for name in LEAVES if name.startswith(f"{folder}/")]
+    assert names
     for name in names:
-        assert f"`{name[len(ABLATION) :]}`" in text
+        assert f"`{name[len(prefix) :]}`" in text
+
+
+def test_readme_of_the_ablations_has_a_default_in_each_group():
+    text = (CONFIGS / "ablations" / "README.md").read_text(encoding="utf-8")
     # The one row that is left in each of the five groups is the default.
     assert text.count("| *default* |") == 5

@@ -10,8 +10,9 @@
 
 In: non-local blocks, alone or in a whole checkpoint, of video-nonlocal-net (Caffe2, with its
 backbone if it does not convolve over time), mmcv, AlexHex7/Non-local_pytorch, SlowFast,
-PyTorchVideo and timm; ResNets and ResNeXts of torchvision and timm; what has Detectron2's names
-already is copied.
+PyTorchVideo and timm; global context blocks of GCNet and mmcv, and mmsegmentation's disentangled
+ones; keras-non-local-nets (.h5); ResNets and ResNeXts of torchvision and timm; what has
+Detectron2's names already is copied.
 Out: nl_detectron, or the blocks as mmcv or PyTorchVideo have them.
 
 Prints a line for every tensor. The settings under which the result computes the same are printed
@@ -42,7 +43,9 @@ def main() -> None:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("source", type=Path, help=".pth, .pkl or .safetensors, read as data only")
+    parser.add_argument(
+        "source", type=Path, help=".pth, .pkl, .safetensors or .h5, read as data only"
+    )
     parser.add_argument(
         "target",
         type=Path,
@@ -67,6 +70,7 @@ def make_parser() -> Parser:
     )
     options.add_argument("--norm", help="kind of a norm without statistics: GN or LN")
     options.add_argument("--norm-eps", type=float, help="epsilon of the batch norm, if unusual")
+    options.add_argument("--temperature", type=float, help="a disentangled block's (default: 0.05)")
     options.add_argument("--dims", type=int, choices=(1, 2, 3), help="of the result (default: 2)")
     options.add_argument(
         "--rename",

@@ -12,7 +12,7 @@ For each block, on some images:
     effective     norm of W_z with batch norm folded in, as it acts in inference
     change        ||z - x|| / ||x||: by how much the block changes its input
     entropy       of the attention to N_k places over log N_k: 0 is one place, 1 is all alike; only
-                  for the two Gaussians, as the weights of the others are no distribution
+                  where the weights are a distribution: not for dot_product and concatenation
     dependence    on the query: (1 - cos) / 2 between the attention maps of two queries, mean of
                   many; 0 is the same map for all (Table 1 of GCNet, https://arxiv.org/abs/1904.11492)
 

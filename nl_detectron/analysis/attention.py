@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
 from nl_detectron.analysis.recording import choose_blocks, record_calls
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.layers import AttentionBlock, spread_over_bins
 from nl_detectron.validation import check_choice
 
 # The heads that Detectron2 calls with (features of regions, instances).
@@ -38,7 +38,7 @@ class AttentionRecord:
 
     image: np.ndarray
     boxes: np.ndarray
-    blocks: dict[str, NonLocalBlock]
+    blocks: dict[str, AttentionBlock]
     features: dict[str, list[PlacedFeatures]]
 
     def maps(self, points: Sequence[Point]) -> AttentionMaps:
@@ -73,8 +73,7 @@ class AttentionRecord:
         Returns:
             What each of the cells attends to.
         """
-        with torch.no_grad():
-            weights = self.blocks[name].attention(features.x, cells)[0].float().cpu().numpy()
+        weights = _weights_on_grid(self.blocks[name], features.x, cells)
         rows = features.rows.of_keys(weights.shape[1])
         columns = features.columns.of_keys(weights.shape[2])
         height, width = self.image.shape[:2]
@@ -199,6 +198,17 @@ def check_points(points: Sequence[Point], image: np.ndarray) -> None:
                 f"the point {x:g},{y:g} lies outside the image, which is {width} pixels wide and "
                 f"{height} high"
             )
+
+
+def _weights_on_grid(
+    block: AttentionBlock, x: Tensor, cells: Sequence[tuple[int, int]]
+) -> np.ndarray:
+    """(Q, rows, columns): the block's weights; those of a pyramid, spread over its bins' cells."""
+    with torch.no_grad():
+        weights = block.attention(x, cells)[0].float()
+        if block.subsample == "pyramid":
+            weights = spread_over_bins(weights, x.shape[2:])
+    return weights.cpu().numpy()
 
 
 def _check_image(image: np.ndarray) -> None:

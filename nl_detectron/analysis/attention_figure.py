@@ -20,7 +20,7 @@ from nl_detectron.analysis.attention_map import (
     BlockAttention,
 )
 from nl_detectron.analysis.placement import Box, Point
-from nl_detectron.layers import PAIRWISE
+from nl_detectron.layers import ATTENTION
 
 _PANEL = 4.0  # inches, the longer side of the picture in a panel
 _WEIGHTS_PER_LINE = 5
@@ -62,10 +62,10 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
 
 def _describe(attention_map: AttentionMap, pairwise: str) -> str:
     """What the colours do not tell: how uneven the weights are, and what is not shown."""
-    if PAIRWISE[pairwise].is_softmax:
-        ratio = attention_map.weights.max() * attention_map.keys
+    if (total := ATTENTION[pairwise].weight_sum) is not None:
+        ratio = attention_map.weights.max() * attention_map.keys / total
         meaning = f"at most {ratio:.3g} times an even share"
-    elif PAIRWISE[pairwise].is_signed:
+    elif ATTENTION[pairwise].is_signed:
         meaning = "weights of any sign and sum, arrows by magnitude"
     else:
         meaning = "weights of any sum"
@@ -78,15 +78,15 @@ def _describe(attention_map: AttentionMap, pairwise: str) -> str:
 def heat_colors(pairwise: str) -> Colormap:
     """
     Args:
-        pairwise: the pairwise function that the weights are of.
+        pairwise: the kind of weights in :data:`nl_detectron.layers.ATTENTION`.
 
     Returns:
         Colours from the lowest to the highest weight, or, where weights have a sign, from -w to w.
         Weights of small magnitude are transparent, so that the image can be seen.
     """
     steps = np.linspace(0, 1, 256)
-    rgba = colormaps["PuOr_r" if PAIRWISE[pairwise].is_signed else "plasma"](steps)
-    rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if PAIRWISE[pairwise].is_signed else steps) ** 0.5
+    rgba = colormaps["PuOr_r" if ATTENTION[pairwise].is_signed else "plasma"](steps)
+    rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if ATTENTION[pairwise].is_signed else steps) ** 0.5
     return ListedColormap(rgba)
 
 
@@ -116,11 +116,13 @@ def _draw_weights(panel: Axes, attention_map: AttentionMap, pairwise: str) -> No
     heat = panel.imshow(
         attention_map.weights,
         cmap=heat_colors(pairwise),
-        norm=CenteredNorm() if PAIRWISE[pairwise].is_signed else None,
+        norm=CenteredNorm() if ATTENTION[pairwise].is_signed else None,
         extent=(left, right, bottom, top),
         interpolation="nearest",
     )
-    in_percent = PercentFormatter(xmax=1, symbol=" %") if PAIRWISE[pairwise].is_softmax else None
+    in_percent = (
+        PercentFormatter(xmax=1, symbol=" %") if ATTENTION[pairwise].weight_sum == 1 else None
+    )
     bar = panel.figure.colorbar(heat, shrink=0.8, format=in_percent)
     bar.ax.tick_params(labelsize=8)
     left, top, right, bottom = attention_map.query
@@ -151,7 +153,7 @@ def _draw_arrows(
 
 def _format_weight(weight: float, pairwise: str) -> str:
     """In per cent where the weights sum to 1."""
-    if not PAIRWISE[pairwise].is_softmax:
+    if ATTENTION[pairwise].weight_sum != 1:
         return f"{weight:.3g}"
     return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"
 

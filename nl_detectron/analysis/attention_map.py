@@ -24,7 +24,8 @@ class AttentionMap:
         query: the cell of the block's input that the point lies in.
         outside: the share, 0 to 1, of the sum of the weights' magnitudes that is on keys in
             the padding, which are not in ``weights``.
-        keys: the number of all keys, those in the padding included.
+        keys: the number of all keys, those in the padding included. A pyramid's bins are spread
+            over their cells, which then count as keys.
     """
 
     weights: np.ndarray
@@ -61,7 +62,8 @@ class BlockAttention:
     """
     Attributes:
         name: the block's full name, such as ``backbone.res4.nonlocal4``.
-        pairwise: its pairwise function, such as ``embedded_gaussian``.
+        pairwise: its kind of weights in :data:`nl_detectron.layers.ATTENTION`, such as
+            ``embedded_gaussian``.
         maps: a map for each point; None where the block does not see the point: those of a head
             see the boxes of detected objects only.
     """

@@ -16,7 +16,7 @@ import numpy as np
 from nl_detectron.analysis.attention import AttentionRecord
 from nl_detectron.analysis.attention_figure import heat_colors
 from nl_detectron.analysis.placement import PlacedFeatures
-from nl_detectron.layers import PAIRWISE
+from nl_detectron.layers import ATTENTION
 
 _TEMPLATE = Path(__file__).with_name("attention_page.html")
 _MAX_WEIGHTS = 6_000_000  # in a page, a byte each before compression
@@ -72,7 +72,7 @@ def _block(record: AttentionRecord, name: str, max_weights: int) -> dict[str, An
         "name": name,
         "note": f"{name}: {pairwise}."
         + (f" Of its cells one in {step} x {step} can be asked." if step > 1 else ""),
-        "sums_to_one": PAIRWISE[pairwise].is_softmax,
+        "weight_sum": ATTENTION[pairwise].weight_sum,
         "colors": _base64(palette.tobytes()),
         "weights": _base64(zlib.compress(weights)),
         "regions": regions,
@@ -94,7 +94,7 @@ def _region(
     )
     weights = np.stack([attention_map.weights for attention_map in maps])
     lowest, highest = weights.min((1, 2)), weights.max((1, 2))
-    if PAIRWISE[record.blocks[name].pairwise].is_signed:
+    if ATTENTION[record.blocks[name].pairwise].is_signed:
         highest = np.maximum(-lowest, highest)
         lowest = -highest
     span = np.where(highest > lowest, highest - lowest, 1)

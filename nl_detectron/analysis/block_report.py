@@ -12,7 +12,7 @@ from detectron2.evaluation import inference_context
 from torch import Tensor, nn
 
 from nl_detectron.analysis.recording import record_calls
-from nl_detectron.layers import PAIRWISE, NonLocalBlock
+from nl_detectron.layers import ATTENTION, AttentionBlock, GlobalContextBlock
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
 # Where the sentences of a BlockReport change.
@@ -30,8 +30,9 @@ class BlockReport:
     block: str
     """Its full name in the model."""
     pairwise: str
+    """The kind of its weights in :data:`nl_detectron.layers.ATTENTION`."""
     out_weight_norm: float | None
-    """||W_z||, the Frobenius norm."""
+    """||W_z||, the Frobenius norm; of a global context block, ||W_2||."""
     mean_abs_gamma: float | None
     """The mean of |gamma|, the scale of the norm after W_z; None without one."""
     effective_norm: float | None
@@ -42,7 +43,8 @@ class BlockReport:
     attention_entropy: float | None
     """-sum_j p_j log p_j / log N_k of the attention p of a query to N_k keys, from 0 (one key) to 1
     (all alike); mean of a sample of queries. None if the weights are no distribution, as those of
-    the dot product and the concatenation are not, or if there is one key only."""
+    the dot product and the concatenation are not (those of a disentangled block sum to 2, and are
+    halved), or if there is one key only."""
     query_dependence: float | None
     """The mean of (1 - cos(p, q)) / 2 over all pairs of attention maps p, q of different sampled
     queries in the same input: 0 if all queries attend to the same places. This is the cosine
@@ -68,7 +70,9 @@ class BlockReport:
             parts.append("it attends to everything nearly alike")
         else:
             parts.append("it attends to some places more than to others")
-        if self.query_dependence is not None and self.query_dependence < MIN_QUERY_DEPENDENCE:
+        if self.pairwise == "global_context":
+            parts.append("all queries attend to the same places, as it is made to")
+        elif self.query_dependence is not None and self.query_dependence < MIN_QUERY_DEPENDENCE:
             parts.append(
                 "all queries attend to the same places: a global context block would do (GCNet)"
             )
@@ -82,13 +86,13 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
     Run a model in evaluation mode and report on each of its non-local blocks.
 
     Args:
-        model: a detector, or any module with :class:`NonLocalBlock` inside.
+        model: a detector, or any module with :class:`AttentionBlock` inside.
         batches: what the model is called with, once each; for a detector a list of dicts.
 
     Returns:
         A report for each block, in the model's order.
     """
-    blocks = nonlocal_blocks(model, NonLocalBlock)
+    blocks = nonlocal_blocks(model, AttentionBlock)
     measured: dict[str, list[_Measurement]] = {name: [] for name in blocks}
     with inference_context(model), torch.no_grad():
         for batch in batches:
@@ -111,9 +115,9 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
     ]
 
 
-def _effective_norm(block: NonLocalBlock) -> float | None:
+def _effective_norm(block: AttentionBlock) -> float | None:
     norm: Any = block.norm
-    if norm is None:
+    if norm is None or isinstance(block, GlobalContextBlock):  # whose norm is in front of W_2
         return out_weight_norm(block)
     if not hasattr(norm, "running_var"):
         return None
@@ -130,13 +134,13 @@ class _Measurement:
     query_dependence: float
 
 
-def _measure(block: NonLocalBlock, x: Tensor) -> _Measurement:
+def _measure(block: AttentionBlock, x: Tensor) -> _Measurement:
     positions = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
     weights = block.attention(x, positions[:_MAX_QUERIES]).flatten(2).double()
-    is_softmax = PAIRWISE[block.pairwise].is_softmax
+    weight_sum = ATTENTION[block.pairwise].weight_sum
     return _Measurement(
         relative_change=((block(x) - x).float().norm() / x.float().norm()).item(),
-        attention_entropy=_normalised_entropy(weights) if is_softmax else math.nan,
+        attention_entropy=_normalised_entropy(weights / weight_sum) if weight_sum else math.nan,
         query_dependence=_mean_cosine_distance(weights),
     )
 

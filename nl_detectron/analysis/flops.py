@@ -23,7 +23,7 @@ FlopHandle = Callable[[list[Any], list[Any]], int]
 
 _UNCOUNTED = (
     *("add", "add_", "argsort", "cumsum", "div", "expand_as", "max_pool2d", "mean", "movedim"),
-    *("mul", "neg", "pad", "rsqrt", "sort", "sub", "sum", "unflatten"),
+    *("mul", "neg", "pad", "rsqrt", "softmax", "sort", "sub", "sum", "unflatten"),
 )
 _PADDING = ("aten::pad", "aten::constant_pad_nd")
 

@@ -81,8 +81,8 @@ class Axis:
     def of_keys(self, keys: int) -> Axis:
         """
         Args:
-            keys: how many :class:`NonLocalBlock` has along this axis: as many as cells, or,
-                max-pooled by 2, half as many.
+            keys: how many there are along this axis: as many as cells, or, max-pooled by 2, half as
+                many.
 
         Returns:
             The axis of the keys; the last of an odd number of pooled cells has none.

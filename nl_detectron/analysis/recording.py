@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from nl_detectron.layers import NonLocalBlock
+from nl_detectron.layers import AttentionBlock
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.validation import did_you_mean
 
 
-def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonLocalBlock]:
+def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
     """
     Args:
         model: any with non-local blocks.
@@ -25,7 +25,7 @@ def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, NonL
     Raises:
         ValueError: the model has no such block, or none at all; the message lists what there is.
     """
-    blocks = nonlocal_blocks(model, NonLocalBlock)
+    blocks = nonlocal_blocks(model, AttentionBlock)
     if not blocks:
         raise ValueError("the model has no non-local blocks")
     for name in names:

@@ -1,4 +1,4 @@
-"""A non-local block as the conversion holds it, between reading and writing: in our terms."""
+"""A block as the conversion holds it, between reading and writing: in our terms."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from nl_detectron.conversion.report import ConversionError
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN")
 # Epsilon of the batch norms that get_norm makes.
 OUR_EPS = 1e-5
+# DNL's, which only "disentangled" has a use for.
+PUBLISHED_TEMPERATURE = 0.05
 AFFINE_NOTE = "no statistics in the file: multiplication and addition only"
 
 
 class Traits(NamedTuple):
-    """What a block computes, in the words of :class:`NonLocalBlock`'s arguments."""
+    """
+    What a block computes, in the words of :class:`NonLocalBlock`'s arguments; of a
+    :class:`GlobalContextBlock`, ``pairwise`` is "global_context".
+    """
 
     pairwise: str
     scale: bool
     subsample: str
     norm: str
+    temperature: float = PUBLISHED_TEMPERATURE
 
 
 _UNKNOWN = Traits("", False, "", "")
@@ -34,8 +40,8 @@ class Block:
     """
     Attributes:
         prefix: its name in the file; empty at the root.
-        tensors: by the names of :class:`NonLocalBlock`'s state dict; reading changes them so that
-            our block computes what the file's did.
+        tensors: by the names of our block's state dict; reading changes them so that our block
+            computes what the file's did.
         origins: the names of the file's tensors, by ours.
         parts: the implementation's names of the parts that it has, by ours.
         faults: why it cannot be converted.
@@ -54,16 +60,26 @@ class Block:
     traits: Traits = _UNKNOWN
 
     @property
+    def is_context(self) -> bool:
+        """Is it a global context block?"""
+        return "reduce" in self.parts
+
+    @property
+    def embedding(self) -> str:
+        """The convolution that tells the sizes: g, or W_1 of a global context block."""
+        return "reduce" if self.is_context else "g"
+
+    @property
     def in_channels(self) -> int:
-        return self.tensors["g.weight"].shape[1]
+        return self.tensors[f"{self.embedding}.weight"].shape[1]
 
     @property
     def inner_channels(self) -> int:
-        return self.tensors["g.weight"].shape[0]
+        return self.tensors[f"{self.embedding}.weight"].shape[0]
 
     @property
     def dims(self) -> int:
-        return self.tensors["g.weight"].dim() - 2
+        return self.tensors[f"{self.embedding}.weight"].dim() - 2
 
     def change(self, name: str, tensor: Tensor, note: str) -> None:
         """

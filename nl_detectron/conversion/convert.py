@@ -47,8 +47,8 @@ def convert(
             checkpoint that has one under "blobs", "model_state", "state_dict" or "model".
         family: one of ``SOURCES``; by default recognised from the names.
         to: one of ``TARGETS``; other ones than "nl_detectron" take only non-local blocks.
-        **options: ``pairwise``, ``scale``, ``subsample``, ``norm``, ``norm_eps``, ``dims`` and
-            ``rename``, the attributes of :class:`Options`; None is as if not given.
+        **options: ``pairwise``, ``scale``, ``subsample``, ``norm``, ``norm_eps``, ``temperature``,
+            ``dims`` and ``rename``, the attributes of :class:`Options`; None is as if not given.
 
     Returns:
         The converted tensors, their settings, and what became of each tensor of the source.

@@ -1,4 +1,4 @@
-"""What distinguishes one implementation of the non-local block from another, as data."""
+"""What distinguishes one implementation of our blocks from another, as data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nl_detectron.conversion.block import Block
 from nl_detectron.conversion.report import Conversion
-from nl_detectron.layers.nonlocal_block import SUBSAMPLE
+from nl_detectron.layers import SUBSAMPLE
 
 _TORCH_LEAVES = {
     leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -65,6 +65,8 @@ class Family:
         usual: what it does by default.
         assume_usual: all its published weights were made so.
         adapt: changes a block of theirs, in our names, where ours computes another thing with it.
+        needs: what has all parts of one of these sets is a block.
+        refusal: why none of its blocks can be converted; "" if they can.
         convert_rest: converts the tensors that are no block's; None leaves them out.
         target: what it takes to write blocks for it; None where this cannot be done.
     """
@@ -84,6 +86,8 @@ class Family:
     usual: Mapping[str, Any] = field(default_factory=dict)
     assume_usual: bool = False
     adapt: Callable[[Block], None] = lambda block: None
+    needs: Sequence[frozenset[str]] = (frozenset({"g", "out"}),)
+    refusal: str = ""
     convert_rest: Callable[[Mapping[str, Tensor], Conversion], None] | None = None
     target: Target | None = None
 
@@ -102,7 +106,7 @@ class Family:
             if match:
                 prefix, module, leaf = match.groups(default="")
                 self._add(found.setdefault(prefix, Block(prefix)), module, leaf, name, tensor)
-        blocks = {p: b for p, b in found.items() if {"g", "out"} <= set(b.parts)}
+        blocks = {p: b for p, b in found.items() if any(n <= set(b.parts) for n in self.needs)}
         if not self.recognises([name for b in blocks.values() for name in b.origins.values()]):
             return {}
         for block in blocks.values():
@@ -144,6 +148,8 @@ class Family:
         block.tensors[ours], block.origins[ours] = tensor, name
 
     def _find_faults(self, block: Block, names: Iterable[str]) -> None:
+        if self.refusal:
+            block.faults.append(self.refusal)
         if ("theta" in block.parts) != ("phi" in block.parts):
             block.faults.append("only one of theta and phi is there: it is incomplete")
         start = block.prefix and block.prefix + self.separator

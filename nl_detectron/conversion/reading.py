@@ -9,6 +9,7 @@ from nl_detectron.conversion.block import (
     AFFINE_NOTE,
     BATCH_NORMS,
     OUR_EPS,
+    PUBLISHED_TEMPERATURE,
     Block,
     Traits,
     affine_statistics,
@@ -19,9 +20,12 @@ from nl_detectron.conversion.report import ConversionError
 from nl_detectron.validation import check_choice
 
 # The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
-_CONVS = {"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "out": "Cd"}
+_CONVS = {"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "unary": "1C", "out": "Cd"}
+_CONVS.update(context="1C", reduce="dC")
 # The first of these parts that a block has tells which pairwise functions are possible.
 _KINDS = {
+    "reduce": ("global_context",),
+    "unary": ("disentangled",),
     "concat": ("concatenation",),
     "theta": ("embedded_gaussian", "dot_product"),
     "g": ("gaussian",),
@@ -50,8 +54,8 @@ def read_block(block: Block, family: Family, options: Options, notes: list[str])
         convs = [part for part in _CONVS if part in block.parts]
         _add_biases(block, convs, family)
         _reshape_convs(block, convs, options.dims)
-        _check_norm(block)
         family.adapt(block)
+        _check_norm(block)
         _carry_norm(block, family.norm_eps if options.norm_eps is None else options.norm_eps)
     except ConversionError as error:
         raise ConversionError(f"{block.prefix or 'the block'}: {error}") from error
@@ -68,7 +72,9 @@ def _settle_traits(block: Block, family: Family, options: Options, notes: list[s
         scale = _settle("scale", scales, family, options, notes)
     legal["subsample"] = _subsample_of(block, family)
     subsample = _settle("subsample", legal["subsample"], family, options, notes)
-    traits = Traits(pairwise, scale, subsample, _norm_of(block, family, options))
+    norm = _norm_of(block, family, options)
+    temperature = _temperature_of(pairwise, family, options, notes)
+    traits = Traits(pairwise, scale, subsample, norm, temperature)
     unsettled = {key: legal[key] for key, value in traits._asdict().items() if value is None}
     if unsettled:
         raise ConversionError(_what_is_missing(family, unsettled))
@@ -98,6 +104,17 @@ def _settle(
     return usual
 
 
+def _temperature_of(pairwise: str, family: Family, options: Options, notes: list[str]) -> float:
+    if pairwise == "disentangled" and options.temperature is None:
+        note = (
+            f"The file does not say temperature; assumed is {PUBLISHED_TEMPERATURE}, as all "
+            "published blocks have it."
+        )
+        if note not in notes:
+            notes.append(note)
+    return options.temperature or PUBLISHED_TEMPERATURE
+
+
 def _what_is_missing(family: Family, unsettled: Mapping[str, Sequence[Any]]) -> str:
     lines = []
     for key, legal in unsettled.items():
@@ -122,6 +139,8 @@ def _pairwise_of(block: Block, family: Family) -> Sequence[str]:
 
 
 def _subsample_of(block: Block, family: Family) -> Sequence[str]:
+    if block.is_context:
+        return ("none",)
     pooled = {part: family.modules.get(f"{part} pooled") for part in block.parts}
     telling = [part for part in pooled if pooled[part]]
     if not telling:
@@ -136,6 +155,8 @@ def _subsample_of(block: Block, family: Family) -> Sequence[str]:
 
 def _norm_of(block: Block, family: Family, options: Options) -> str:
     legal: tuple[str, ...] = ("GN", "LN")
+    if block.is_context:
+        return "LN"
     if "norm" not in block.parts:
         legal = ("",)
     elif "norm.running_var" in block.tensors:
@@ -175,20 +196,21 @@ def _add_biases(block: Block, convs: Sequence[str], family: Family) -> None:
 
 
 def _reshape_convs(block: Block, convs: Sequence[str], dims: int | None) -> None:
-    """Kernels of size 1 in ``dims`` dimensions (None: those of g)."""
-    g = block.tensors["g.weight"]
-    if g.dim() < 3:
-        raise ConversionError(f"g has shape {tuple(g.shape)}, which is no convolution's")
-    inner, channels = g.shape[:2]
+    """Kernels of size 1 in ``dims`` dimensions (None: those of the file)."""
+    first = block.embedding
+    if block.dims < 1:
+        shape = tuple(block.tensors[f"{first}.weight"].shape)
+        raise ConversionError(f"{first} has shape {shape}, which is no convolution's")
+    inner, channels = block.inner_channels, block.in_channels
     sizes = {"1": 1, "C": channels, "d": inner, "D": 2 * inner}
-    dims = dims or g.dim() - 2
+    dims = dims or block.dims
     for part in convs:
         name = f"{part}.weight"
         weight, shape = block.tensors[name], tuple(sizes[letter] for letter in _CONVS[part])
         if tuple(weight.shape) != shape + (1,) * (weight.dim() - 2):
             raise ConversionError(
                 f"{part} has shape {tuple(weight.shape)}, but must be a 1x1 convolution of shape "
-                f"{shape}: g has {channels} channels in and {inner} out"
+                f"{shape}: {first} has {channels} channels in and {inner} out"
             )
         block.tensors[name] = weight.reshape(shape + (1,) * dims)
         if weight.dim() != dims + 2:
@@ -197,10 +219,11 @@ def _reshape_convs(block: Block, convs: Sequence[str], dims: int | None) -> None
 
 def _check_norm(block: Block) -> None:
     norm = {n: t for n, t in block.tensors.items() if n.startswith("norm.") and t.dim()}
+    channels = block.inner_channels if block.is_context else block.in_channels
     for name, tensor in norm.items():
-        if tuple(tensor.shape) != (block.in_channels,):
+        if tuple(tensor.shape) != (channels,):
             raise ConversionError(
-                f"{name} has shape {tuple(tensor.shape)}, but must have ({block.in_channels},)"
+                f"{name} has shape {tuple(tensor.shape)}, but must have ({channels},)"
             )
     needed = {"norm.weight", "norm.bias"} if block.traits.norm else set()
     if block.traits.norm in BATCH_NORMS and not _is_affine(block):

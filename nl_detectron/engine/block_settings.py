@@ -58,6 +58,12 @@ def _options(shapes: Shapes, block: str | None) -> dict[str, str]:
     own = {
         name[len(f"{block}.") :]: shape for name, shape in shapes.items() if block_of(name) == block
     }
+    if "context.weight" in own:
+        reduced, channels = own["reduce.weight"][:2]
+        return {
+            "MODEL.NONLOCAL.BLOCK": "GlobalContextBlock",
+            "MODEL.NONLOCAL.REDUCTION": str(channels // reduced),
+        }
     norm = {"MODEL.NONLOCAL.NORM": _norm(own)}
     if "g.weight" in own:
         inner_channels, channels = own["g.weight"][:2]
@@ -70,6 +76,8 @@ def _options(shapes: Shapes, block: str | None) -> dict[str, str]:
 def _pairwise(own: Shapes) -> str:
     if "concat.weight" in own:
         return "concatenation"
+    if "unary.weight" in own:
+        return "disentangled"
     # These two have the same tensors.
     return "embedded_gaussian (or dot_product)" if "theta.weight" in own else "gaussian"
 

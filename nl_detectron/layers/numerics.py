@@ -23,6 +23,20 @@ def accumulable(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
 
 
+def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """
+    Args:
+        x: floating point.
+        dtype: a floating point dtype.
+
+    Returns:
+        x in this dtype; what is too large for float16 is its largest number there.
+    """
+    if dtype == torch.float16 and x.dtype != dtype:
+        x = x.clamp(-65504.0, 65504.0)
+    return x.to(dtype)
+
+
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """
     Keep autocast from lowering the precision of what is computed from x.

@@ -3,7 +3,8 @@ The non-local operation of "Non-local Neural Networks" (https://arxiv.org/abs/17
 
     y_i = 1 / C(x) * sum_j f(x_i, x_j) g(x_j),
 
-for the four pairwise functions f of Section 3.2, on tensors whose positions are already flattened.
+for the four pairwise functions f of Section 3.2 and that of "Disentangled Non-Local Neural
+Networks" (https://arxiv.org/abs/2006.06668), on tensors whose positions are already flattened.
 All are exact, and none of them holds a tensor with an entry for every pair (i, j) of a large input:
 
 =================== ============================== ======= ======================================
@@ -12,6 +13,7 @@ pairwise function   f(x_i, x_j)                    C(x)    cost (N positions, d 
 (embedded) Gaussian exp(scale * theta_i^T phi_j)   sum f   O(N^2 d) time, O(N d) memory
 dot product         theta_i^T phi_j                N_k     O(min(N^2 d, N d^2)) time
 concatenation       ReLU(a_i + b_j)                N_k     O(N log N + N d) time
+disentangled        two softmaxes, see there               as the Gaussians
 =================== ============================== ======= ======================================
 
 Shapes, here and below: B is the batch, N_q the number of positions y is computed at (the queries),
@@ -30,15 +32,21 @@ PyTorch's own operators only, in a form that holds for every input size.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from nl_detectron.layers.numerics import MAX_SUMMED, accumulable, no_autocast, sum_of_products
-from nl_detectron.layers.softmax import blockwise_softmax, fused_softmax
+from nl_detectron.layers.numerics import (
+    MAX_SUMMED,
+    accumulable,
+    no_autocast,
+    saturated,
+    sum_of_products,
+)
+from nl_detectron.layers.ramp import ramp_sum, sums_over_active
+from nl_detectron.layers.recorded import is_recorded
+from nl_detectron.layers.softmax import blockwise_softmax, chunked_average, fused_softmax
 
 
 class PairwiseFunction(NamedTuple):
@@ -47,25 +55,26 @@ class PairwiseFunction(NamedTuple):
 
     Attributes:
         has_embeddings: f is a function of theta and phi, and not of x itself.
-        is_softmax: the weights of a query are positive and sum to 1.
+        weight_sum: what the weights of a query, all positive, sum to; None if they have any sum.
         is_signed: weights may be negative.
     """
 
     has_embeddings: bool = True
-    is_softmax: bool = False
+    weight_sum: float | None = None
     is_signed: bool = False
 
 
 PAIRWISE = {
-    "gaussian": PairwiseFunction(has_embeddings=False, is_softmax=True),
-    "embedded_gaussian": PairwiseFunction(is_softmax=True),
+    "gaussian": PairwiseFunction(has_embeddings=False, weight_sum=1.0),
+    "embedded_gaussian": PairwiseFunction(weight_sum=1.0),
     "dot_product": PairwiseFunction(is_signed=True),
     "concatenation": PairwiseFunction(),
+    "disentangled": PairwiseFunction(weight_sum=2.0),
 }
-"""The pairwise functions of Section 3.2 by the names that they have here."""
+"""The pairwise functions by the names that they have here: those of Section 3.2, and DNL's."""
 
-# PyTorch 2.1 has it under a private name only.
-_is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+ATTENTION = {**PAIRWISE, "global_context": PairwiseFunction(has_embeddings=False, weight_sum=1.0)}
+"""What the weights of a block may be: :data:`PAIRWISE`, or the same ones for every query."""
 
 
 def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
@@ -82,7 +91,7 @@ def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) 
     Returns:
         (B, N_q, c), dtype of g.
     """
-    if not torch.jit.is_scripting() and not (theta.is_cuda or _is_recorded()):
+    if not torch.jit.is_scripting() and not (theta.is_cuda or is_recorded()):
         return blockwise_softmax(theta, phi, g, scale)
     return fused_softmax(theta, phi, g, scale)
 
@@ -100,6 +109,66 @@ def softmax_weights(theta: Tensor, phi: Tensor, scale: float = 1.0) -> Tensor:
         (B, N_q, N_k), same dtype.
     """
     return (scale * theta @ phi.mT).softmax(2)
+
+
+def softmax_average(logits: Tensor, g: Tensor) -> Tensor:
+    """
+    The operation with an f that depends on j only, f = exp(logits_j): y is the same for every i.
+
+    Args:
+        logits: (B, N_k), floating point.
+        g: (B, N_k, c), floating point.
+
+    Returns:
+        (B, c), dtype of g; float32 for half precision.
+    """
+    if not torch.jit.is_scripting() and not is_recorded():
+        return chunked_average(logits, g)
+    g = accumulable(g)
+    weights = accumulable(logits).softmax(1).to(g.dtype)
+    return (weights.unsqueeze(1) @ g).squeeze(1)
+
+
+def disentangled_pairwise(theta: Tensor, phi: Tensor, m: Tensor, g: Tensor, scale: float) -> Tensor:
+    """
+    The operation of a disentangled non-local block (DNL, Eq. 12): the weights are
+
+        softmax_j(scale * (theta_i - mean theta)^T (phi_j - mean phi)) + softmax_j(m_j),
+
+    what a pair has in common and what a key has for every query. The mean of phi need not be taken
+    off: (theta_i - mean theta)^T (mean phi) is the same for all j, and a softmax over j does not
+    see it.
+
+    Args:
+        theta: (B, N_q, d), floating point; all queries, since their mean counts.
+        phi: (B, N_k, d), same dtype.
+        m: (B, N_k), same dtype.
+        g: (B, N_k, c), same dtype.
+        scale: multiplies the logits of the pairs: d ** -0.5 / temperature.
+
+    Returns:
+        (B, N_q, c), dtype of g.
+    """
+    whitened = accumulable(theta)
+    whitened = (whitened - whitened.mean(1, keepdim=True)).to(theta.dtype)
+    y = softmax_pairwise(whitened, phi, g, scale) + softmax_average(m, g).unsqueeze(1)
+    return saturated(y, g.dtype)
+
+
+def disentangled_weights(theta: Tensor, phi: Tensor, m: Tensor, scale: float) -> Tensor:
+    """
+    The weights of :func:`disentangled_pairwise`, one for each pair: for a few queries.
+
+    Args:
+        theta: (B, N_q, d), float32 or float64, less the mean of all queries.
+        phi: (B, N_k, d), same dtype.
+        m: (B, N_k), same dtype.
+        scale: multiplies the logits of the pairs.
+
+    Returns:
+        (B, N_q, N_k), same dtype; they sum to 2 over the keys.
+    """
+    return softmax_weights(theta, phi, scale) + m.softmax(1).unsqueeze(1)
 
 
 def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
@@ -158,10 +227,10 @@ def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     """
     output_dtype = _sum_dtype(g.dtype)
     if torch.jit.is_scripting():
-        y = _sums_over_active(accumulable(a), accumulable(b), accumulable(g))[1]
+        y = sums_over_active(accumulable(a), accumulable(b), accumulable(g))[1]
     else:
         with no_autocast(g):
-            y = _ramp_sum(accumulable(a), accumulable(b), accumulable(g))
+            y = ramp_sum(accumulable(a), accumulable(b), accumulable(g))
     return (y / b.shape[1]).to(output_dtype)
 
 
@@ -179,11 +248,6 @@ def concatenation_weights(a: Tensor, b: Tensor) -> Tensor:
     return (a.unsqueeze(2) + b.unsqueeze(1)).relu() / b.shape[1]
 
 
-def _is_recorded() -> bool:
-    """Is a tracer, an exporter or a compiler writing down the operators that are called?"""
-    return torch.jit.is_tracing() or _is_compiling()
-
-
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a product of three embeddings: bfloat16 has the range for it, float16 not."""
     return torch.float32 if dtype == torch.float16 else dtype
@@ -193,7 +257,7 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     queries, d = theta.shape[1], theta.shape[2]
     keys, c = g.shape[1], g.shape[2]
     # A recording is for other sizes too.
-    if not torch.jit.is_scripting() and not _is_recorded():
+    if not torch.jit.is_scripting() and not is_recorded():
         pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
         if pairs_first < channels_first:
             return (theta @ phi.mT / keys) @ g
@@ -201,59 +265,3 @@ def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
         # In chunks for the sake of the backward pass, which sums over the queries.
         return torch.cat([part @ context for part in theta.split(MAX_SUMMED, 1)], 1)
     return theta @ (phi.transpose(1, 2) @ (g / keys))
-
-
-def _ramp_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    return _sums_over_active(a, b, g)[1] if _is_recorded() else _RampSum.apply(a, b, g)
-
-
-class _RampSum(torch.autograd.Function):
-    """
-    y_i = sum_j ReLU(a_i + b_j) g_j. Its gradients are sums of the same kind over the same active
-    pairs, with the roles of queries and keys exchanged.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b, g)
-        return _sums_over_active(a, b, g)[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
-        a, b, g = ctx.saved_tensors
-        grad_a = (_sums_over_active(a, b, g)[0] * grad_y).sum(2)
-        step_sum, grad_g = _sums_over_active(b, a, grad_y)
-        return grad_a, (step_sum * g).sum(2), grad_g
-
-
-def _sums_over_active(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_j g_j and sum_j (a_i + b_j) g_j over the j with a_i + b_j > 0; (B, N_a, c) each."""
-    # In descending order of b the active keys are a prefix, whose length is the number of
-    # -b_j < a_i.
-    b, order = b.sort(1, descending=True)
-    g = g.gather(1, order.unsqueeze(2).expand_as(g))
-    active = _count_below(a, -b).unsqueeze(2).expand(-1, -1, g.shape[2])
-    # For the sums only a + b matters: centring b keeps a * sum g and sum b g from being large
-    # numbers that cancel.
-    centre = b.sum(1, keepdim=True) / max(b.shape[1], 1)
-    a, b = a + centre, b - centre
-    step_sum = _sum_of_first(active, g)
-    return step_sum, a.unsqueeze(2) * step_sum + _sum_of_first(active, b.unsqueeze(2) * g)
-
-
-def _count_below(x: Tensor, sorted_values: Tensor) -> Tensor:
-    """
-    How many of the ascending values (B, M) are below each x (B, N). Recordings, for which ONNX has
-    to know all operators, may or may not count one that is equal; its pair contributes nothing.
-    """
-    if not torch.jit.is_scripting() and not _is_recorded():
-        return torch.searchsorted(sorted_values, x)
-    order = torch.cat([x, sorted_values], 1).argsort(1)
-    values_so_far = (order >= x.shape[1]).long().cumsum(1)
-    return values_so_far.gather(1, order.argsort(1)[:, : x.shape[1]])
-
-
-def _sum_of_first(count: Tensor, x: Tensor) -> Tensor:
-    """Sums of the first count (B, N, c) of x (B, M, c) over the positions."""
-    return functional.pad(x, (0, 0, 1, 0)).cumsum(1).gather(1, count)

@@ -11,7 +11,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from nl_detectron.config import nonlocal_node
-from nl_detectron.layers import LocalBlock, NonLocalBlock
+from nl_detectron.layers import AttentionBlock, GlobalContextBlock, LocalBlock, NonLocalBlock
 from nl_detectron.validation import check_choice
 
 NONLOCAL_BLOCK_REGISTRY = Registry("NONLOCAL_BLOCK")
@@ -53,10 +53,10 @@ def nonlocal_blocks(model: nn.Module, kind: type[nn.Module] = nn.Module) -> dict
     """
     Args:
         model: any module.
-        kind: only blocks of this class, such as :class:`NonLocalBlock`.
+        kind: only blocks of this class, such as :class:`AttentionBlock`.
 
     Returns:
-        What was inserted into the model, and every other :class:`NonLocalBlock` in it, in the
+        What was inserted into the model, and every other :class:`AttentionBlock` in it, in the
         model's order, by full names such as ``backbone.res4.nonlocal4``.
     """
     return {
@@ -74,10 +74,10 @@ def is_nonlocal_block(name: str, module: nn.Module) -> bool:
 
     Returns:
         Whether it is a block of ours: one that was inserted, of whatever class, or a
-        :class:`NonLocalBlock` that was put there in another way.
+        :class:`AttentionBlock` that was put there in another way.
     """
     is_inserted = _INSERTED.fullmatch(name.rpartition(".")[2]) is not None
-    return is_inserted or isinstance(module, NonLocalBlock)
+    return is_inserted or isinstance(module, AttentionBlock)
 
 
 def out_weight_norm(block: nn.Module) -> float | None:
@@ -86,7 +86,8 @@ def out_weight_norm(block: nn.Module) -> float | None:
         block: any of :func:`nonlocal_blocks`.
 
     Returns:
-        ||W_z||, the Frobenius norm; None if the block has no ``out``.
+        ||W_z||, the Frobenius norm (of a global context block ||W_2||); None if the block has no
+        ``out``.
     """
     return None if (weight := _weight(block, "out")) is None else weight.norm().item()
 
@@ -99,6 +100,8 @@ def mean_abs_gamma(block: nn.Module) -> float | None:
     Returns:
         The mean of |gamma|, the scale of the norm after W_z; None without one.
     """
+    if isinstance(block, GlobalContextBlock):  # its norm is in front of W_2
+        return None
     return None if (gamma := _weight(block, "norm")) is None else gamma.abs().mean().item()
 
 
@@ -114,11 +117,21 @@ def _nonlocal_block_options(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
         "pairwise": node.PAIRWISE,
         "reduction": node.REDUCTION,
         "scale": node.SCALE,
+        "temperature": node.TEMPERATURE,
         "subsample": node.SUBSAMPLE,
         "norm": node.NORM,
         "zero_init": node.ZERO_INIT,
         "zero_init_layer": node.ZERO_INIT_LAYER,
         "use_act_checkpoint": node.USE_ACT_CHECKPOINT,
+    }
+
+
+def _global_context_options(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
+    node = nonlocal_node(cfg)
+    return {
+        "in_channels": in_channels,
+        "reduction": node.REDUCTION,
+        "zero_init": node.ZERO_INIT,
     }
 
 
@@ -130,6 +143,7 @@ def _local_block_options(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
 # Detectron2's configurable translates configs for classes that know nothing of them.
 for _block, _options in [
     (NonLocalBlock, _nonlocal_block_options),
+    (GlobalContextBlock, _global_context_options),
     (LocalBlock, _local_block_options),
 ]:
     NONLOCAL_BLOCK_REGISTRY.register(configurable(from_config=_options)(_block))

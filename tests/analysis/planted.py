@@ -11,14 +11,14 @@ STRIDE = 16
 
 class PlantedDetector(nn.Module):
     """
-    Its backbone is a mean over cells of 16 x 16 pixels, and a Gaussian block on that. It finds
-    nothing.
+    Its backbone is a mean over cells of 16 x 16 pixels, and on that a block, a Gaussian by
+    default. It finds nothing.
     """
 
-    def __init__(self, size_divisibility=32, **block_options):
+    def __init__(self, size_divisibility=32, block=None, **block_options):
         super().__init__()
         options = {"pairwise": "gaussian", "scale": False, **block_options}
-        block = NonLocalBlock(3, reduction=1, **options)
+        block = block or NonLocalBlock(3, reduction=1, **options)
         # As most backbones, it rounds sizes up.
         self.backbone = nn.Sequential(nn.AvgPool2d(STRIDE, ceil_mode=True), block)
         self.size_divisibility = size_divisibility

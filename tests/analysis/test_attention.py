@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nl_detectron import NonLocalBlock, model_zoo
+from nl_detectron import GlobalContextBlock, NonLocalBlock, model_zoo
 from nl_detectron.analysis.attention import (
     AttentionRecord,
     attention_maps,
@@ -283,3 +283,45 @@ def test_weights_are_those_of_the_block(pairwise):
     attention_map = only_map(record.maps([centre(2, 3)]))
     assert attention_map.weights == pytest.approx(expected.numpy())
     assert record.maps([]).blocks[0].maps == []
+
+
+@pytest.mark.parametrize("augmentation", [None, FLIP])
+@pytest.mark.parametrize("pairwise", ["embedded_gaussian", "disentangled"])
+def test_a_pyramids_weights_lie_on_the_cells_of_its_bins(pairwise, augmentation):
+    """With these weights of the cells, what the block adds to a cell follows."""
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    torch.manual_seed(0)
+    options = {"pairwise": pairwise, "subsample": "pyramid", "norm": "", "zero_init": False}
+    model = PlantedDetector(**options)
+    block = model.backbone[1]
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    record = record_attention(model, image, augmentation=augmentation)
+    attention_map = only_map(record.maps([centre(2, 3)]))
+    assert attention_map.weights.shape == (4, 6)
+    assert attention_map.keys == 24
+    assert attention_map.weights.sum() == pytest.approx(2 if pairwise == "disentangled" else 1)
+    assert attention_map.extent == (0, 0, 96, 64)
+    weights, column = torch.from_numpy(attention_map.weights), 3
+    if augmentation:
+        weights, column = weights.flip(1), 2
+    (features,) = record.features["backbone.1"]
+    with torch.no_grad():
+        y = (weights * block.g(features.x)).sum((2, 3), keepdim=True)
+        z = features.x[:, :, 2, column] + block.out(y)[:, :, 0, 0]
+        torch.testing.assert_close(z, block(features.x)[:, :, 2, column])
+
+
+def test_global_context_is_one_map_for_all_points():
+    image = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    torch.manual_seed(0)
+    block = GlobalContextBlock(3, reduction=1)
+    maps = attention_maps(PlantedDetector(block=block), image, [centre(2, 3), centre(0, 0)])
+    (attended,) = maps.blocks
+    assert attended.pairwise == "global_context"
+    first, second = attended.maps
+    assert first.weights.shape == (4, 6)
+    assert np.array_equal(first.weights, second.weights)
+    assert first.weights.sum() == pytest.approx(1)
+    assert len(set(first.weights.ravel())) > 1
+    assert first.query != second.query

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from nl_detectron import NonLocalBlock
+from nl_detectron import GlobalContextBlock, NonLocalBlock
 from nl_detectron.analysis.block_report import inspect_blocks
 from nl_detectron.layers.nonlocal_block import PAIRWISE
 
@@ -59,7 +59,7 @@ def mean_distance(maps):
     return sum(distances) / len(distances)
 
 
-@pytest.mark.parametrize("subsample", ["none", "embeddings"])
+@pytest.mark.parametrize("subsample", ["none", "embeddings", "pyramid"])
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 def test_entropy_and_query_dependence_are_their_formulas(pairwise, subsample):
     block, x = make_block(pairwise=pairwise, subsample=subsample), image(count=2)
@@ -67,7 +67,8 @@ def test_entropy_and_query_dependence_are_their_formulas(pairwise, subsample):
     report = inspect(block, x)
     expected = sum(map(mean_distance, maps)) / len(maps)
     assert report.query_dependence == pytest.approx(expected, rel=1e-5)
-    if pairwise in ("gaussian", "embedded_gaussian"):
+    if pairwise in ("gaussian", "embedded_gaussian", "disentangled"):
+        maps = maps / maps.sum(2, keepdim=True)
         entropy = -(maps * maps.log()).sum(2).mean() / math.log(maps.shape[2])
         assert report.attention_entropy == pytest.approx(entropy.item(), rel=1e-5)
     else:
@@ -110,6 +111,20 @@ def test_attention_of_each_query_to_itself():
     sentence = inspect(block, x).sentence()
     assert "some places more than" in sentence
     assert "different queries attend to different places" in sentence
+
+
+def test_global_context():
+    torch.manual_seed(0)
+    block, x = GlobalContextBlock(C, reduction=2, zero_init=False), image(count=2)
+    report = inspect(block, x)
+    assert report.query_dependence == pytest.approx(0, abs=1e-6)
+    maps = block.attention(x, [0]).detach().flatten(1).double()
+    entropy = -(maps * maps.log()).sum(1).mean() / math.log(H * W)
+    assert report.attention_entropy == pytest.approx(entropy.item(), rel=1e-5)
+    assert report.mean_abs_gamma is None
+    assert report.effective_norm == report.out_weight_norm > 0
+    assert "all queries attend to the same places, as it is made to" in report.sentence()
+    assert report.pairwise == "global_context"
 
 
 def test_norm_is_folded_into_the_effective_weights():

@@ -1,11 +1,12 @@
 import sys
+from math import prod
 
 import pytest
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis as DetectorFlopCountAnalysis
 from fvcore.nn import FlopCountAnalysis, parameter_count
 
-from nl_detectron import NonLocalBlock
+from nl_detectron import GlobalContextBlock, NonLocalBlock
 from nl_detectron.analysis.flops import flop_handles, register_flop_handles
 from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
 
@@ -33,6 +34,8 @@ def analyse(block, x, analysis=FlopCountAnalysis):
 def block_flops(pairwise, subsample, queries, channels, inner, pooling):
     """Multiply-adds by the paper's formulas, for one of the batch."""
     keys = queries if subsample == "none" else queries // pooling
+    if subsample == "pyramid":
+        keys = pooling
     embedded = keys if subsample == "input" else queries  # positions that phi and g are made of
     products = channels * inner
     if pairwise == "gaussian":  # theta is x, phi pooled x: only g is a convolution
@@ -42,6 +45,8 @@ def block_flops(pairwise, subsample, queries, channels, inner, pooling):
         "embedded_gaussian": queries * keys * 2 * inner,
         "dot_product": (queries + keys) * inner * inner,  # theta (phi^T g)
         "concatenation": (queries + keys) * inner,  # w_f^T theta and w_f^T phi
+        # Two softmaxes, and m.
+        "disentangled": queries * keys * 2 * inner + keys * inner + embedded * channels,
     }
     return convolutions + operation[pairwise]
 
@@ -54,9 +59,12 @@ def test_block_is_counted_by_the_formula(pairwise, subsample):
         options = {"dims": dims, "pairwise": pairwise, "subsample": subsample}
         block = NonLocalBlock(C, **options, norm="").eval()
         analysis = analyse(block, torch.randn(B, C, *grid))
+        if subsample == "pyramid":
+            pooling = {1: 18, 2: 110, 3: 3 * 110}[dims]
         queries = torch.Size(grid).numel()
         expected = block_flops(pairwise, subsample, queries, C, C // 2, pooling)
-        assert analysis.total() == B * expected
+        # fvcore counts average pooling, one for each element, but not max-pooling.
+        assert analysis.total() - analysis.by_operator()["adaptive_avg_pool2d"] == B * expected
         assert not analysis.unsupported_ops()
 
 
@@ -70,6 +78,21 @@ def test_block_of_res4_at_800_x_1280(subsample, gmacs):
     analysis = analyse(block, torch.zeros(1, 1024, 50, 80))
     assert analysis.total() / 1e9 == pytest.approx(gmacs, rel=0.005)
     assert parameter_count(block)[""] / 1e6 == pytest.approx(2.10, abs=0.005)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.usefixtures("registered")
+def test_global_context_is_counted_by_the_formula(dims):
+    grid = (12, 5, 2)[:dims]
+    block = GlobalContextBlock(C, reduction=4, dims=dims).eval()
+    analysis = analyse(block, torch.randn(B, C, *grid))
+    # w_k x and the weighted sum for each position, and two products for all of them.
+    assert analysis.total() - norm_flops(analysis) == B * (2 * C * prod(grid) + 2 * C * C // 4)
+    assert not analysis.unsupported_ops()
+
+
+def norm_flops(analysis):
+    return analysis.by_operator()["layer_norm"]
 
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "GN", "LN", ""])

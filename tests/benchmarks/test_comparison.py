@@ -1,5 +1,6 @@
 """Who takes part, that all compute the same, and what happens where memory is short."""
 
+import importlib.util
 import itertools
 import os
 import sys
@@ -9,7 +10,15 @@ import pytest
 import torch
 
 from benchmarks.comparison import BLOCK, OPERATION, PASSES, available_memory, compare, run_limited
-from benchmarks.implementations import NAMES, OURS, TEXTBOOK, BlockAround, Case, build_all
+from benchmarks.implementations import (
+    NAMES,
+    OURS,
+    TEXTBOOK,
+    BlockAround,
+    Case,
+    build_all,
+    make_block,
+)
 from benchmarks.measure import (
     FAILED,
     FORWARD_BACKWARD,
@@ -22,8 +31,9 @@ from nl_detectron import NonLocalBlock
 from tests.layers import reference
 
 CPU = torch.device("cpu")
-SUBSAMPLE = ("none", "embeddings", "input")
-PEERS = ("mmcv.cnn.bricks.non_local", "pytorchvideo.layers.nonlocal_net", "timm.layers")
+SUBSAMPLE = tuple(reference.SUBSAMPLE)
+FUNCTIONS = (*reference.PAIRWISE, "disentangled")
+PEERS = ("mmcv.cnn.bricks.non_local", "pytorchvideo.layers.nonlocal_net", "timm.layers", "mmseg")
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="limits memory on Linux only")
 
 
@@ -31,7 +41,7 @@ def call(function, *arguments, memory_limit=None):
     return run_limited(function, *arguments, device=CPU, threads=1, memory_limit=memory_limit)
 
 
-@pytest.mark.parametrize("pairwise", reference.PAIRWISE)
+@pytest.mark.parametrize("pairwise", FUNCTIONS)
 @pytest.mark.parametrize("subsample", SUBSAMPLE)
 def test_the_textbook_form_is_the_equation(pairwise, subsample):
     torch.manual_seed(0)
@@ -45,30 +55,47 @@ def test_the_textbook_form_is_the_equation(pairwise, subsample):
     torch.testing.assert_close(BlockAround(block, operation)(x), expected)
 
 
+def test_the_textbook_form_of_a_global_context_is_the_equation():
+    block = make_block(Case("res2", "global_context")).double()
+    x = torch.randn(2, 256, 4, 6, dtype=torch.double)
+    textbook, operation = build_all(block, [TEXTBOOK])[0][TEXTBOOK]
+    torch.testing.assert_close(textbook(x), reference.global_context(x, block.state_dict()))
+    assert operation is None
+
+
 def takes_part(name, pairwise, subsample):
+    if pairwise == "global_context":
+        return name in (OURS, TEXTBOOK, "mmcv")
     return {
         OURS: True,
         TEXTBOOK: True,
-        "mmcv": subsample != "input",
-        "PyTorchVideo": subsample != "embeddings"
+        "mmcv": subsample in ("none", "embeddings") and pairwise != "disentangled",
+        "PyTorchVideo": subsample in ("none", "input")
         and pairwise in ("embedded_gaussian", "dot_product"),
         "timm": (pairwise, subsample) == ("embedded_gaussian", "none"),
+        "mmsegmentation": (pairwise, subsample) == ("disentangled", "none"),
+        "mmsegmentation's ANN": (pairwise, subsample) == ("embedded_gaussian", "pyramid"),
     }[name]
 
 
 @pytest.mark.parametrize(
-    ("pairwise", "subsample"), itertools.product(reference.PAIRWISE, SUBSAMPLE)
+    ("pairwise", "subsample"),
+    [*itertools.product(FUNCTIONS, SUBSAMPLE), ("global_context", "none")],
 )
 def test_all_that_are_comparable_agree(pairwise, subsample):
     for module in PEERS:
-        pytest.importorskip(module)
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {module}")
     rows = compare(Case("res2", pairwise, subsample, 2, (32, 48)), CPU, budget=0)
     outcomes = {(row.implementation, row.level, row.which): row.outcome for row in rows}
+    is_block = pairwise == "global_context"  # without an operation of its own
+    levels = {BLOCK: PASSES[BLOCK]} if is_block else PASSES
     assert {(level, which) for _, level, which in outcomes} == {
-        (level, which) for level, passes in PASSES.items() for which in passes
+        (level, which) for level, passes in levels.items() for which in passes
     }
     assert {name for name, level, _ in outcomes if level == BLOCK} == set(NAMES)
-    assert {OURS, TEXTBOOK} <= {name for name, level, _ in outcomes if level == OPERATION}
+    operations = {name for name, level, _ in outcomes if level == OPERATION}
+    assert operations >= (set() if is_block else {OURS, TEXTBOOK})
     for (name, _, which), outcome in outcomes.items():
         if not takes_part(name, pairwise, subsample):
             assert outcome.status == UNAVAILABLE

@@ -167,6 +167,7 @@ def test_help(capsys):
         (["--json", "no/such/folder.json"], "there is no folder no/such"),
         (["--plot", "figure.xyz"], "has to end in one of"),
         (["--scaling", "--stages", "res2"], "have no meaning with --scaling"),
+        (["--scaling", "--pairwise", "global_context"], "no operation of its own for --scaling"),
     ],
 )
 def test_errors_of_the_user(arguments, message, capsys):

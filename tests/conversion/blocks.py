@@ -32,9 +32,7 @@ def our_block(conversion, dims: int = 2, prefix: str = "") -> NonLocalBlock:
         for name, t in conversion.state_dict.items()
         if name.startswith(prefix)
     }
-    options = {
-        key.lower(): node[key] for key in ("PAIRWISE", "REDUCTION", "SCALE", "SUBSAMPLE", "NORM")
-    }
+    options = {key.lower(): value for key, value in node.items() if key != "AFTER_BLOCKS_PER_STAGE"}
     block = NonLocalBlock(tensors["g.weight"].shape[1], dims=dims, **options)
     block.load_state_dict(tensors)
     return block.eval()

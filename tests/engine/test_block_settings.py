@@ -29,18 +29,22 @@ def settings_of(name, *overrides):
         ("res2", [[1], [], [], []]),
         ("concatenation", [[], [], [4], []]),
         ("gaussian", [[], [], [4], []]),
+        ("disentangled", [[], [], [4], []]),
     ],
 )
 def test_blocks_in_the_backbone(name, after_blocks):
-    pairwise = (
-        name if name in ("concatenation", "gaussian") else "embedded_gaussian (or dot_product)"
-    )
-    assert settings_of(f"{ABLATION}{name}_1x") == {
+    pairwise = "embedded_gaussian (or dot_product)"
+    if name in ("concatenation", "gaussian", "disentangled"):
+        pairwise = name
+    config = f"{ABLATION}{name}_1x"
+    if name == "disentangled":
+        config = "successors/mask_rcnn_R_50_FPN_dnl_1x"
+    assert settings_of(config) == {
         "BACKBONE.NAME": "build_nonlocal_backbone",
         "NONLOCAL.AFTER_BLOCKS_PER_STAGE": f'"{after_blocks}"',
         "NONLOCAL.PAIRWISE": pairwise,
         "NONLOCAL.NORM": "BN (or SyncBN, FrozenBN)",
-        "NONLOCAL.REDUCTION": "2",
+        "NONLOCAL.REDUCTION": "4" if name == "disentangled" else "2",
     }
 
 
@@ -55,6 +59,20 @@ def test_blocks_in_the_keypoint_head():
         "NONLOCAL.PAIRWISE": "embedded_gaussian (or dot_product)",
         "NONLOCAL.NORM": '""',
         "NONLOCAL.REDUCTION": "3",
+    }
+
+
+def test_global_context_blocks():
+    overrides = (
+        *("MODEL.NONLOCAL.BLOCK", "GlobalContextBlock", "MODEL.NONLOCAL.REDUCTION", 16),
+        *("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", [[], [0], [-1], []]),
+    )
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x"
+    assert settings_of(name, *overrides) == {
+        "BACKBONE.NAME": "build_nonlocal_backbone",
+        "NONLOCAL.AFTER_BLOCKS_PER_STAGE": '"[[], [0], [5], []]"',
+        "NONLOCAL.BLOCK": "GlobalContextBlock",
+        "NONLOCAL.REDUCTION": "16",
     }
 
 

@@ -19,9 +19,9 @@ def make_act(model, gain=1.0):
     return model
 
 
-def make_acting_block(channels, **options):
+def make_acting_block(channels, block_class=NonLocalBlock, **options):
     torch.manual_seed(1)
-    return make_act(NonLocalBlock(channels, **options), gain=2.0)
+    return make_act(block_class(channels, **options), gain=2.5)
 
 
 @torch.no_grad()

@@ -1,23 +1,30 @@
 """A block, recorded at one size, does at others what it does in eager mode."""
 
 import io
+import itertools
 import shutil
 
 import pytest
 import torch
 
+from nl_detectron import GlobalContextBlock
+from nl_detectron.layers import PAIRWISE, SUBSAMPLE
 from tests.export.acting import make_acting_block, run_acting
-from tests.layers.reference import PAIRWISE
 
 C = 8
 GRIDS = {1: [(30,), (17,), (41,)], 2: [(8, 6), (13, 10), (5, 12)], 3: [(2, 4, 6), (3, 7, 8)]}
 RECORDED, *OTHERS = GRIDS[2]
+GLOBAL_CONTEXT = {"block_class": GlobalContextBlock, "reduction": 2}
 # Exporting and compiling take seconds: each pairwise function and each subsampling once.
 VARIANTS = [
-    ("gaussian", "none"),
-    ("embedded_gaussian", "input"),
-    ("dot_product", "embeddings"),
-    ("concatenation", "embeddings"),
+    {"pairwise": "gaussian", "subsample": "none"},
+    {"pairwise": "embedded_gaussian", "subsample": "input"},
+    {"pairwise": "dot_product", "subsample": "embeddings"},
+    {"pairwise": "concatenation", "subsample": "embeddings"},
+    {"pairwise": "disentangled", "subsample": "embeddings"},
+    {"pairwise": "embedded_gaussian", "subsample": "pyramid"},
+    {"pairwise": "disentangled", "subsample": "pyramid"},
+    GLOBAL_CONTEXT,
 ]
 
 
@@ -32,12 +39,17 @@ def assert_same(recorded, block, grids):
 
 
 @pytest.mark.parametrize("method", ["script", "trace"])
-@pytest.mark.parametrize("subsample", ["none", "embeddings", "input"])
-@pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"pairwise": f, "subsample": s} for f, s in itertools.product(PAIRWISE, SUBSAMPLE)),
+        GLOBAL_CONTEXT,
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dims", GRIDS)
-def test_torchscript(dims, pairwise, subsample, method):
-    options = {"dims": dims, "pairwise": pairwise, "subsample": subsample}
-    block = make_acting_block(C, **options).eval()
+def test_torchscript(dims, options, method):
+    block = make_acting_block(C, dims=dims, **options).eval()
     if method == "script":
         recorded = torch.jit.script(block)
     else:
@@ -57,11 +69,11 @@ def test_script_with_norm(norm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairwise", "subsample"), VARIANTS)
-def test_torch_export_and_onnx(pairwise, subsample, tmp_path):
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_torch_export_and_onnx(options, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    block = make_acting_block(C, pairwise=pairwise, subsample=subsample).eval()
+    block = make_acting_block(C, **options).eval()
     # Sizes of which half is 1 are a case of their own for torch.export.
     sizes = {
         2: torch.export.Dim("height", min=4, max=2048),
@@ -78,10 +90,10 @@ def test_torch_export_and_onnx(pairwise, subsample, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pairwise", "subsample"), VARIANTS)
-def test_compiles_without_graph_breaks_with_its_gradients(pairwise, subsample):
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_compiles_without_graph_breaks_with_its_gradients(options):
     torch.compiler.reset()
-    block = make_acting_block(C, pairwise=pairwise, subsample=subsample)
+    block = make_acting_block(C, **options)
     # A graph break is an error with fullgraph.
     compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
     for grid in (RECORDED, OTHERS[0]):

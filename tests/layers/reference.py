@@ -9,6 +9,11 @@ from torch.nn import functional
 CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 POOL = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
 PAIRWISE = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+ADAPTIVE_POOL = {
+    1: functional.adaptive_avg_pool1d,
+    2: functional.adaptive_avg_pool2d,
+    3: functional.adaptive_avg_pool3d,
+}
 
 
 def weights(
@@ -41,27 +46,67 @@ def pool(x: Tensor) -> Tensor:
     return POOL[dims](x, kernel, kernel)
 
 
-def block(x: Tensor, tensors: dict, pairwise: str, subsample: str, scale: bool) -> Tensor:
+def pyramid(x: Tensor) -> Tensor:
+    """(B, C, *grid) to (B, C, bins), or (B, C, T, bins)."""
+    dims = x.dim() - 2
+    levels = []
+    for bins in (1, 3, 6, 8):
+        size = (None, bins, bins) if dims == 3 else (bins,) * dims
+        levels.append(ADAPTIVE_POOL[dims](x, size).flatten(3 if dims == 3 else 2))
+    return torch.cat(levels, -1)
+
+
+SUBSAMPLE = {"none": lambda x: x, "input": lambda x: x, "embeddings": pool, "pyramid": pyramid}
+
+
+def block(
+    x: Tensor,
+    tensors: dict,
+    pairwise: str,
+    subsample: str,
+    scale: bool,
+    temperature: float = 0.05,
+    keys: Tensor | None = None,
+) -> Tensor:
     """z of a NonLocalBlock without norm, whose state_dict is ``tensors``."""
 
     def embed(name: str, x: Tensor) -> Tensor:
         weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
         return CONV[x.dim() - 2](x, weight, bias)
 
-    keys = pool(x) if subsample == "input" else x
-    g = embed("g", keys)
+    keys = x if keys is None else keys
+    keys = pool(keys) if subsample == "input" else keys
+    reduce = SUBSAMPLE[subsample]
+    g = reduce(embed("g", keys))
     if pairwise == "gaussian":
-        theta, phi = x, keys
+        theta, phi = x, reduce(keys)
     else:
-        theta, phi = embed("theta", x), embed("phi", keys)
-    if subsample == "embeddings":
-        phi, g = pool(phi), pool(g)
-    f = weights(
-        pairwise,
-        theta.flatten(2).transpose(1, 2),
-        phi.flatten(2).transpose(1, 2),
-        theta.shape[1] ** -0.5 if scale else 1.0,
-        tensors["concat.weight"].flatten() if pairwise == "concatenation" else None,
-    )
+        theta, phi = embed("theta", x), reduce(embed("phi", keys))
+    scale = theta.shape[1] ** -0.5 if scale else 1.0
+    theta, phi = theta.flatten(2).transpose(1, 2), phi.flatten(2).transpose(1, 2)
+    if pairwise == "disentangled":
+        theta, phi = theta - theta.mean(1, keepdim=True), phi - phi.mean(1, keepdim=True)
+        m = torch.exp(reduce(embed("unary", keys))).flatten(2)
+        f = weights("embedded_gaussian", theta, phi, scale / temperature)
+        f = f + m / m.sum(2, keepdim=True)
+    else:
+        w_f = tensors["concat.weight"].flatten() if pairwise == "concatenation" else None
+        f = weights(pairwise, theta, phi, scale, w_f)
     y = torch.einsum("bij,bcj->bci", f, g.flatten(2)).reshape(x.shape[0], -1, *x.shape[2:])
     return x + embed("out", y)
+
+
+def global_context(x: Tensor, tensors: dict, eps: float = 1e-5) -> Tensor:
+    """z of a GlobalContextBlock, whose state_dict is ``tensors``."""
+
+    def conv(name: str, x: Tensor) -> Tensor:
+        return CONV[x.dim() - 2](x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    f = torch.exp(conv("context", x)).flatten(2)
+    weights = f / f.sum(2, keepdim=True)
+    context = (weights * x.flatten(2)).sum(2).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+    t = conv("reduce", context).flatten(1)
+    deviation = t - t.mean(1, keepdim=True)
+    t = deviation / (deviation.square().mean(1, keepdim=True) + eps).sqrt()
+    t = torch.relu(t * tensors["norm.weight"] + tensors["norm.bias"])
+    return x + conv("out", t.reshape(*t.shape, *[1] * (x.dim() - 2)))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nl_detectron import NonLocalBlock
-from tests.layers.reference import PAIRWISE
+from nl_detectron.layers import PAIRWISE
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -8,10 +8,9 @@ from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from torch import nn
 
 from nl_detectron import NonLocalBlock
-from tests.layers import reference
-from tests.layers.reference import PAIRWISE
+from nl_detectron.layers import PAIRWISE, SUBSAMPLE
+from tests.layers import peers, reference
 
-SUBSAMPLE = ("none", "embeddings", "input")
 GRID = {1: (7,), 2: (5, 6), 3: (2, 5, 4)}
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "")
 
@@ -49,7 +48,9 @@ def test_equals_the_equations(pairwise, dims, subsample, scale):
         torch.autograd.grad(actual, wanted, grad), torch.autograd.grad(expected, wanted, grad)
     ):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
-    assert torch.autograd.gradcheck(block, (x,))
+    # One of the batch suffices where there are hundreds of keys.
+    one = x.detach()[: 1 if subsample == "pyramid" else 2].requires_grad_()
+    assert torch.autograd.gradcheck(block, (one,))
 
     single = block.float()(x.detach().float())
     torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-4, atol=1e-4)
@@ -62,14 +63,16 @@ def test_attention_is_f_over_c(pairwise, subsample):
     x = make_input(dtype=torch.float64)
     every = range(GRID[2][0] * GRID[2][1])
     weights = block.attention(x, every)
-    key_grid = GRID[2] if subsample == "none" else (2, 3)
+    key_grid = {"none": GRID[2], "pyramid": (110,)}.get(subsample, (2, 3))
     assert weights.shape == (2, len(every), *key_grid)
-    if "gaussian" in pairwise:
-        torch.testing.assert_close(weights.sum((2, 3)), torch.ones(2, len(every)).double())
+    weights = weights.flatten(2)
+    if "gaussian" in pairwise or pairwise == "disentangled":
+        total = 2.0 if pairwise == "disentangled" else 1.0
+        torch.testing.assert_close(weights.sum(2), torch.full((2, len(every)), total).double())
     # With the weights of every position, z follows.
     g = block.g(reference.pool(x) if subsample == "input" else x)
-    g = reference.pool(g) if subsample == "embeddings" else g
-    y = torch.einsum("bihw,bchw->bci", weights, g).reshape(2, -1, *GRID[2])
+    g = reference.SUBSAMPLE[subsample](g)
+    y = torch.einsum("bij,bcj->bci", weights, g.flatten(2)).reshape(2, -1, *GRID[2])
     torch.testing.assert_close(x + block.out(y), block(x))
 
 
@@ -114,7 +117,9 @@ def test_starts_as_the_identity_and_can_learn(pairwise, norm, dims):
     # After two steps the gradient has passed the zeros on to every other parameter.
     nn.functional.mse_loss(block(x), target).backward()
     assert not torch.equal(block(x), x)
-    assert all(p.grad.any() for name, p in block.named_parameters() if "phi.bias" not in name)
+    # A softmax does not see what is the same for all keys.
+    unseen = {"phi.bias", "unary.bias"} | ({"theta.bias"} if pairwise == "disentangled" else set())
+    assert all(p.grad.any() for name, p in block.named_parameters() if name not in unseen)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -225,6 +230,7 @@ def test_weights_start_as_in_the_released_code():
         ("embedded_gaussian", ["theta", "phi", "g", "out", "norm"]),
         ("dot_product", ["theta", "phi", "g", "out", "norm"]),
         ("concatenation", ["theta", "phi", "g", "concat", "out", "norm"]),
+        ("disentangled", ["theta", "phi", "g", "unary", "out", "norm"]),
     ],
 )
 def test_children(pairwise, children):
@@ -390,6 +396,91 @@ def test_equals_multihead_attention():
     torch.testing.assert_close(actual_weights, expected_weights, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("use_scale", "temperature"), [(True, 0.05), (False, 0.7)])
+def test_equals_mmsegmentations_disentangled_block(use_scale, temperature):
+    dnl_head, _ = peers.mmsegmentation()
+    theirs = dnl_head.DisentangledNonLocal2d(
+        16, reduction=2, use_scale=use_scale, mode="embedded_gaussian", temperature=temperature
+    ).eval()
+    options = {"pairwise": "disentangled", "scale": use_scale, "temperature": temperature}
+    ours = make_block(16, norm="", **options)
+    names = {"theta": "theta", "phi": "phi", "g": "g", "conv_out": "out"}
+    for name, own_name in names.items():
+        copy_parameters(getattr(ours, own_name), getattr(theirs, name).conv)
+    copy_parameters(ours.unary, theirs.conv_mask)
+    x = make_input(channels=16, grid=(9, 14))
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_channels", [16, 24])
+def test_equals_mmsegmentations_pyramid_attention(key_channels):
+    """ANN's attention without the norm and the ReLU that its own embeddings have."""
+    _, ann_head = peers.mmsegmentation()
+    theirs = ann_head.SelfAttentionBlock(
+        low_in_channels=key_channels,
+        high_in_channels=16,
+        channels=8,
+        out_channels=16,
+        share_key_query=False,
+        query_scale=1,
+        key_pool_scales=(1, 3, 6, 8),
+        conv_cfg=None,
+        norm_cfg=None,
+        act_cfg=None,
+    ).eval()
+    ours = make_block(16, norm="", subsample="pyramid", key_channels=key_channels)
+    copy_parameters(ours.theta, theirs.query_project.conv)
+    copy_parameters(ours.phi, theirs.key_project.conv)
+    copy_parameters(ours.g, theirs.value_project)
+    copy_parameters(ours.out, theirs.out_project)
+    x, keys = make_input(channels=16, grid=(5, 7)), make_input(channels=key_channels, grid=(9, 14))
+    torch.testing.assert_close(ours(x, keys) - x, theirs(x, keys), rtol=1e-5, atol=1e-5)
+
+
+def copy_parameters(ours, theirs):
+    """Random ones, for both."""
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("subsample", SUBSAMPLE)
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_keys_of_other_features(dims, pairwise, subsample):
+    key_channels = 8 if pairwise == "gaussian" else 6
+    options = {"dims": dims, "pairwise": pairwise, "subsample": subsample, "norm": ""}
+    block = make_block(**options, key_channels=key_channels).double()
+    x = make_input(dims, dtype=torch.float64).requires_grad_()
+    key_grid = tuple(size + 3 for size in GRID[dims])
+    keys = make_input(channels=key_channels, grid=key_grid, dtype=torch.float64).requires_grad_()
+    tensors = dict(block.named_parameters())
+    expected = reference.block(x, tensors, pairwise, subsample, True, keys=keys)
+    actual = block(x, keys)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for a, e in zip(
+        torch.autograd.grad(actual.sum(), [x, keys]), torch.autograd.grad(expected.sum(), [x, keys])
+    ):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+    # The weights of one query, and with them its y.
+    g = reference.pool(keys) if subsample == "input" else keys
+    g = reference.SUBSAMPLE[subsample](block.g(g)).flatten(2)
+    weights = block.attention(x, [3], keys).flatten(1)
+    y = torch.zeros(2, g.shape[1], x[0, 0].numel(), dtype=x.dtype)
+    y[:, :, 3] = torch.einsum("bj,bcj->bc", weights, g)
+    z = (x + block.out(y.unflatten(2, x.shape[2:]))).flatten(2)[:, :, 3]
+    torch.testing.assert_close(z, actual.flatten(2)[:, :, 3])
+
+
+def test_refuses_keys():
+    block = make_block(key_channels=6)
+    for shape in [(2, 8, 5, 5), (1, 6, 5, 5), (2, 6, 5)]:
+        with pytest.raises(ValueError, match=r"this block needs \(2, 6, size, size\)"):
+            block(make_input(), torch.zeros(shape))
+    with pytest.raises(ValueError, match="keys of shape"):
+        block(make_input())
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("h", [30.0, 60.0])
 def test_plain_gaussian_is_non_local_means(channels, h):
@@ -417,7 +508,10 @@ def test_plain_gaussian_is_non_local_means(channels, h):
     ("options", "message"),
     [
         ({"pairwise": "embeded_gaussian"}, "'embeded_gaussian'.*did you mean 'embedded_gaussian'"),
-        ({"subsample": "pool"}, "subsample is 'pool'.*'none', 'embeddings', 'input'"),
+        ({"subsample": "pool"}, "subsample is 'pool'.*'none', 'embeddings', 'input', 'pyramid'"),
+        ({"temperature": 0}, "temperature is 0, but must be a number above 0"),
+        ({"temperature": True}, "temperature is True"),
+        ({"pairwise": "gaussian", "key_channels": 4}, "key_channels is 4.*in_channels=8"),
         ({"dims": 4}, "dims is 4.*1, 2, 3"),
         ({"reduction": 9}, "reduction is 9.*in_channels=8"),
         ({"reduction": 0}, "reduction is 0"),

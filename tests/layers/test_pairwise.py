@@ -5,6 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nl_detectron.layers import (
     concatenation_pairwise,
+    disentangled_pairwise,
     dot_product_pairwise,
     softmax,
     softmax_pairwise,
@@ -19,12 +20,20 @@ def fast(kind, theta, phi, g, w_f=None, scale=0.7):
         return softmax_pairwise(theta, phi, g, scale)
     if kind == "dot_product":
         return dot_product_pairwise(theta, phi, g)
+    if kind == "disentangled":  # any m would do; this one has gradients, too
+        return disentangled_pairwise(theta, phi, phi[:, :, 0], g, scale)
     w_theta, w_phi = w_f.chunk(2)
     return concatenation_pairwise(theta @ w_theta, phi @ w_phi, g)
 
 
-def exact(kind, theta, phi, g, w_f=None, scale=0.7):
+def exact(kind, theta, phi, g, w_f=None, scale=0.7, mean=None):
+    """y; ``mean`` is that of all of theta, if theta is a part of it."""
     theta, phi, g, w_f = (None if t is None else t.double() for t in (theta, phi, g, w_f))
+    if kind == "disentangled":
+        centred = theta - (theta.mean(1, keepdim=True) if mean is None else mean)
+        centred_phi = phi - phi.mean(1, keepdim=True)
+        unary = phi[:, :, 0].softmax(1).unsqueeze(1)
+        return (reference.weights("embedded_gaussian", centred, centred_phi, scale) + unary) @ g
     name = "embedded_gaussian" if kind == "softmax" else kind
     return reference.weights(name, theta, phi, scale, w_f) @ g
 
@@ -33,7 +42,7 @@ def relative_error(actual, expected):
     return float((actual.double() - expected).norm().detach() / expected.norm().detach())
 
 
-KINDS = ("softmax", "dot_product", "concatenation")
+KINDS = ("softmax", "dot_product", "concatenation", "disentangled")
 
 
 def inputs(batch=2, queries=11, keys=7, d=D, c=C, dtype=torch.float64, mean=0.0):
@@ -122,10 +131,10 @@ def test_float32_is_accurate_over_many_positions(kind, mean, queries, keys, chan
 def exact_in_parts(kind, theta, phi, g, w_f, scale, grad):
     """y and the gradients of theta, phi and g, from at most 4e6 pairs at a time."""
     theta, phi, g = (t.detach().double().requires_grad_() for t in (theta, phi, g))
-    size = max(1, 4_000_000 // phi.shape[1])
+    size, mean = max(1, 4_000_000 // phi.shape[1]), theta.mean(1, keepdim=True)
     y = []
     for theta_part, grad_part in zip(theta.split(size, 1), grad.split(size, 1)):
-        y.append(exact(kind, theta_part, phi, g, w_f, scale))
+        y.append(exact(kind, theta_part, phi, g, w_f, scale, mean))
         y[-1].backward(grad_part.double())
     return torch.cat(y, 1).detach(), theta.grad, phi.grad, g.grad
 

@@ -7,7 +7,12 @@ from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import nn
 
-from nl_detectron import NonLocalBlock, add_nonlocal_config, insert_blocks
+from nl_detectron import (
+    GlobalContextBlock,
+    NonLocalBlock,
+    add_nonlocal_config,
+    insert_blocks,
+)
 from nl_detectron.layers import LocalBlock
 from nl_detectron.modeling import (
     NONLOCAL_BLOCK_REGISTRY,
@@ -44,7 +49,12 @@ def config(*overrides):
 
 @pytest.mark.parametrize(
     ("name", "block_class"),
-    [("NonLocalBlock", NonLocalBlock), ("LocalBlock", LocalBlock), ("SignOfTest", SignOfTest)],
+    [
+        ("NonLocalBlock", NonLocalBlock),
+        ("GlobalContextBlock", GlobalContextBlock),
+        ("LocalBlock", LocalBlock),
+        ("SignOfTest", SignOfTest),
+    ],
 )
 def test_the_config_chooses_the_kind_of_block(name, block_class):
     cfg = config("MODEL.NONLOCAL.BLOCK", name)
@@ -79,6 +89,16 @@ def test_an_error_of_another_kind_keeps_its_words():
         build_block(cfg, 48)
 
 
+def test_a_global_context_block_follows_the_config():
+    words = "MODEL.NONLOCAL.BLOCK", "GlobalContextBlock", "MODEL.NONLOCAL.REDUCTION"
+    block = build_block(config(*words, 16), 64)
+    assert block.reduce.out_channels == 4
+    assert not block.out.weight.any()
+    assert build_block(config(*words, 16, "MODEL.NONLOCAL.ZERO_INIT", False), 64).out.weight.any()
+    with pytest.raises(ValueError, match=r"MODEL.NONLOCAL.REDUCTION is 33, .* 32"):
+        build_block(config(*words, 33), 64)
+
+
 @pytest.mark.parametrize("after_blocks", [{"res4": [-2]}, [[], [], [-2]], [[], [], [-2], [], []]])
 def test_insert_blocks_by_name_or_by_position(after_blocks):
     cfg = config("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", [[], [], [], []])
@@ -88,8 +108,9 @@ def test_insert_blocks_by_name_or_by_position(after_blocks):
 
 
 def test_blocks_are_found_by_their_class_too():
-    model = nn.Sequential(nn.Conv2d(8, 8, 1), NonLocalBlock(8), LocalBlock(8))
-    assert list(nonlocal_blocks(model)) == ["1"]
+    blocks = NonLocalBlock(8), GlobalContextBlock(8, reduction=4), LocalBlock(8)
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), *blocks)
+    assert list(nonlocal_blocks(model)) == ["1", "2"]
 
 
 def test_what_a_block_does_not_have_is_none():
@@ -98,3 +119,6 @@ def test_what_a_block_does_not_have_is_none():
     assert out_weight_norm(block) == pytest.approx(block.out.weight.norm().item())
     assert out_weight_norm(LocalBlock(8)) is None
     assert mean_abs_gamma(LocalBlock(8)) == 0
+    context = GlobalContextBlock(8, reduction=2)  # whose norm is not after out
+    assert mean_abs_gamma(context) is None
+    assert out_weight_norm(context) == 0

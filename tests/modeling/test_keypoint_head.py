@@ -83,8 +83,13 @@ def test_blocks_keep_their_own_initialisation():
 
 @pytest.mark.parametrize("count", [0, 1, 4])
 @pytest.mark.parametrize("training", [True, False])
-def test_any_number_of_regions(count, training):
-    head = build().train(training)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"BLOCK": "GlobalContextBlock"}, {"PAIRWISE": "disentangled", "SUBSAMPLE": "pyramid"}],
+    ids=str,
+)
+def test_any_number_of_regions(count, training, options):
+    head = build(**options).train(training)
     x, instances = regions(count, training)
     with EventStorage():
         result = head(x, instances)

@@ -1,5 +1,5 @@
 """
-The implementations whose non-local blocks are converted, a module each.
+The implementations whose blocks are converted, or refused with the reason, a module each.
 
 For another one, write a module with what distinguishes it, a :class:`Family`, and give it a line
 below; with a :class:`Target` blocks are written for it as well.
@@ -7,7 +7,18 @@ below; with a :class:`Target` blocks are written for it as well.
 
 from __future__ import annotations
 
-from nl_detectron.conversion.families import alexhex7, caffe2, mmcv, ours, slowfast, timm
+from nl_detectron.conversion.families import (
+    alexhex7,
+    ann,
+    caffe2,
+    dnl,
+    gcnet,
+    keras,
+    mmcv,
+    ours,
+    slowfast,
+    timm,
+)
 from nl_detectron.conversion.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -18,4 +29,8 @@ FAMILIES: dict[str, Family] = {
     "slowfast": slowfast.SLOWFAST,
     "pytorchvideo": slowfast.PYTORCHVIDEO,
     "timm": timm.FAMILY,
+    "gcnet": gcnet.FAMILY,
+    "keras": keras.FAMILY,
+    "dnl": dnl.FAMILY,
+    "ann": ann.FAMILY,
 }

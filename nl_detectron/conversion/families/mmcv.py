@@ -1,4 +1,7 @@
-"""mmcv 2.2's ``non_local.py``, which mmdetection uses."""
+"""
+mmcv 2.2's ``non_local.py``, which mmdetection uses, and mmsegmentation 1.2's disentangled block,
+which is derived from it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from nl_detectron.conversion.block import BATCH_NORMS, Block, common_reduction
 from nl_detectron.conversion.family import EITHER, NO_SOFTMAX, Family, Target
+from nl_detectron.conversion.report import ConversionError
 
 _NORMS = {"": None, "GN": {"type": "GN", "num_groups": 32}}
 
@@ -27,8 +31,13 @@ def _settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
     }
 
 
-def _concat_as_2d(block: Block) -> None:
+def _adapt(block: Block) -> None:
     """Its w_f is a 2-D convolution in the 1-D and 3-D blocks too."""
+    if block.traits.pairwise == "disentangled":
+        raise ConversionError(
+            f"{block.prefix or 'the block'}: mmcv has no pairwise='disentangled', only "
+            "mmsegmentation has, which blocks are not written for"
+        )
     if "concat.weight" in block.tensors:
         weight = block.tensors["concat.weight"]
         block.tensors["concat.weight"] = weight.reshape(1, -1, 1, 1)
@@ -46,8 +55,14 @@ FAMILY = Family(
         "norm": "conv_out.bn",
         "norm GN": "conv_out.gn",
         "concat": "concat_project.conv",
+        "unary": "conv_mask",
     },
-    scales={"gaussian": (False,), "embedded_gaussian": EITHER, **NO_SOFTMAX},
+    scales={
+        "gaussian": (False,),
+        "embedded_gaussian": EITHER,
+        "disentangled": EITHER,
+        **NO_SOFTMAX,
+    },
     subsample=("none", "embeddings"),
     no_bias=("out",),
     usual={"pairwise": "embedded_gaussian", "scale": True},
@@ -55,6 +70,6 @@ FAMILY = Family(
         dims=(None, 1, 2, 3),
         norms=("", *BATCH_NORMS, "GN"),
         settings=_settings,
-        adapt=_concat_as_2d,
+        adapt=_adapt,
     ),
 )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nl_detectron.conversion.block import BATCH_NORMS, Block, common_reduction
+from nl_detectron.conversion.block import BATCH_NORMS, Block, Traits, common_reduction
 from nl_detectron.conversion.family import EITHER, NO_SOFTMAX, Family, Target
 from nl_detectron.conversion.report import ConversionError
 
@@ -22,13 +22,7 @@ def _settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
                 f"{names[0]} and {name} differ, and MODEL.NONLOCAL holds for all: "
                 f"{traits[0]} and {other}"
             )
-    node: dict[str, Any] = {
-        "PAIRWISE": traits[0].pairwise,
-        "REDUCTION": common_reduction(blocks.values()),
-        "SCALE": traits[0].scale,
-        "SUBSAMPLE": traits[0].subsample,
-        "NORM": traits[0].norm,
-    }
+    node = _options(traits[0], common_reduction(blocks.values()))
     lost = [name for name in names if not _PLACE.fullmatch(name)]
     if lost:
         notes.append(
@@ -45,10 +39,29 @@ def _settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
     return {"MODEL": {"BACKBONE": {"NAME": "build_nonlocal_backbone"}, "NONLOCAL": node}}
 
 
+def _options(traits: Traits, reduction: int) -> dict[str, Any]:
+    if traits.pairwise == "global_context":
+        return {"BLOCK": "GlobalContextBlock", "REDUCTION": reduction}
+    node: dict[str, Any] = {
+        "PAIRWISE": traits.pairwise,
+        "REDUCTION": reduction,
+        "SCALE": traits.scale,
+        "SUBSAMPLE": traits.subsample,
+        "NORM": traits.norm,
+    }
+    if traits.pairwise == "disentangled":
+        node["TEMPERATURE"] = traits.temperature
+    return node
+
+
+_SOFTMAX = ("gaussian", "embedded_gaussian", "disentangled")
+_PARTS = ("theta", "phi", "g", "out", "norm", "concat", "unary", "context", "reduce")
+
 FAMILY = Family(
     title="nl_detectron",
-    modules={name: name for name in ("theta", "phi", "g", "out", "norm", "concat")},
-    scales={"gaussian": EITHER, "embedded_gaussian": EITHER, **NO_SOFTMAX},
+    modules={name: name for name in _PARTS},
+    scales={**dict.fromkeys(_SOFTMAX, EITHER), **NO_SOFTMAX, "global_context": ()},
+    needs=(frozenset({"g", "out"}), frozenset({"context", "reduce", "out"})),
     usual={"pairwise": "embedded_gaussian", "scale": True, "subsample": "embeddings"},
     target=Target(dims=(2, 1, 3), norms=("", *BATCH_NORMS, "GN", "LN"), settings=_settings),
 )

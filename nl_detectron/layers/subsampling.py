@@ -1,0 +1,109 @@
+"""Fewer keys than positions: pooling in space of features (B, C, *grid)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from nl_detectron.layers.recorded import is_compiling
+
+SUBSAMPLE = ("none", "embeddings", "input", "pyramid")
+"""What ``NonLocalBlock`` may do to its keys."""
+
+PYRAMID = (1, 3, 6, 8)
+"""The bins of each level of the pyramid along each dimension, as in ANN's APNB
+(https://arxiv.org/abs/1908.07678, Section 3.2): 110 in an image."""
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """
+    Max-pooling with kernel and stride 2 in space, where a dimension of size 1 is left alone. Time,
+    the first of three dimensions, is not pooled.
+
+    Args:
+        x: (B, C, *grid) in 1, 2 or 3 dimensions.
+
+    Returns:
+        (B, C, *grid), each spatial size halved and rounded down.
+    """
+    images = _as_images(x)
+    kernel = [2 if size > 1 else 1 for size in images.shape[2:]]
+    pooled = functional.max_pool2d(images, kernel, kernel)
+    if x.dim() == 3:
+        return pooled.squeeze(2)
+    return pooled.unflatten(1, x.shape[1:3]) if x.dim() == 5 else pooled
+
+
+def pyramid_pool(x: Tensor) -> Tensor:
+    """
+    PyTorch's adaptive average pooling to 1, 3, 6 and 8 bins in each spatial dimension; the bins of
+    all levels follow each other, those of a level row by row. Time is not pooled.
+
+    Args:
+        x: (B, C, *grid) in 1, 2 or 3 dimensions, of any size; bins overlap where the number does
+            not divide the size.
+
+    Returns:
+        (B, C, 18), (B, C, 110) or (B, C, T, 110).
+    """
+    images = _as_images(x)
+    levels = []
+    for bins in (1, 3, 6, 8):  # PYRAMID; TorchScript knows no constants of modules
+        levels.append(_average_pool(images, 1 if x.dim() == 3 else bins, bins).flatten(2))
+    pooled = torch.cat(levels, 2)
+    return pooled.unflatten(1, x.shape[1:3]) if x.dim() == 5 else pooled
+
+
+def spread_over_bins(weights: Tensor, grid: Sequence[int]) -> Tensor:
+    """
+    Give the weight of each of the pyramid's bins to the cells that it is the mean of, in equal
+    parts. A weighted sum of the bins is the same weighted sum of the cells.
+
+    Args:
+        weights: (..., 110), of the bins of an image in the order of :func:`pyramid_pool`.
+        grid: rows and columns of the image.
+
+    Returns:
+        (..., rows, columns), with the same sums.
+    """
+    rows, columns = grid
+    levels = []
+    for bins, part in zip(PYRAMID, weights.split([bins * bins for bins in PYRAMID], -1)):
+        of_rows, of_columns = (
+            _bin_weights(rows, bins, weights),
+            _bin_weights(columns, bins, weights),
+        )
+        levels.append(of_rows.mT @ part.unflatten(-1, (bins, bins)) @ of_columns)
+    return torch.stack(levels).sum(0)
+
+
+def _as_images(x: Tensor) -> Tensor:
+    """(B, C, L) as (B, C, 1, L), and each moment of (B, C, T, H, W) as channels (B, C T, H, W)."""
+    if x.dim() == 3:
+        return x.unsqueeze(2)
+    return x.flatten(1, 2) if x.dim() == 5 else x
+
+
+def _average_pool(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, C, H, W) to (B, C, rows, columns)."""
+    if torch.jit.is_scripting():
+        return functional.adaptive_avg_pool2d(x, (rows, columns))
+    if torch.onnx.is_in_onnx_export() or is_compiling():
+        # ONNX has adaptive pooling only where the bins divide the size, and that at one size.
+        height, width = x.shape[2], x.shape[3]
+        return _bin_weights(height, rows, x) @ x @ _bin_weights(width, columns, x).mT
+    return functional.adaptive_avg_pool2d(x, (rows, columns))
+
+
+def _bin_weights(size: int, bins: int, like: Tensor) -> Tensor:
+    """(bins, size): the weights by which adaptive average pooling sums up positions to bins."""
+    position = torch.arange(size, device=like.device)
+    number = torch.arange(bins, device=like.device).unsqueeze(1)
+    # From floor(number size / bins) to ceil((number + 1) size / bins), which is left out.
+    start = number * size // bins
+    stop = ((number + 1) * size + bins - 1) // bins
+    inside = (position >= start) & (position < stop)
+    return inside.to(like.dtype) / (stop - start).to(like.dtype)
