@@ -63,13 +63,17 @@ def sums_over_active(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     # -b_j < a_i.
     b, order = b.sort(1, descending=True)
     g = g.gather(1, order.unsqueeze(2).expand_as(g))
-    active = _count_below(a, -b).unsqueeze(2).expand(-1, -1, g.shape[2])
-    # For the sums only a + b matters: centring b keeps a * sum g and sum b g from being large
-    # numbers that cancel.
-    centre = b.sum(1, keepdim=True) / max(b.shape[1], 1)
-    a, b = a + centre, b - centre
-    step_sum = _sum_of_first(active, g)
-    return step_sum, a.unsqueeze(2) * step_sum + _sum_of_first(active, b.unsqueeze(2) * g)
+    count = _count_below(a, -b)
+    active = count.unsqueeze(2).expand(-1, -1, g.shape[2])
+    # With b_k the smallest active one, a_i + b_j = (a_i + b_k) + (b_j - b_k), and the sum over j of
+    # (b_j - b_k) g_j is one of the steps from each b to the next, times the g so far. No inactive
+    # key is seen and nothing large cancels: it is as exact as looking at all pairs.
+    smallest = functional.pad(b, (1, 0)).gather(1, count)
+    so_far = functional.pad(g.cumsum(1), (0, 0, 1, 0))
+    steps = functional.pad(b[:, :-1] - b[:, 1:], (1, 0))
+    above = functional.pad((steps.unsqueeze(2) * so_far[:, :-1]).cumsum(1), (0, 0, 1, 0))
+    step_sum = so_far.gather(1, active)
+    return step_sum, (a + smallest).unsqueeze(2) * step_sum + above.gather(1, active)
 
 
 def _count_below(x: Tensor, sorted_values: Tensor) -> Tensor:
@@ -82,8 +86,3 @@ def _count_below(x: Tensor, sorted_values: Tensor) -> Tensor:
     order = torch.cat([x, sorted_values], 1).argsort(1)
     values_so_far = (order >= x.shape[1]).long().cumsum(1)
     return values_so_far.gather(1, order.argsort(1)[:, : x.shape[1]])
-
-
-def _sum_of_first(count: Tensor, x: Tensor) -> Tensor:
-    """Sums of the first count (B, N, c) of x (B, M, c) over the positions."""
-    return functional.pad(x, (0, 0, 1, 0)).cumsum(1).gather(1, count)

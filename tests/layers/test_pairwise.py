@@ -139,6 +139,40 @@ def exact_in_parts(kind, theta, phi, g, w_f, scale, grad):
     return torch.cat(y, 1).detach(), theta.grad, phi.grad, g.grad
 
 
+@pytest.mark.parametrize("of", ["a", "b"])
+@pytest.mark.parametrize("share", [0.002, 0.5])
+@pytest.mark.parametrize("outlier", [-1e8, -1e4, 1e4, 1e8])
+def test_concatenation_is_exact_whatever_the_outliers(of, share, outlier):
+    """As exact as adding up the pairs in float32: errors are parts of the sum of |terms|."""
+    torch.manual_seed(0)
+    a, b, g = torch.randn(1, 500), torch.randn(1, 600), torch.randn(1, 600, 4)
+    moved = a if of == "a" else b
+    moved[torch.rand_like(moved) < share] += outlier
+    grad = torch.randn(1, 500, 4)
+
+    def results(run, *inputs):
+        inputs = [x.clone().requires_grad_() for x in inputs]
+        y = run(*inputs)
+        return [y.detach(), *torch.autograd.grad(y, inputs, grad.to(y.dtype))]
+
+    def all_pairs(a, b, g):
+        return (a.unsqueeze(2) + b.unsqueeze(1)).relu() @ g / b.shape[1]
+
+    doubles = [x.double() for x in (a, b, g)]
+    expected = results(all_pairs, *doubles)
+    active = (doubles[0].unsqueeze(2) + doubles[1].unsqueeze(1) > 0).double()
+    weights = (doubles[0].unsqueeze(2) + doubles[1].unsqueeze(1)).relu() / 600
+    products = doubles[2].abs() @ grad.abs().mT.double() / 600  # of the |terms| of each pair
+    sizes = [
+        weights @ doubles[2].abs(),
+        (active * products.mT).sum(2),
+        (active * products.mT).sum(1),
+        weights.mT @ grad.abs().double(),
+    ]
+    for actual, right, size in zip(results(concatenation_pairwise, a, b, g), expected, sizes):
+        assert ((actual - right).abs() <= 1e-6 * size).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0)])
 def test_empty(kind, batch, queries):
