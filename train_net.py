@@ -36,7 +36,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.resume:
         check_weights_exist("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if args.train_json is not None:
-        use_own_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
+        files = (args.train_json, args.train_images, args.val_json, args.val_images)
+        use_own_data(cfg, *files, keep_records=not args.eval_only)
     check_datasets_registered(cfg)
     use_cpu_without_cuda(cfg)
     use_sync_bn_of_cpu(cfg)

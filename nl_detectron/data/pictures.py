@@ -1,0 +1,59 @@
+"""Picture files: whether Detectron2 can read them, and reads what is in them."""
+
+from __future__ import annotations
+
+import os
+
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+_EXIF_ORIENTATION = 274  # a tag of EXIF; from 5 on height and width change places
+_LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+
+
+class UnreadableImageError(OSError):
+    """A picture cannot be read, or not as it was recorded; the message is one line."""
+
+
+def picture_problem(path: str, width: float, height: float, *, decode: bool) -> str | None:
+    """
+    Args:
+        path: the file.
+        width: the recorded width, in pixels.
+        height: the recorded height.
+        decode: read all of it. Otherwise the header is read, and all of it only where the file
+            does not end as files of its format do.
+
+    Returns:
+        What is wrong with it for Detectron2, which turns pictures as their EXIF data say and reads
+        8 bits a value; None for nothing.
+    """
+    if not os.path.isfile(path):
+        return "is not there"
+    if not os.path.getsize(path):
+        return "is empty (0 bytes)"
+    try:
+        with Image.open(path) as image:
+            mode, size = image.mode, image.size
+            # "in info": Otherwise a PNG file is decoded, for EXIF data may stand at its end.
+            if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) > 4:
+                size = size[::-1]
+            decode = decode or not _ends_well(path, image.format or "")
+        if decode:
+            size = read_image(path, "BGR").shape[1::-1]
+    except Exception as error:  # PIL's decoders raise anything
+        return f"does not decode: {' '.join(str(error).split()) or type(error).__name__}"
+    if size != (width, height):
+        return f"is {size[0]} x {size[1]} (EXIF rotation included), recorded as {width} x {height}"
+    if mode.startswith(("I", "F")):
+        return f"has more than 8 bits a value (PIL's mode {mode}): what is above 255 becomes 255"
+    return None
+
+
+def _ends_well(path: str, format_: str) -> bool:
+    ending = _LAST_BYTES.get(format_)
+    if ending is None:
+        return True
+    with open(path, "rb") as file:
+        file.seek(-len(ending), os.SEEK_END)
+        return file.read() == ending
