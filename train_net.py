@@ -12,6 +12,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from nl_detectron.data.pictures import UnreadableImageError
 from nl_detectron.engine import (
     NonLocalCheckpointer,
     Trainer,
@@ -66,7 +67,8 @@ def main(args: argparse.Namespace) -> dict | None:
                 trainer.resume_or_load(resume=args.resume)
 
         if not args.eval_only:
-            return trainer.train()
+            with exit_on_user_error((UnreadableImageError,), traceback=args.traceback):
+                return trainer.train()
         with exit_on_user_error((OSError,), traceback=args.traceback):  # of data that is not there
             results = Trainer.test(cfg, model)
         if comm.is_main_process():

@@ -15,11 +15,13 @@ class UnreadableImageError(OSError):
     """A picture cannot be read, or not as it was recorded; the message is one line."""
 
 
-def picture_problem(path: str, width: float, height: float, *, decode: bool) -> str | None:
+def picture_problem(
+    path: str, width: float | None, height: float | None, *, decode: bool
+) -> str | None:
     """
     Args:
         path: the file.
-        width: the recorded width, in pixels.
+        width: the recorded width, in pixels; None if none is.
         height: the recorded height.
         decode: read all of it. Otherwise the header is read, and all of it only where the file
             does not end as files of its format do.
@@ -43,7 +45,7 @@ def picture_problem(path: str, width: float, height: float, *, decode: bool) -> 
             size = read_image(path, "BGR").shape[1::-1]
     except Exception as error:  # PIL's decoders raise anything
         return f"does not decode: {' '.join(str(error).split()) or type(error).__name__}"
-    if size != (width, height):
+    if None not in (width, height) and size != (width, height):
         return f"is {size[0]} x {size[1]} (EXIF rotation included), recorded as {width} x {height}"
     if mode.startswith(("I", "F")):
         return f"has more than 8 bits a value (PIL's mode {mode}): what is above 255 becomes 255"
