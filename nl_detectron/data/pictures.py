@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 _EXIF_ORIENTATION = 274  # a tag of EXIF; from 5 on height and width change places
@@ -37,12 +37,13 @@ def picture_problem(
     try:
         with Image.open(path) as image:
             mode, size = image.mode, image.size
-            # "in info": Otherwise a PNG file is decoded, for EXIF data may stand at its end.
-            if "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) > 4:
-                size = size[::-1]
-            decode = decode or not _ends_well(path, image.format or "")
-        if decode:
-            size = read_image(path, "BGR").shape[1::-1]
+            if decode or not _ends_well(path, image.format or ""):
+                # Not by Detectron2's read_image: of some broken PNG files it returns a part.
+                image.convert("RGB")
+                decode = True
+            # EXIF data may stand at the end of a PNG file, which is decoded to look for them.
+            if decode or image.format != "PNG" or "exif" in image.info:
+                size = size[::-1] if _is_turned(image) else size
     except Exception as error:  # PIL's decoders raise anything
         return f"does not decode: {' '.join(str(error).split()) or type(error).__name__}"
     if None not in (width, height) and size != (width, height):
@@ -50,6 +51,12 @@ def picture_problem(
     if mode.startswith(("I", "F")):
         return f"has more than 8 bits a value (PIL's mode {mode}): what is above 255 becomes 255"
     return None
+
+
+def _is_turned(image: Image.Image) -> bool:
+    with contextlib.suppress(Exception):  # of broken EXIF data; Detectron2 passes over them, too
+        return bool(image.getexif().get(_EXIF_ORIENTATION, 1) > 4)
+    return False
 
 
 def _ends_well(path: str, format_: str) -> bool:
