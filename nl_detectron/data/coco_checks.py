@@ -54,20 +54,11 @@ def check_coco(coco: Record, image_root: Path, pictures: str = "present") -> lis
     if not image_root.is_dir():
         raise FileNotFoundError(f"The image folder {image_root} does not exist")
     problems: list[Problem] = []
-    sound: dict[str, tuple[Sequence[int], list[Record]]] = {}
+    sound = {}
     for section in ("categories", "images", "annotations"):
-        entries = coco[section]
-        found = [
-            Problem(True, kind, section, i, f"{section}[{i}] {text}{_ids_of(entries[i])}")
-            for i, kind, text in format_problems(section, entries)
-        ]
+        found = _check_format(section, coco[section])
         problems += found
-        broken = {problem.place for problem in found}
-        places: Sequence[int] = range(len(entries))
-        if broken:
-            places = [i for i in places if i not in broken]
-            entries = [entries[i] for i in places]
-        sound[section] = (places, entries)
+        sound[section] = _others(coco[section], {problem.place for problem in found})
     num_keypoints = 0
     try:
         num_keypoints = len(keypoint_metadata(sound["categories"][1]).get("keypoint_names", ()))
@@ -85,13 +76,13 @@ def check_coco(coco: Record, image_root: Path, pictures: str = "present") -> lis
     for section, findings in checks.items():
         places, entries = sound[section]
         for is_error, kind, i, text in findings:
-            place = places[i] if i >= 0 else None
-            if i >= 0:
-                name = f"{entries[i]['file_name']!r}" if section == "images" else ""
-                ids = _ids_of(entries[i])
-                text = f"{name}{ids} {text}" if name else f"{text}{ids}"
-                text = f"{section}[{place}] {text}"
-            problems.append(Problem(is_error, kind, section, place, text))
+            if i < 0:
+                problems.append(Problem(is_error, kind, section, None, text))
+                continue
+            ids = _ids_of(entries[i])
+            name = f"{entries[i]['file_name']!r}{ids} " if section == "images" else ""
+            text = f"{section}[{places[i]}] {name}{text}{'' if name else ids}"
+            problems.append(Problem(is_error, kind, section, places[i], text))
     return problems
 
 
@@ -143,6 +134,21 @@ def without_bad(coco: Record, problems: Iterable[Problem]) -> Record:
         if i not in drop["annotations"] and annotation["image_id"] in ids
     ]
     return {**coco, "images": images, "annotations": annotations}
+
+
+def _check_format(section: str, entries: list[Any]) -> list[Problem]:
+    return [
+        Problem(True, kind, section, i, f"{section}[{i}] {text}{_ids_of(entries[i])}")
+        for i, kind, text in format_problems(section, entries)
+    ]
+
+
+def _others(entries: list[Any], places: set[int | None]) -> tuple[Sequence[int], list[Record]]:
+    """The places of the others, and the others."""
+    if not places:
+        return range(len(entries)), entries
+    others = [i for i in range(len(entries)) if i not in places]
+    return others, [entries[i] for i in others]
 
 
 def _ids_of(entry: Any) -> str:
@@ -250,15 +256,16 @@ def _check_boxes(annotations: list[Record], sizes: Sizes) -> Iterator[_Finding]:
         text = "no annotation has a bbox [x, y, width, height] with an area within its picture"
         yield True, "no box", -1, text
     flags = {
-        "negative box": (negative, "of negative size"),
-        "empty box": (empty, "which is empty"),
-        "box outside": (outside, "outside its picture"),
-        "box partly outside": (beyond, "more than a pixel out of its picture"),
+        "negative box": (negative, "of negative size,"),
+        "empty box": (empty, "which is empty,"),
+        "box outside": (outside, "which lies outside,"),
+        "box partly outside": (beyond, "which reaches more than a pixel out,"),
     }
-    for kind, (flag, text) in flags.items():
+    for kind, (flag, said) in flags.items():
         for i in np.flatnonzero(flag).tolist():
             width, height = sizes[annotations[i]["image_id"]]
-            yield False, kind, i, f"has bbox {annotations[i]['bbox']}, {text} of {width} x {height}"
+            text = f"has bbox {annotations[i]['bbox']}, {said} in a picture of {width} x {height}"
+            yield False, kind, i, text
 
 
 def _check_masks(annotations: list[Record], sizes: Sizes) -> Iterator[_Finding]:

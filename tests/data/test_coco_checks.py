@@ -266,7 +266,8 @@ def test_places_and_ids_are_named(data):
     assert texts[0].startswith("annotations[0] is None, not an object")
     assert texts[1] == f"images[0] 'a.png' (id 1) is not in {folder}"
     assert texts[2] == (
-        "annotations[2] has bbox [5, 5, 0, 5], which is empty of 64 x 48 (id 12, image_id 2)"
+        "annotations[2] has bbox [5, 5, 0, 5], which is empty, in a picture of 64 x 48 "
+        "(id 12, image_id 2)"
     )
     assert texts[3].startswith("annotations[3] has 1 numbers in 'keypoints'")
     assert texts[3].endswith("(id 13, image_id 3)")
