@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from nl_detectron.data.coco_checks import MISSING_PICTURE, Problem, check_coco, in_one_line
-from nl_detectron.data.coco_format import Record, read_coco
+from nl_detectron.data.coco_format import Record, no_garbage, read_coco
 from nl_detectron.data.coco_records import contiguous_ids, fill_in, keypoint_metadata, to_records
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class _Facts(NamedTuple):
     has_keypoint: bool  # with a visibility above 0
 
 
+@no_garbage()
 def register_coco_json(
     name: str,
     json_file: str | Path,
@@ -67,6 +68,7 @@ def register_coco_json(
     records = to_records(coco, image_root)
     kept = [records] if keep_records else []
 
+    @no_garbage()
     def load() -> list[Record]:
         if kept:
             return kept.pop()

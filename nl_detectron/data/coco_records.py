@@ -12,7 +12,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
-from nl_detectron.data.coco_format import Record, read_coco
+from nl_detectron.data.coco_format import Record, no_garbage, read_coco
 
 SKELETON_COLOR = (255, 255, 255)
 
@@ -170,6 +170,7 @@ class CompletingCOCOEvaluator(COCOEvaluator):
 
 
 class _CompletedCOCO(COCO):
+    @no_garbage()
     def __init__(self, annotation_file: str) -> None:
         super().__init__()
         self.dataset = read_coco(Path(annotation_file))

@@ -153,10 +153,16 @@ class TrainLoader:
         )
         try:
             yield from loader
-        except UnreadableImageError as error:
-            # From a worker it comes with its traceback for a message, whose last line is its own.
-            message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
-            raise UnreadableImageError(message) from None
+        except Exception as error:
+            if not loader.num_workers:
+                raise
+            # The frames here would keep the workers, for which Python waits at its end, for ever.
+            # What happened in a worker is in the message.
+            failure = error.with_traceback(None)
+            if isinstance(error, UnreadableImageError):
+                message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+                failure = UnreadableImageError(message)
+        raise failure
 
     def _keys(self, repeats: np.ndarray, shuffle: bool) -> Iterator[list[tuple[int, int]]]:
         """For each iteration the place in the stream and the image, of each of our samples."""

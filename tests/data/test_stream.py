@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import random
 import time
 from collections import Counter
@@ -145,18 +146,26 @@ def test_a_picture_that_cannot_be_read_is_named_in_one_line(tmp_path, num_worker
         next(iter(loader))
     (line,) = str(error.value).splitlines()
     assert line.startswith(f"The image {path} does not decode: ")
+    assert not multiprocessing.active_children()  # Python would wait for them at its end
 
 
-def test_other_errors_of_a_mapper_stay_as_they_are(tmp_path):
+def fail(record):
+    raise ZeroDivisionError("of the mapper")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_no_worker_outlives_an_error(num_workers):
+    loader = TrainLoader(records(4), mapper=fail, total_batch_size=1, num_workers=num_workers)
+    with pytest.raises(ZeroDivisionError, match="of the mapper"):
+        next(iter(loader))
+    assert not multiprocessing.active_children()
+
+
+def test_other_errors_with_sound_pictures_stay_as_they_are(tmp_path):
     path = tmp_path / "cat.png"
     Image.new("RGB", (64, 48)).save(path)
-
-    def mapper(record):
-        raise ZeroDivisionError("of the mapper")
-
-    dataset = [{"file_name": str(path)}]
     with pytest.raises(ZeroDivisionError, match="of the mapper"):
-        next(iter(TrainLoader(dataset, mapper=mapper, total_batch_size=1)))
+        next(iter(TrainLoader([{"file_name": str(path)}], mapper=fail, total_batch_size=1)))
 
 
 def test_mapper_that_leaves_all_out_is_an_error():
