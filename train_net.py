@@ -17,6 +17,7 @@ from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from nl_detectron.data.pictures import UnreadableImageError
 from nl_detectron.engine import (
     NonLocalCheckpointer,
     Trainer,
@@ -47,7 +48,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if not args.resume:
         check_weights_exist("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if args.train_json is not None:
-        use_own_data(cfg, args.train_json, args.train_images, args.val_json, args.val_images)
+        files = (args.train_json, args.train_images, args.val_json, args.val_images)
+        use_own_data(cfg, *files, keep_records=not args.eval_only)
     check_datasets(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)
     use_sync_bn_of_cpu(cfg)
@@ -76,7 +78,8 @@ def main(args: argparse.Namespace) -> dict | None:
                 trainer.resume_or_load(resume=args.resume)
 
         if not args.eval_only:
-            return trainer.train()
+            with exit_on_user_error((UnreadableImageError,), traceback=args.traceback):
+                return trainer.train()
         with exit_on_user_error((OSError,), traceback=args.traceback):  # of data that is not there
             results = Trainer.test(cfg, model)
         if comm.is_main_process():

@@ -25,6 +25,8 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from nl_detectron.data.pictures import UnreadableImageError, picture_problem
+
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 16  # images; whole epochs of a small dataset are drawn together up to this many
@@ -103,6 +105,7 @@ class TrainLoader:
         Raises:
             ValueError: the dataset is empty or has no index; the ranks cannot share the batch
                 equally; the sampler is of another kind.
+            UnreadableImageError: while it is iterated, a picture cannot be read.
         """
         self._rank = comm.get_rank() if rank is None else rank
         world_size = comm.get_world_size() if world_size is None else world_size
@@ -142,12 +145,24 @@ class TrainLoader:
         shuffle = getattr(self._sampler, "_shuffle", True)
         samples = _Samples(self._dataset, self._mapper, self.seed, np.flatnonzero(repeats))
         # A generator of its own: otherwise the loader would draw from torch's global one.
-        yield from DataLoader(
+        loader = DataLoader(
             samples,
             batch_sampler=self._keys(repeats, shuffle),
             generator=torch.Generator().manual_seed(0),
             **self._options,
         )
+        try:
+            yield from loader
+        except Exception as error:
+            if not loader.num_workers:
+                raise
+            # The frames here would keep the workers, for which Python waits at its end, for ever.
+            # What happened in a worker is in the message.
+            failure = error.with_traceback(None)
+            if isinstance(error, UnreadableImageError):
+                message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
+                failure = UnreadableImageError(message)
+        raise failure
 
     def _keys(self, repeats: np.ndarray, shuffle: bool) -> Iterator[list[tuple[int, int]]]:
         """For each iteration the place in the stream and the image, of each of our samples."""
@@ -255,17 +270,28 @@ class _Samples(Dataset):
         place, index = key
         with _global_generators_kept():
             _seed_cpu(self._seed, "sample", place)
-            sample = self._mapper(self._dataset[index])
+            sample = self._map(index)
             if sample is not None:
                 return sample
             others = _random_state(self._seed, "instead", place).permutation(self._images)
             for tries, other in enumerate(others[others != index], start=2):
                 if tries == 4:
                     logger.warning(f"The mapper leaves out image {index} and the 2 tried instead")
-                sample = self._mapper(self._dataset[int(other)])
+                sample = self._map(int(other))
                 if sample is not None:
                     return sample
         raise ValueError(f"The mapper returns None for each of the {len(self._images)} images")
+
+    def _map(self, index: int) -> Any:
+        record = self._dataset[index]
+        try:
+            return self._mapper(record)
+        except Exception as error:  # PIL's decoders raise anything, mostly without the file's name
+            path = record.get("file_name") if isinstance(record, dict) else None
+            size = (record.get("width"), record.get("height")) if path else (None, None)
+            if path and (problem := picture_problem(path, *size, decode=True)):
+                raise UnreadableImageError(f"The image {path} {problem}") from error
+            raise
 
 
 def _epochs(repeats: np.ndarray, seed: int, block: int, shuffle: bool) -> np.ndarray:

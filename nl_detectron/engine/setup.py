@@ -129,7 +129,13 @@ def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
 
 
 def use_own_data(
-    cfg: CfgNode, train_json: str, train_images: str, val_json: str, val_images: str
+    cfg: CfgNode,
+    train_json: str,
+    train_images: str,
+    val_json: str,
+    val_images: str,
+    *,
+    keep_records: bool = True,
 ) -> None:
     """
     Register a user's data as "train" and "val", and fit a config to them, in place: see
@@ -141,13 +147,15 @@ def use_own_data(
         train_images: the folder of the images in it.
         val_json: annotations to evaluate on.
         val_images: the folder of the images in it.
+        keep_records: what is trained on follows, and is kept for it.
 
     Raises:
         FileNotFoundError: one of the files, folders or images does not exist.
         ValueError: a file is not in COCO's format, or they do not fit each other or the model.
     """
-    register_coco_json("train", train_json, train_images)
-    register_coco_json("val", val_json, val_images)
+    register_coco_json("train", train_json, train_images, keep_records=keep_records)
+    # A picture that cannot be read must not end the run after hours of training.
+    register_coco_json("val", val_json, val_images, pictures="header")
     try:
         configure_for_dataset(cfg, "train", "val")
     except ValueError as error:

@@ -11,11 +11,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
-from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from nl_detectron.data import TrainLoader, build_train_loader
+from nl_detectron.data import CompletingCOCOEvaluator, TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
 from nl_detectron.engine.hooks import (
@@ -120,7 +119,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-    ) -> COCOEvaluator:
+    ) -> CompletingCOCOEvaluator:
         """
         Args:
             cfg: the config.
@@ -131,7 +130,7 @@ class Trainer(DefaultTrainer):
         Returns:
             What computes COCO's box, mask and keypoint AP, for what the model predicts.
         """
-        return COCOEvaluator(
+        return CompletingCOCOEvaluator(
             dataset_name,
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
             # The official implementation; Detectron2's faster one says of itself that it is not.

@@ -13,11 +13,17 @@ from detectron2.data import (
     MetadataCatalog,
     get_detection_dataset_dicts,
 )
+from detectron2.data.datasets import load_coco_json
 from PIL import Image
 
-from nl_detectron.data import configure_for_dataset, register_coco_json
+from nl_detectron.data import (
+    CompletingCOCOEvaluator,
+    configure_for_dataset,
+    register_coco_json,
+)
 from tests.corruption import read_corrupted
 
+COCO_SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco"
 PERSON = {
     "id": 7,
     "name": "person",
@@ -96,14 +102,19 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def register(write):
-    def register(coco, name="mine"):
-        register_coco_json(name, *write(coco, name))
-
-    yield register
+def forget():
+    yield
     for name in ("mine", "mine_val"):
         DatasetCatalog.pop(name, None)
         MetadataCatalog.pop(name, None)
+
+
+@pytest.fixture
+def register(write, forget):
+    def register(coco, name="mine"):
+        register_coco_json(name, *write(coco, name))
+
+    return register
 
 
 @pytest.fixture
@@ -130,23 +141,52 @@ def test_registers_metadata_and_records(register):
     assert all(len(a["keypoints"]) == 9 for r in records for a in r["annotations"])
 
 
+def evaluated(name):
+    """What the evaluation of a registered dataset reads."""
+    return CompletingCOCOEvaluator(name, distributed=False)._coco_api.dataset
+
+
 def test_fills_in_what_evaluation_reads(register, tmp_path, caplog):
     coco = hand_made_coco()
     with caplog.at_level(logging.INFO):
         register(coco)
     assert "area, distinct ids from 1, info, iscrowd, keypoints, num_keypoints" in caplog.text
+    completed = evaluated("mine")
     assert json.loads((tmp_path / "mine.json").read_text()) == coco  # the user's file stays
-    completed = json.loads(Path(MetadataCatalog.get("mine").json_file).read_text())
+    assert not (tmp_path / "cache").exists()
     assert [a["id"] for a in completed["annotations"]] == [1, 2, 3]
     assert [a["num_keypoints"] for a in completed["annotations"]] == [3, 0, 0]
     assert [a["area"] for a in completed["annotations"]] == pytest.approx([200, 300, 200], abs=15)
 
 
-def test_complete_file_is_used_as_it_is(register, tmp_path):
-    register(hand_made_coco())
-    completed = json.loads(Path(MetadataCatalog.get("mine").json_file).read_text())
+def test_complete_file_is_used_as_it_is(register, tmp_path, caplog):
+    register(hand_made_coco())  # logs nothing: the level is that of warnings
+    completed = evaluated("mine")
     register(completed)
     assert MetadataCatalog.get("mine").json_file == str(tmp_path / "mine.json")
+    assert "lacks" not in caplog.text
+    assert evaluated("mine") == completed
+
+
+@pytest.mark.parametrize("kind", ["instances", "person_keypoints"])
+def test_records_are_those_of_detectron2(kind, forget):
+    if not COCO_SAMPLE.is_dir():
+        pytest.skip("there is no sample of COCO")
+    json_file = COCO_SAMPLE / "annotations" / f"{kind}_val2017.json"
+    register_coco_json("mine", json_file, COCO_SAMPLE / "val2017", pictures="decoded")
+    ours, metadata = DatasetCatalog.get("mine"), MetadataCatalog.get("mine")
+    assert ours == load_coco_json(str(json_file), str(COCO_SAMPLE / "val2017"), "mine_val")
+    theirs = MetadataCatalog.get("mine_val")
+    for key in ("thing_classes", "thing_dataset_id_to_contiguous_id"):
+        assert metadata.get(key) == theirs.get(key)
+
+
+def test_kept_records_are_handed_over_once(write, forget, monkeypatch):
+    register_coco_json("mine", *write(hand_made_coco()), keep_records=True)
+    with monkeypatch.context() as context:
+        context.setattr("nl_detectron.data.coco_json.read_coco", None)  # the file is not read again
+        first = DatasetCatalog.get("mine")
+    assert DatasetCatalog.get("mine") == first
 
 
 @pytest.mark.parametrize("with_keypoints", [True, False])

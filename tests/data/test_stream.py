@@ -1,4 +1,5 @@
 import itertools
+import multiprocessing
 import random
 import time
 from collections import Counter
@@ -7,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.samplers import (
     InferenceSampler,
     RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from nl_detectron.data import TrainLoader, build_train_loader
+from nl_detectron.data.pictures import UnreadableImageError
 
 
 def records(count):
@@ -129,6 +132,40 @@ def test_mapper_may_leave_images_out(num_workers):
     assert set(itertools.chain(*ids(whole))) == {6, 7, 8, 9}
     assert whole == take(20, mapper=mapper)
     assert take(15, mapper=mapper, start_iteration=5) == whole[5:]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_picture_that_cannot_be_read_is_named_in_one_line(tmp_path, num_workers):
+    path = tmp_path / "cat.jpg"
+    Image.new("RGB", (64, 48)).save(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    record = {"file_name": str(path), "image_id": 1, "width": 64, "height": 48, "annotations": []}
+    mapper = DatasetMapper(get_cfg(), is_train=True)
+    loader = TrainLoader([record], mapper=mapper, total_batch_size=1, num_workers=num_workers)
+    with pytest.raises(UnreadableImageError) as error:
+        next(iter(loader))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"The image {path} does not decode: ")
+    assert not multiprocessing.active_children()  # Python would wait for them at its end
+
+
+def fail(record):
+    raise ZeroDivisionError("of the mapper")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_no_worker_outlives_an_error(num_workers):
+    loader = TrainLoader(records(4), mapper=fail, total_batch_size=1, num_workers=num_workers)
+    with pytest.raises(ZeroDivisionError, match="of the mapper"):
+        next(iter(loader))
+    assert not multiprocessing.active_children()
+
+
+def test_other_errors_with_sound_pictures_stay_as_they_are(tmp_path):
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (64, 48)).save(path)
+    with pytest.raises(ZeroDivisionError, match="of the mapper"):
+        next(iter(TrainLoader([{"file_name": str(path)}], mapper=fail, total_batch_size=1)))
 
 
 def test_mapper_that_leaves_all_out_is_an_error():

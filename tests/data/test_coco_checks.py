@@ -1,0 +1,385 @@
+"""Bad data of every kind: what is said of it, in one line, and that nothing hangs."""
+
+import json
+import logging
+
+import numpy as np
+import pycocotools.mask as mask_util
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from nl_detectron.data import register_coco_json
+from nl_detectron.data.coco_checks import check_coco, in_one_line, without_bad
+from nl_detectron.data.coco_format import rle_counts
+
+NAN, INFINITY = float("nan"), float("inf")
+WIDTH, HEIGHT = 64, 48
+PIXELS = WIDTH * HEIGHT
+SQUARE = [[10, 10, 30, 10, 30, 30, 10, 30]]
+
+
+def sound_coco():
+    sizes = {"width": WIDTH, "height": HEIGHT}
+    boxes = [[10, 10, 20, 20], [5, 5, 20, 20], [0, 0, 64, 48]]
+    return {
+        "info": {},
+        "images": [{"id": i, "file_name": f"{i}.png", **sizes} for i in (1, 2, 3)],
+        "annotations": [
+            {
+                "id": 11 + i,
+                "image_id": 1 + i,
+                "category_id": 1,
+                "bbox": box,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+                "segmentation": SQUARE,
+                "keypoints": [12, 12, 2, 20, 20, 1],
+                "num_keypoints": 2,
+            }
+            for i, box in enumerate(boxes)
+        ],
+        "categories": [{"id": 1, "name": "cat", "keypoints": ["nose", "tail"]}],
+    }
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A sound dataset, the folder of its pictures, and what registers it."""
+    coco = sound_coco()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    for image in coco["images"]:
+        Image.fromarray(pixels).save(tmp_path / image["file_name"])
+
+    def register(**options):
+        path = tmp_path / "mine.json"
+        path.write_text(json.dumps(coco))
+        register_coco_json("mine", path, tmp_path, **options)
+
+    yield coco, tmp_path, register
+    DatasetCatalog.pop("mine", None)
+    MetadataCatalog.pop("mine", None)
+
+
+def annotation(**values):
+    return lambda coco: coco["annotations"][1].update(values)
+
+
+def image(**values):
+    return lambda coco: coco["images"][1].update(values)
+
+
+def category(**values):
+    return lambda coco: coco["categories"][0].update(values)
+
+
+def without(section, key):
+    return lambda coco: coco[section][0].pop(key)
+
+
+def all_boxes(*box):
+    return lambda coco: [a.update(bbox=list(box)) for a in coco["annotations"]]
+
+
+def rle(counts, size=(HEIGHT, WIDTH)):
+    return annotation(segmentation={"size": list(size), "counts": counts})
+
+
+def compressed(shape=(HEIGHT, WIDTH)):
+    return mask_util.encode(np.eye(*shape, dtype=np.uint8, order="F"))["counts"].decode()
+
+
+ERRORS = {
+    # boxes
+    "box of NaN": (annotation(bbox=[1, 2, NAN, 4]), "wrong bbox"),
+    "infinite box": (annotation(bbox=[1, 2, INFINITY, 4]), "wrong bbox"),
+    "box of -infinity": (annotation(bbox=[-INFINITY, 2, 3, 4]), "wrong bbox"),
+    "huge box": (annotation(bbox=[0, 0, 1e30, 4]), "wrong bbox"),
+    "box of integers beyond floats": (annotation(bbox=[0, 0, 10**400, 4]), "wrong bbox"),
+    "box of texts": (annotation(bbox=["1", "2", "3", "4"]), "wrong bbox"),
+    "box of booleans": (annotation(bbox=[True, True, True, True]), "wrong bbox"),
+    "box of three": (annotation(bbox=[1, 2, 3]), "wrong bbox"),
+    "box of five": (annotation(bbox=[1, 2, 3, 4, 5]), "wrong bbox"),
+    "box of nothing": (annotation(bbox=[]), "wrong bbox"),
+    "nested box": (annotation(bbox=[[1, 2, 3, 4]]), "wrong bbox"),
+    "box null": (annotation(bbox=None), "wrong bbox"),
+    "box an object": (annotation(bbox={"x": 1}), "wrong bbox"),
+    "no box": (without("annotations", "bbox"), "no bbox"),
+    "all boxes negative": (all_boxes(20, 20, -5, -5), "no box"),
+    "all boxes empty": (all_boxes(20, 20, 0, 0), "no box"),
+    "all boxes outside": (all_boxes(70, 20, 5, 5), "no box"),
+    "all boxes relative": (all_boxes(0.1, 0.2, 0.5, 0.5), "boxes not in pixels"),
+    # polygons
+    "polygon of 2 points": (annotation(segmentation=[[1, 1, 5, 5]]), "wrong segmentation"),
+    "polygon of 1 point": (annotation(segmentation=[[1, 1]]), "wrong segmentation"),
+    "polygon of nothing": (annotation(segmentation=[[]]), "wrong segmentation"),
+    "a bad polygon beside a good": (
+        annotation(segmentation=[*SQUARE, [1, 1, 5, 5]]),
+        "wrong segmentation",
+    ),
+    "odd polygon": (annotation(segmentation=[[1, 1, 5, 5, 9, 9, 3]]), "wrong segmentation"),
+    "polygon of NaN": (annotation(segmentation=[[1, 1, 5, 5, 9, NAN]]), "wrong segmentation"),
+    "infinite polygon": (
+        annotation(segmentation=[[1, 1, 5, 5, 9, INFINITY]]),
+        "wrong segmentation",
+    ),
+    "huge polygon": (annotation(segmentation=[[1, 1, 5, 5, 9, 1e9]]), "wrong segmentation"),
+    "polygon of texts": (annotation(segmentation=[["1"] * 6]), "wrong segmentation"),
+    "polygon without its list": (annotation(segmentation=SQUARE[0]), "wrong segmentation"),
+    "polygon of pairs": (annotation(segmentation=[[[1, 1], [5, 5], [9, 9]]]), "wrong segmentation"),
+    "segmentation a text": (annotation(segmentation="cat.png"), "wrong segmentation"),
+    "segmentation a number": (annotation(segmentation=7), "wrong segmentation"),
+    # RLEs
+    "RLE too short": (rle([5, 3]), "wrong segmentation"),
+    "RLE too long": (rle([5, PIXELS]), "wrong segmentation"),
+    "RLE negative": (rle([PIXELS + 5, -5]), "wrong segmentation"),
+    "RLE of floats": (rle([PIXELS / 2, PIXELS / 2]), "wrong segmentation"),
+    "RLE of nothing": (rle([]), "wrong segmentation"),
+    "RLE without counts": (annotation(segmentation={"size": [48, 64]}), "wrong segmentation"),
+    "RLE without a size": (annotation(segmentation={"counts": [PIXELS]}), "wrong segmentation"),
+    "RLE of one side": (rle([PIXELS], [PIXELS]), "wrong segmentation"),
+    "RLE of size 0": (rle([0], [0, 64]), "wrong segmentation"),
+    "RLE turned": (rle([PIXELS], [WIDTH, HEIGHT]), "RLE of another size"),
+    "RLE of another size": (rle([100], [10, 10]), "RLE of another size"),
+    "compressed RLE cut off": (rle(compressed()[:-5]), "wrong segmentation"),
+    "compressed RLE too long": (rle(compressed() + "111"), "wrong segmentation"),
+    "compressed RLE of another size": (rle(compressed((9, 9)), [9, 9]), "RLE of another size"),
+    "compressed RLE's size wrong": (rle(compressed(), [9, 9]), "wrong segmentation"),
+    "compressed RLE ends in a number": (rle(compressed() + "o"), "wrong segmentation"),
+    "compressed RLE of other letters": (rle("~~~"), "wrong segmentation"),
+    "compressed RLE not ASCII": (rle("ä" * 8), "wrong segmentation"),
+    "compressed RLE empty": (rle(""), "wrong segmentation"),
+    "compressed RLE of endless numbers": (rle("o" * 100 + "0"), "wrong segmentation"),
+    "compressed RLE negative": (rle("PI" * 4), "wrong segmentation"),
+    # keypoints
+    "too few keypoints": (annotation(keypoints=[1, 1, 2]), "wrong number of keypoints"),
+    "too many keypoints": (annotation(keypoints=[1, 1, 2] * 3), "wrong number of keypoints"),
+    "keypoints in pairs": (annotation(keypoints=[1, 1, 2, 2]), "wrong number of keypoints"),
+    "keypoints of NaN": (annotation(keypoints=[1, 1, 2, NAN, 1, 2]), "wrong keypoints"),
+    "keypoints of texts": (annotation(keypoints=["1"] * 6), "wrong keypoints"),
+    "keypoints of null": (annotation(keypoints=[None] * 6), "wrong keypoints"),
+    "num_keypoints a text": (annotation(num_keypoints="2"), "wrong num_keypoints"),
+    "unknown keypoint in a skeleton": (category(skeleton=[[1, 3]]), "keypoints of the categories"),
+    "skeleton of triples": (category(skeleton=[[1, 2, 3]]), "wrong skeleton"),
+    "keypoint names of numbers": (category(keypoints=[1, 2]), "wrong keypoints"),
+    # ids and other values
+    "unknown category": (annotation(category_id=9), "unknown category_id"),
+    "unknown image": (annotation(image_id=9), "unknown image_id"),
+    "image id a text": (annotation(image_id="1"), "unknown image_id"),
+    "category a float": (annotation(category_id=1.0), "wrong category_id"),
+    "category a boolean": (annotation(category_id=True), "wrong category_id"),
+    "image id a list": (annotation(image_id=[1]), "wrong image_id"),
+    "iscrowd 2": (annotation(iscrowd=2), "wrong iscrowd"),
+    "iscrowd a text": (annotation(iscrowd="no"), "wrong iscrowd"),
+    "ignore": (annotation(ignore=1), "wrong ignore"),
+    "area of NaN": (annotation(area=NAN), "wrong area"),
+    "area infinite": (annotation(area=INFINITY), "wrong area"),
+    "area a text": (annotation(area="x"), "wrong area"),
+    "annotation null": (lambda coco: coco["annotations"].append(None), "no object"),
+    "annotation a list": (lambda coco: coco["annotations"].append([1]), "no object"),
+    "two images of one id": (image(id=1), "repeated id"),
+    "ids of numbers and texts": (image(id="2"), "mixed ids"),
+    "image id a float": (image(id=2.0), "wrong id"),
+    "image of width 0": (image(width=0), "wrong width"),
+    "image of height -1": (image(height=-1), "wrong height"),
+    "image of half a pixel": (image(height=47.5), "wrong height"),
+    "image of height NaN": (image(height=NAN), "wrong height"),
+    "image without a height": (without("images", "height"), "no height"),
+    "image of extreme shape": (image(width=50_000), "extreme shape"),
+    "image of extreme size": (image(width=50_000, height=50_000), "extreme shape"),
+    "no picture": (image(file_name="nowhere.png"), "missing picture"),
+    "file name of zeros": (image(file_name="\0"), "missing picture"),
+    "file name a folder": (image(file_name="."), "missing picture"),
+    "file name a number": (image(file_name=2), "wrong file_name"),
+    "two categories of one id": (
+        lambda coco: coco["categories"].append({"id": 1, "name": "dog"}),
+        "repeated id",
+    ),
+    "category id null": (category(id=None), "wrong id"),
+    "category without a name": (without("categories", "name"), "no name"),
+}
+WARNINGS = {
+    "negative box": (annotation(bbox=[30, 30, -10, 5]), "negative box"),
+    "empty box": (annotation(bbox=[5, 5, 0, 20]), "empty box"),
+    "box outside": (annotation(bbox=[64, 5, 5, 5]), "box outside"),
+    "box above": (annotation(bbox=[5, -9, 5, 5]), "box outside"),
+    "box partly outside": (annotation(bbox=[5, 5, 70, 5]), "box partly outside"),
+    "two annotations of one id": (annotation(id=11), "repeated id"),
+    "two images of one file": (image(file_name="1.png"), "repeated file"),
+    "two categories of one name": (
+        lambda coco: coco["categories"].append({"id": 2, "name": "cat"}),
+        "repeated name",
+    ),
+    "visibility 3": (annotation(keypoints=[1, 1, 3, 2, 2, 2]), "wrong visibility"),
+    "visibility -1": (
+        annotation(keypoints=[1, 1, -1, 2, 2, 2], num_keypoints=1),
+        "wrong visibility",
+    ),
+    "num_keypoints of others": (annotation(num_keypoints=1), "wrong num_keypoints"),
+    "a long image": (image(width=1000), "extreme shape"),
+}
+
+
+def test_nothing_is_wrong(data, caplog):
+    coco, folder, register = data
+    assert check_coco(coco, folder, "decoded") == []
+    register(pictures="header")
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(("spoil", "kind"), ERRORS.values(), ids=ERRORS)
+def test_errors(data, spoil, kind):
+    coco, folder, register = data
+    spoil(coco)
+    errors = [problem for problem in check_coco(coco, folder) if problem.is_error]
+    assert kind in {problem.kind for problem in errors}
+    expected = FileNotFoundError if kind == "missing picture" else ValueError
+    with pytest.raises(expected) as error:
+        register()
+    assert str(error.value).startswith(f"{folder / 'mine.json'}: ")
+    assert errors[0].text in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert len(str(error.value)) < 800
+    assert "mine" not in DatasetCatalog
+
+
+@pytest.mark.parametrize(("spoil", "kind"), WARNINGS.values(), ids=WARNINGS)
+def test_warnings(data, spoil, kind, caplog):
+    coco, folder, register = data
+    spoil(coco)
+    assert {(p.is_error, p.kind) for p in check_coco(coco, folder)} == {(False, kind)}
+    with caplog.at_level(logging.WARNING):
+        register()
+    (message,) = (record.message for record in caplog.records)
+    assert message.startswith(str(folder / "mine.json"))
+    assert len(message.splitlines()) == 1
+
+
+def test_places_and_ids_are_named(data):
+    coco, folder, _ = data
+    coco["annotations"].insert(0, None)
+    coco["annotations"][2].update(bbox=[5, 5, 0, 5])
+    coco["annotations"][3].update(keypoints=[1])
+    coco["images"][0].update(file_name="a.png")
+    texts = [problem.text for problem in check_coco(coco, folder)]
+    assert texts[0].startswith("annotations[0] is None, not an object")
+    assert texts[1] == f"images[0] 'a.png' (id 1) is not in {folder}"
+    assert texts[2] == (
+        "annotations[2] has bbox [5, 5, 0, 5], which is empty, in a picture of 64 x 48 "
+        "(id 12, image_id 2)"
+    )
+    assert texts[3].startswith("annotations[3] has 1 numbers in 'keypoints'")
+    assert texts[3].endswith("(id 13, image_id 3)")
+    line = in_one_line(check_coco(coco, folder))
+    assert "4 in all (1 x no object, 1 x missing picture, 1 x empty box, " in line
+
+
+def jpeg(path, size=(WIDTH, HEIGHT), **options):
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(noise).save(path, "JPEG", **options)
+
+
+def cut(path):
+    jpeg(path)
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def cut_png(path):
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def break_png(path):
+    content = bytearray(path.read_bytes())
+    start = content.index(b"IDAT") + 4
+    content[start : start + 50] = b"\xff" * 50
+    path.write_bytes(content)
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[274] = 6
+    jpeg(path, exif=exif)
+
+
+def sixteen_bits(path):
+    Image.fromarray(np.full((HEIGHT, WIDTH), 30_000, np.uint16)).save(path)
+
+
+def floats(path):
+    Image.fromarray(np.full((HEIGHT, WIDTH), 0.5, np.float32)).save(path, "TIFF")
+
+
+PICTURES = {
+    "empty": (lambda path: path.write_bytes(b""), "is empty"),
+    "a text": (lambda path: path.write_text("no picture"), "does not decode: cannot identify"),
+    "a web page": (lambda path: path.write_text("<html>404</html>"), "does not decode"),
+    "a header alone": (lambda path: path.write_bytes(path.read_bytes()[:40]), "does not decode"),
+    "truncated JPEG": (cut, "does not decode"),
+    "truncated PNG": (cut_png, "does not decode"),
+    "another size": (lambda path: jpeg(path, (32, 32)), "is 32 x 32"),
+    "turned by EXIF": (turned, "is 48 x 64"),
+    "recorded turned": (lambda path: jpeg(path, (HEIGHT, WIDTH)), "is 48 x 64"),
+    "16 bits": (sixteen_bits, "has more than 8 bits"),
+    "floats": (floats, "has more than 8 bits"),
+}
+
+
+@pytest.mark.parametrize("pictures", ["header", "decoded"])
+@pytest.mark.parametrize(("spoil", "text"), PICTURES.values(), ids=PICTURES)
+def test_pictures(data, spoil, text, pictures):
+    coco, folder, register = data
+    spoil(folder / "2.png")
+    (problem,) = check_coco(coco, folder, pictures)
+    assert problem.is_error
+    assert f"images[1] '2.png' (id 2) {text}" in problem.text
+    with pytest.raises(ValueError, match=f"'2.png' \\(id 2\\) {text}") as error:
+        register(pictures=pictures)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_broken_middle_is_found_by_decoding(data):
+    coco, folder, _ = data
+    break_png(folder / "2.png")
+    assert check_coco(coco, folder, "header") == []
+    (problem,) = check_coco(coco, folder, "decoded")
+    assert "does not decode" in problem.text
+
+
+def test_turned_pictures_are_read_as_detectron2_does(data):
+    coco, folder, _ = data
+    turned(folder / "2.png")
+    coco["images"][1].update(width=HEIGHT, height=WIDTH)
+    coco["annotations"][1].update(bbox=[1, 1, 9, 9])
+    assert check_coco(coco, folder, "header") == check_coco(coco, folder, "decoded") == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rle_counts_are_those_of_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    mask = np.asfortranarray(rng.random((70, 90)) < rng.choice([0.001, 0.1, 0.5, 0.999]), np.uint8)
+    flat = mask.ravel(order="F")
+    ends = [*np.flatnonzero(np.diff(flat)) + 1, flat.size]
+    counts = [0] * int(flat[0]) + np.diff([0, *ends]).tolist()
+    assert rle_counts(mask_util.encode(mask)["counts"].decode()) == counts
+
+
+def test_without_bad(data):
+    coco, folder, _ = data
+    coco["images"].append({"id": 4, "file_name": "3.png", "width": WIDTH, "height": HEIGHT})
+    for i, values in enumerate(({"bbox": [NAN] * 4}, {"bbox": [1, 1, 0, 5]}, {"num_keypoints": 1})):
+        coco["annotations"].append({**coco["annotations"][0], "id": 20 + i, **values})
+    coco["annotations"].append({**coco["annotations"][0], "id": 30, "image_id": 4})
+    (folder / "2.png").write_bytes(b"")
+    clean = without_bad(coco, check_coco(coco, folder, "decoded"))
+    assert [i["id"] for i in clean["images"]] == [1, 3]
+    assert [a["id"] for a in clean["annotations"]] == [11, 13, 22]
+    assert [p.kind for p in check_coco(clean, folder, "decoded")] == ["wrong num_keypoints"]
+
+
+def test_a_byte_order_mark_is_skipped(data):
+    coco, folder, _ = data
+    path = folder / "mark.json"
+    path.write_text(json.dumps(coco), encoding="utf-8-sig")
+    register_coco_json("mine", path, folder)
+    assert len(DatasetCatalog.get("mine")) == 3
