@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, Optional, Union
+from typing import Any
 from unittest import mock
 
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from nl_detectron.conversion import convert
 from nl_detectron.layers import GlobalContextBlock, NonLocalBlock
 
-Block = Union[NonLocalBlock, GlobalContextBlock]
+Block = NonLocalBlock | GlobalContextBlock
 # theta (B, N_q, d), phi (B, N_k, d), g (B, N_k, c), and for "disentangled" m (B, N_k, 1), to y
 # (B, N_q, c)
 Operation = Callable[..., Tensor]
 # The whole block, (B, C, H, W) to the same shape, and the operation, or None if it cannot be
 # taken out of the block.
-Built = tuple[nn.Module, Optional[Operation]]
+Built = tuple[nn.Module, Operation | None]
 
 
 def mmcv(block: Block) -> Built:

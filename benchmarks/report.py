@@ -68,7 +68,7 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
         "threads": threads,
         "python": platform.python_version(),
         "versions": versions,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -3,6 +3,8 @@
 import warnings
 
 try:
+    import detectron2
+
     with warnings.catch_warnings():  # of what PyTorch no longer recommends
         warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
         import detectron2.modeling  # noqa: F401

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Union
 
 NUM_CORRUPTIONS = 200
 _RUNS_SOMETHING = ("os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn")
 _watched: list[list[str]] = []
 
-Errors = Union[type[BaseException], tuple[type[BaseException], ...]]
+Errors = type[BaseException] | tuple[type[BaseException], ...]
 
 
 def corrupt(content: bytes, seed: int) -> bytes:

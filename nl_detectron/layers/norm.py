@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Union
 
 from detectron2.layers import get_norm
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn import functional
 from nl_detectron.validation import check_choice
 
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "")
-Norm = Union[str, Callable[[int], nn.Module], None]
+Norm = str | Callable[[int], nn.Module] | None
 
 
 def build_norm(norm: Norm, channels: int) -> nn.Module | None:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
-from typing import Any, Union
+from typing import Any
 
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling import Backbone
@@ -18,7 +18,7 @@ from nl_detectron.validation import check_choice
 
 logger = logging.getLogger(__name__)
 
-AfterBlocks = Union[Mapping[str, Sequence[int]], Sequence[Sequence[int]]]
+AfterBlocks = Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
 
 
 class PlacementError(ValueError):
