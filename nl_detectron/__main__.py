@@ -6,7 +6,7 @@ import os
 import textwrap
 from pathlib import Path
 
-from detectron2.config import CfgNode
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.roi_heads import ROI_KEYPOINT_HEAD_REGISTRY
@@ -19,7 +19,7 @@ from nl_detectron import model_zoo
 
 def describe() -> str:
     """Versions and where they are from, the machine, registered names, config keys and defaults."""
-    cfg = CfgNode({"MODEL": CfgNode()})
+    cfg = get_cfg()
     nl_detectron.add_nonlocal_config(cfg)
     settings = [(f"MODEL.NONLOCAL.{key}", repr(value)) for key, value in cfg.MODEL.NONLOCAL.items()]
     # How PyTorch itself was built fills a screen alone, and its version says it.

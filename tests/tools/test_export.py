@@ -68,7 +68,7 @@ def test_format_follows_the_suffix_unless_it_is_named(folder, monkeypatch):
     ("replaced", "more", "message"),
     [
         ({"config_file": "none.yaml"}, [], "none.yaml does not exist"),
-        ({"weights": "none.pth"}, [], "none.pth do not exist"),
+        ({"weights": "none.pth"}, [], "none.pth, a file that does not exist"),
         ({"image": "none.png"}, [], "none.png"),
         ({}, ["MODEL.DEVICE"], "pairs of KEY VALUE, but got MODEL.DEVICE"),
         ({}, ["MODEL.DEVIC", "cpu"], "did you mean 'MODEL.DEVICE'"),

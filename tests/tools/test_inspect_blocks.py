@@ -62,7 +62,7 @@ def test_head_without_detections(folder, capsys):
 
 def test_errors_of_the_user(folder, tmp_path, capsys):
     weights, image = folder / "model_final.pth", ["--image", folder / "image.png"]
-    assert "none.pth do not exist" in fail(capsys, folder / "none.pth")
+    assert "none.pth, a file that does not exist" in fail(capsys, folder / "none.pth")
     alone = tmp_path / "model_final.pth"
     alone.symlink_to(weights)
     assert "--config-file" in fail(capsys, alone, *image)
