@@ -19,7 +19,7 @@ from detectron2.utils.events import EventStorage
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from nl_detectron.engine import Trainer, build_config, parse_arguments  # noqa: E402
+from nl_detectron.engine import Trainer, build_config  # noqa: E402
 
 ITERATIONS = 5  # of a turn
 
@@ -50,8 +50,8 @@ def main() -> None:
 
 
 def build(trainer_class: type[DefaultTrainer], folder: str) -> DefaultTrainer:
-    words = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
-    cfg = build_config(parse_arguments([*words, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", folder]))
+    overrides = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", folder]
+    cfg = build_config(ROOT / "configs" / "quick_start.yaml", overrides)
     cfg.SOLVER.MAX_ITER = cfg.SOLVER.CHECKPOINT_PERIOD = 10**6
     trainer = trainer_class(cfg)
     trainer.storage = EventStorage()
