@@ -328,7 +328,7 @@ def test_caffe2_and_pycls_files(plain, tmp_path, caplog):
 def test_matching_by_suffix_where_the_url_asks_for_it(plain, tmp_path):
     path = tmp_path / "body.pth"
     weights = {
-        name: torch.randn_like(t) for name, t in plain.backbone.bottom_up.state_dict().items()
+        name: torch.rand_like(t) for name, t in plain.backbone.bottom_up.state_dict().items()
     }
     save_checkpoint(weights, path)
     model = build()
