@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from fvcore.common.registry import Registry
@@ -76,10 +76,30 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
         for name in cfg.DATASETS[key]:
             check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
             metadata = MetadataCatalog.get(name)
-            _check_downloaded(f"DATASETS.{key} has {name}", metadata)
+            if problem := missing_download(name):
+                raise FileNotFoundError(f"DATASETS.{key} has {name}, but there is {problem}")
             classes, (head, num_classes) = metadata.get("thing_classes"), num_classes_of(cfg)
             if classes is not None and num_classes not in (None, len(classes)):
                 raise ValueError(f"{head} is {num_classes}, but {name} has {len(classes)} classes")
+
+
+def missing_download(name: str) -> str | None:
+    """
+    Args:
+        name: a registered dataset.
+
+    Returns:
+        Which file or folder of it is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)"; None for
+        none. What is elsewhere is not looked at: built-in datasets are made on first use.
+    """
+    root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    metadata = MetadataCatalog.get(name)
+    for path in (metadata.get("json_file"), metadata.get("image_root")):
+        if path and Path(path).is_relative_to(Path(root).expanduser()) and not Path(path).exists():
+            return (
+                f"no {path} (DETECTRON2_DATASETS is {os.getenv('DETECTRON2_DATASETS', 'not set')})"
+            )
+    return None
 
 
 def num_classes_of(cfg: CfgNode) -> tuple[str, int | None]:
@@ -187,17 +207,6 @@ def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
         return
     if _replace_norms(cfg):
         logger.info("SyncBN needs CUDA: on CPUs it is naiveSyncBN_N.")
-
-
-def _check_downloaded(what: str, metadata: Metadata) -> None:
-    root = os.getenv("DETECTRON2_DATASETS", "datasets")
-    for path in (metadata.get("json_file"), metadata.get("image_root")):
-        if path and Path(path).is_relative_to(Path(root).expanduser()) and not Path(path).exists():
-            set_to = f"is {root}" if "DETECTRON2_DATASETS" in os.environ else "is not set"
-            raise FileNotFoundError(
-                f"{what}, but {path} does not exist; DETECTRON2_DATASETS, where Detectron2 looks "
-                f"for its datasets, {set_to}"
-            )
 
 
 def _is_list(value: Any) -> bool:

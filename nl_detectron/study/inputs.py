@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 
+from nl_detectron.engine.setup import missing_download
 from nl_detectron.study.plan import Run
 from nl_detectron.validation import did_you_mean
 
@@ -38,13 +38,8 @@ def check_inputs(runs: Sequence[Run]) -> None:
 def _missing_data(name: str) -> str | None:
     if name not in DatasetCatalog.list():
         return f"the dataset {name} is not registered{did_you_mean(name, DatasetCatalog.list())}"
-    metadata = MetadataCatalog.get(name)
-    for attribute in ("json_file", "image_root"):
-        path = metadata.get(attribute)
-        if path and not Path(path).exists():
-            root = os.environ.get("DETECTRON2_DATASETS", "not set")
-            return f"the dataset {name} is not there: no {path} (DETECTRON2_DATASETS is {root})"
-    return None
+    problem = missing_download(name)
+    return f"the dataset {name} is not there: {problem}" if problem else None
 
 
 def _missing_weights(weights: str) -> str | None:

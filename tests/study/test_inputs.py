@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from nl_detectron.data.built_in import register_dataset
 from nl_detectron.study.inputs import check_inputs
 from nl_detectron.study.plan import Run
 
@@ -29,6 +30,11 @@ def test_data_and_weights_that_are_there(tmp_path):
     weights = tmp_path / "model.pth"
     weights.touch()
     check_inputs([run_with(tmp_path, str(weights), "shapes_val"), run_with(tmp_path, "")])
+
+
+def test_built_in_data_need_not_be_made_yet(tmp_path):
+    register_dataset("made_later", tmp_path / "none", lambda root: root, thing_classes=("a",))
+    check_inputs([run_with(tmp_path, "", "made_later_train", "made_later_val")])
 
 
 def test_weights_with_a_url_that_cannot_be_read(tmp_path):
