@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # By zeros in "norm" (gamma, as in the paper) or in "out" (W_z, which learns much sooner:
     # docs/STUDY.md).
     node.ZERO_INIT_LAYER = "norm"
+    # Learning rates over those of the rest of the model: of gamma and beta, the scale and offset of
+    # the norm after W_z, and of all else in the block. From gamma = 0, GAMMA_LR_FACTOR 100.0 learns
+    # as fast as from gamma = 1 (docs/STUDY.md).
+    node.GAMMA_LR_FACTOR = 1.0
+    node.LR_FACTOR = 1.0
     # Save memory in training: keep only the block's input and compute the rest again in the
     # backward pass.
     node.USE_ACT_CHECKPOINT = False
@@ -79,6 +85,26 @@ def nonlocal_node(cfg: CfgNode) -> CfgNode:
     if "NONLOCAL" not in cfg.MODEL:
         raise ValueError("The config has no MODEL.NONLOCAL: call add_nonlocal_config(cfg) first")
     return cfg.MODEL.NONLOCAL
+
+
+@contextmanager
+def keys_for_arguments(node: CfgNode) -> Iterator[None]:
+    """
+    Where a call that is made from the config fails because of an argument, name its key.
+
+    Args:
+        node: ``MODEL.NONLOCAL``; the key of an argument has its name.
+
+    Raises:
+        ValueError: in the place of one whose message begins with the name of an argument.
+    """
+    try:
+        yield
+    except ValueError as error:
+        argument, _, rest = str(error).partition(" ")
+        if argument.upper() not in node:
+            raise
+        raise ValueError(f"MODEL.NONLOCAL.{argument.upper()} {rest}") from error
 
 
 def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:

@@ -4,6 +4,7 @@ from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
 from nl_detectron.engine.interruption import Interruption
 from nl_detectron.engine.launch import launch
+from nl_detectron.engine.optimizer import get_optimizer_params, scale_block_lr
 from nl_detectron.engine.trainer import Trainer
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "NonLocalCheckpointer",
     "Trainer",
     "build_config",
+    "get_optimizer_params",
     "launch",
     "parse_arguments",
+    "scale_block_lr",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +15,18 @@ from torch import nn
 from nl_detectron.data.stream import seed_generators
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
+logger = logging.getLogger(__name__)
+
+NEARLY_ZERO_GAMMA = 0.01
+"""Below this mean of |gamma|, a block adds less than a hundredth of a normalised activation."""
+
 
 class BlockWeightsHook(HookBase):
     """
     Puts ||W_z|| and the mean of |gamma| of each non-local block into the event storage, from where
     Detectron2's writers take them to TensorBoard and metrics.json, as
-    ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``. A
-    block whose gamma stays at 0 learns nothing.
+    ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``.
+    Warns once of blocks that are still nearly the identity after a tenth of the schedule.
     """
 
     def __init__(self, model: nn.Module, period: int = 20) -> None:
@@ -34,6 +40,8 @@ class BlockWeightsHook(HookBase):
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
+        if iteration == self.trainer.max_iter // 10:
+            self._warn_of_identities()
         if iteration % self._period and iteration != self.trainer.max_iter:
             return
         storage = get_event_storage()
@@ -45,6 +53,22 @@ class BlockWeightsHook(HookBase):
             for key, value in scalars.items():
                 if value is not None:
                     storage.put_scalar(f"nonlocal/{name}/{key}", value, smoothing_hint=False)
+
+    def _warn_of_identities(self) -> None:
+        when = f"after {self.trainer.iter + 1} of {self.trainer.max_iter} iterations"
+        for name, block in self._blocks.items():
+            gamma = mean_abs_gamma(block)
+            if out_weight_norm(block) == 0:
+                logger.warning(
+                    f"{name} is still the identity {when}: W_z is 0. Is it in a frozen stage "
+                    "(MODEL.BACKBONE.FREEZE_AT)?"
+                )
+            elif gamma is not None and gamma < NEARLY_ZERO_GAMMA:
+                logger.warning(
+                    f"{name} is still nearly the identity {when}: the mean of |gamma| is "
+                    f"{gamma:.2g}. MODEL.NONLOCAL.GAMMA_LR_FACTOR 100.0 lets gamma learn sooner; "
+                    "see docs/STUDY.md"
+                )
 
 
 class NoEvaluationAfterFailureHook(HookBase):

@@ -13,7 +13,9 @@ from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 from torch import nn
+from torch.optim import Optimizer
 
+from nl_detectron.config import keys_for_arguments, nonlocal_node
 from nl_detectron.data import CompletingCOCOEvaluator, TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
@@ -23,6 +25,7 @@ from nl_detectron.engine.hooks import (
     SamplingByImageHook,
 )
 from nl_detectron.engine.interruption import Interruption
+from nl_detectron.engine.optimizer import scale_block_lr
 from nl_detectron.engine.setup import config_keys_in_errors
 
 logger = logging.getLogger(__name__)
@@ -104,6 +107,27 @@ class Trainer(DefaultTrainer):
         """
         with config_keys_in_errors(cfg):
             return super().build_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        """
+        Args:
+            cfg: the config.
+            model: what is trained.
+
+        Returns:
+            Detectron2's optimizer, with the learning rates of ``MODEL.NONLOCAL`` for the blocks.
+
+        Raises:
+            ValueError: a factor for these is not legal; the message names the key.
+        """
+        optimizer = super().build_optimizer(cfg, model)
+        node = nonlocal_node(cfg)
+        with keys_for_arguments(node):
+            optimizer.param_groups = scale_block_lr(
+                optimizer.param_groups, model, node.GAMMA_LR_FACTOR, node.LR_FACTOR
+            )
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:

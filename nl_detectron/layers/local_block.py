@@ -6,10 +6,11 @@ import math
 
 from detectron2.layers import CNNBlockBase, Conv2d
 from fvcore.nn import weight_init
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from nl_detectron.layers.norm import Norm, build_norm, zero_scale
+from nl_detectron.layers.norm import ZERO_INIT_LAYERS, Norm, build_norm, make_identity
+from nl_detectron.validation import check_choice
 
 
 class LocalBlock(CNNBlockBase):
@@ -21,18 +22,27 @@ class LocalBlock(CNNBlockBase):
     It answers whether a non-local block helps because it is non-local, or because any block would.
     """
 
-    def __init__(self, in_channels: int, *, norm: Norm = "BN", zero_init: bool = True) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        norm: Norm = "BN",
+        zero_init: bool = True,
+        zero_init_layer: str = "norm",
+    ) -> None:
         """
         Args:
             in_channels: C, channels of input and output.
             norm: as for :class:`NonLocalBlock`.
-            zero_init: start as the identity: the norm's scale, or the last convolution where there
-                is no trainable scale, is zero.
+            zero_init: start as the identity, with the weights of ``zero_init_layer`` at zero.
+            zero_init_layer: "norm" (its scale) or "out" (the last convolution), as for
+                :class:`NonLocalBlock`.
 
         Raises:
-            ValueError: an unknown norm.
+            ValueError: an unknown norm or ``zero_init_layer``.
         """
         super().__init__(in_channels, in_channels, stride=1)
+        check_choice("zero_init_layer", zero_init_layer, ZERO_INIT_LAYERS)
         # Equal weights: 2 C w + 9 w^2 = 4 C (C / 2).
         width = round(in_channels * (math.sqrt(19) - 1) / 9)
         self.conv1 = Conv2d(in_channels, width, kernel_size=1)
@@ -41,8 +51,8 @@ class LocalBlock(CNNBlockBase):
         self.norm = build_norm(norm, in_channels)
         for convolution in (self.conv1, self.conv2, self.conv3):
             weight_init.c2_msra_fill(convolution)
-        if zero_init and not zero_scale(self.norm):
-            nn.init.zeros_(self.conv3.weight)
+        if zero_init:
+            make_identity(zero_init_layer, self.norm, self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
         """

@@ -17,7 +17,7 @@ from nl_detectron.layers.attention_block import (
     flat_index,
     flat_positions,
 )
-from nl_detectron.layers.norm import Norm, build_norm, zero_scale
+from nl_detectron.layers.norm import ZERO_INIT_LAYERS, Norm, build_norm, make_identity
 from nl_detectron.layers.numerics import accumulable, no_autocast, saturated
 from nl_detectron.layers.pairwise import (
     PAIRWISE,
@@ -32,8 +32,6 @@ from nl_detectron.layers.pairwise import (
 )
 from nl_detectron.layers.subsampling import SUBSAMPLE, max_pool, pyramid_pool
 from nl_detectron.validation import check_choice
-
-ZERO_INIT_LAYERS = ("norm", "out")
 
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -143,16 +141,16 @@ class NonLocalBlock(AttentionBlock):
 
         embedding_channels = inner_channels if has_embeddings else in_channels
         self.logit_scale = embedding_channels**-0.5 if scale else 1.0
-        self._init_weights(zero_init_layer if zero_init else None)
+        self._init_weights()
+        if zero_init:
+            make_identity(zero_init_layer, self.norm, self.out)
 
-    def _init_weights(self, zero_layer: str | None) -> None:
+    def _init_weights(self) -> None:
         for module in self.children():
             if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 nn.init.normal_(module.weight, std=0.01)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        if zero_layer == "out" or (zero_layer == "norm" and not zero_scale(self.norm)):
-            nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor, keys: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
         """

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from nl_detectron.validation import check_choice
 
+ZERO_INIT_LAYERS = ("norm", "out")
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "")
 Norm = str | Callable[[int], nn.Module] | None
 
@@ -38,22 +39,23 @@ def build_norm(norm: Norm, channels: int) -> nn.Module | None:
     return ChannelLayerNorm(channels) if norm == "LN" else get_norm(norm, channels)
 
 
-def zero_scale(norm: nn.Module | None) -> bool:
+def make_identity(layer: str, norm: nn.Module | None, out: nn.Module) -> None:
     """
-    Make the scale (gamma) of a norm zero, in place.
+    Make a block that ends in ``norm(out(y))`` the identity, in place.
 
     Args:
+        layer: one of :data:`ZERO_INIT_LAYERS`, the layer whose weights become zero: "norm" (its
+            scale, gamma), or "out". It is always "out" if the norm has no scale that is trained:
+            with both at zero, or a frozen zero, the block could never learn.
         norm: what :func:`build_norm` returns.
-
-    Returns:
-        False if it has no scale that is trained; then nothing is changed.
+        out: the convolution before it.
     """
     gamma = getattr(norm, "weight", None)
     # FrozenBN's scale is a buffer: zero, it would stay zero.
-    if not isinstance(gamma, nn.Parameter):
-        return False
-    nn.init.zeros_(gamma)
-    return True
+    if layer == "norm" and isinstance(gamma, nn.Parameter):
+        nn.init.zeros_(gamma)
+    else:
+        nn.init.zeros_(out.get_parameter("weight"))
 
 
 class ChannelLayerNorm(nn.LayerNorm):

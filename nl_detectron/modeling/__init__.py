@@ -7,6 +7,7 @@ from nl_detectron.modeling.blocks import (
     build_block,
     mean_abs_gamma,
     nonlocal_blocks,
+    norm_after_out,
     out_weight_norm,
 )
 from nl_detectron.modeling.insertion import find_stages, insert_blocks, insert_nonlocal_blocks
@@ -23,5 +24,6 @@ __all__ = [
     "insert_nonlocal_blocks",
     "mean_abs_gamma",
     "nonlocal_blocks",
+    "norm_after_out",
     "out_weight_norm",
 ]

@@ -10,7 +10,7 @@ from detectron2.layers import CNNBlockBase
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from nl_detectron.config import nonlocal_node
+from nl_detectron.config import keys_for_arguments, nonlocal_node
 from nl_detectron.layers import AttentionBlock, GlobalContextBlock, LocalBlock, NonLocalBlock
 from nl_detectron.validation import check_choice
 
@@ -39,14 +39,8 @@ def build_block(cfg: CfgNode, in_channels: int) -> CNNBlockBase:
     """
     node = nonlocal_node(cfg)
     check_choice("MODEL.NONLOCAL.BLOCK", node.BLOCK, [name for name, _ in NONLOCAL_BLOCK_REGISTRY])
-    try:
+    with keys_for_arguments(node):
         return NONLOCAL_BLOCK_REGISTRY.get(node.BLOCK)(cfg, in_channels)
-    except ValueError as error:
-        # Blocks name their argument first, and the key of an argument has its name.
-        argument, _, rest = str(error).partition(" ")
-        if argument.upper() not in node:
-            raise
-        raise ValueError(f"MODEL.NONLOCAL.{argument.upper()} {rest}") from error
 
 
 def nonlocal_blocks(model: nn.Module, kind: type[nn.Module] = nn.Module) -> dict[str, Any]:
@@ -89,7 +83,8 @@ def out_weight_norm(block: nn.Module) -> float | None:
         ||W_z||, the Frobenius norm (of a global context block ||W_2||); None if the block has no
         ``out``.
     """
-    return None if (weight := _weight(block, "out")) is None else weight.norm().item()
+    weight = _weight(getattr(block, "out", None))
+    return None if weight is None else weight.norm().item()
 
 
 def mean_abs_gamma(block: nn.Module) -> float | None:
@@ -100,13 +95,24 @@ def mean_abs_gamma(block: nn.Module) -> float | None:
     Returns:
         The mean of |gamma|, the scale of the norm after W_z; None without one.
     """
-    if isinstance(block, GlobalContextBlock):  # its norm is in front of W_2
-        return None
-    return None if (gamma := _weight(block, "norm")) is None else gamma.abs().mean().item()
+    gamma = _weight(norm_after_out(block))
+    return None if gamma is None else gamma.abs().mean().item()
 
 
-def _weight(block: nn.Module, child: str) -> Any:
-    weight = getattr(getattr(block, child, None), "weight", None)
+def norm_after_out(block: nn.Module) -> nn.Module | None:
+    """
+    Args:
+        block: any of :func:`nonlocal_blocks`.
+
+    Returns:
+        The norm after W_z, whose scale is gamma; None without one. A global context block has its
+        norm in front of W_2.
+    """
+    return None if isinstance(block, GlobalContextBlock) else getattr(block, "norm", None)
+
+
+def _weight(layer: nn.Module | None) -> Any:
+    weight = getattr(layer, "weight", None)
     return None if weight is None else weight.detach().float()
 
 
@@ -137,7 +143,12 @@ def _global_context_options(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
 
 def _local_block_options(cfg: CfgNode, in_channels: int) -> dict[str, Any]:
     node = nonlocal_node(cfg)
-    return {"in_channels": in_channels, "norm": node.NORM, "zero_init": node.ZERO_INIT}
+    return {
+        "in_channels": in_channels,
+        "norm": node.NORM,
+        "zero_init": node.ZERO_INIT,
+        "zero_init_layer": node.ZERO_INIT_LAYER,
+    }
 
 
 # Detectron2's configurable translates configs for classes that know nothing of them.

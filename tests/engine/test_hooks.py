@@ -47,5 +47,24 @@ def test_every_so_many_iterations_and_at_the_last(options, expected):
         assert [iteration for _, iteration in values] == expected
 
 
+def warnings_of(caplog, model, iterations):
+    caplog.clear()
+    train(model, iterations)
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+def test_warns_once_of_a_block_that_is_still_the_identity(caplog):
+    block = NonLocalBlock(8)
+    model = nn.ModuleDict({"res4": block})
+    (warning,) = warnings_of(caplog, model, 40)
+    assert warning.startswith("res4 is still nearly the identity after 4 of 40 iterations")
+    assert "MODEL.NONLOCAL.GAMMA_LR_FACTOR 100.0" in warning
+    nn.init.constant_(block.norm.weight, 0.02)
+    assert not warnings_of(caplog, model, 40)
+    nn.init.zeros_(block.out.weight)
+    (warning,) = warnings_of(caplog, model, 40)
+    assert "W_z is 0. Is it in a frozen stage" in warning
+
+
 def test_model_without_blocks_writes_nothing():
     assert train(nn.Conv2d(8, 8, 1), 20) == {}
