@@ -31,6 +31,7 @@ from nl_detectron.engine.predictor import (
     side_by_side,
     trained_config,
 )
+from nl_detectron.study.plan import run_name
 
 EPILOG = """
 Examples:
@@ -152,9 +153,9 @@ def load_config(args: argparse.Namespace, config_file: str, weights: str | None)
 
 def captions(args: argparse.Namespace) -> Sequence[str]:
     """Those given, else the configs' names, or for a config.yaml that of its folder."""
-    files = [Path(config_file).absolute() for config_file, _ in model_files(args)]
+    files = [Path(config_file) for config_file, _ in model_files(args)]
     return args.captions or [
-        file.parent.name if file.stem == "config" else file.stem for file in files
+        run_name(file.parent) if file.stem == "config" else file.stem for file in files
     ]
 
 
@@ -196,7 +197,8 @@ def name_targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
         if target in targets.values():
             raise ValueError(f"--input has several images of the name {image.name}")
         if not cv2.haveImageWriter(str(target)):
-            raise ValueError(f"{image}: OpenCV does not write {image.suffix or 'such'} images")
+            kind = f"of suffix {image.suffix}" if image.suffix else "without a suffix"
+            raise ValueError(f"--input: {image}: OpenCV does not write images {kind}")
         targets[image] = target
     return targets
 

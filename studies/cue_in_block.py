@@ -18,6 +18,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, detection_utils
 from detectron2.modeling import build_model
 from tabulate import tabulate
+from tqdm import tqdm
 
 from nl_detectron import add_nonlocal_config
 from nl_detectron.analysis.recording import record_calls
@@ -36,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     plan = load_plan(Path(__file__).with_name("long_range.yaml"))
     shares: dict[str, list[float]] = {}
-    for run in plan.runs(args.trained or Path("unused")):
+    for run in tqdm(plan.runs(args.trained or Path("unused")), unit="run"):
         share = cue_share(run, is_trained=args.trained is not None)
         if share is not None:
             shares.setdefault(run.setting, []).append(100 * share)

@@ -17,17 +17,22 @@ Out: nl_detectron, or the blocks as mmcv or PyTorchVideo have them.
 
 Prints a line for every tensor. The settings under which the result computes the same are printed
 and written beside TARGET, as .yaml: merge them into a config, or name them as its _BASE_.
-What the file does not tell has to be given; the error names it, and the option for it.
+What the file does not tell has to be given; the error names it, and the option for it. For a
+checkpoint of ours the config.yaml beside it tells.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from nl_detectron.checkpoint_io import load_checkpoint, save_checkpoint
+from nl_detectron.config import build_config
 from nl_detectron.conversion import SOURCES, TARGETS, Options, convert
+from nl_detectron.engine.block_settings import block_of
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.layers import PAIRWISE, SUBSAMPLE
 
@@ -94,7 +99,9 @@ def run(args: argparse.Namespace) -> None:
     settings_file = args.target.with_suffix(".yaml")
     options = {option.name: getattr(args, option.name) for option in fields(Options)}
     options["rename"] = dict(args.rename)
-    conversion = convert(load_checkpoint(args.source), args.family, to=args.to, **options)
+    checkpoint = load_checkpoint(args.source)
+    options = {**options, **options_of_config(args.source, checkpoint, options)}
+    conversion = convert(checkpoint, args.family, to=args.to, **options)
     model = conversion.settings.get("MODEL", {})
     if {"BACKBONE", "RESNETS"} & set(model):
         model["WEIGHTS"] = str(args.target)
@@ -113,6 +120,25 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"in {args.target}, {left_out} left out. Settings, also in {settings_file}:\n")
     print(conversion.to_yaml())
+
+
+def options_of_config(
+    source: Path, checkpoint: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those not given that the config.yaml beside a checkpoint of ours tells; it says so."""
+    file, tensors = source.with_name("config.yaml"), checkpoint.get("model", checkpoint)
+    if not file.is_file() or not any(map(block_of, tensors)):
+        return {}
+    node = build_config(file).MODEL.NONLOCAL
+    if node.BLOCK != "NonLocalBlock":
+        return {}
+    keys = ("pairwise", "scale", "subsample", "norm", "temperature")
+    told = {
+        key: node[key.upper()] for key in keys if given[key] is None and node[key.upper()] != ""
+    }
+    words = " ".join(f"{key.upper()} {value}" for key, value in told.items())
+    print(f"{file} tells {words or 'nothing that was not given'}\n")
+    return told
 
 
 if __name__ == "__main__":

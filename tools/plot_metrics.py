@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nl_detectron.analysis.curves import plot_metrics
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
+from nl_detectron.study.plan import run_name
 
 
 @exit_on_user_error()
@@ -46,7 +47,7 @@ def label_runs(runs: list[Path], labels: list[str] | None) -> dict[str, Path]:
         ValueError: there are not as many labels as runs, or two runs have the same.
     """
     if labels is None:
-        labels = [(run.parent if run.is_file() else run).resolve().name for run in runs]
+        labels = [run_name(run.parent if run.is_file() else run) for run in runs]
     if len(labels) != len(runs):
         raise ValueError(f"--labels are {len(labels)}, but the runs are {len(runs)}")
     label, count = Counter(labels).most_common(1)[0]

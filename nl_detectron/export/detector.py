@@ -99,7 +99,7 @@ def _check_model(model: GeneralizedRCNN, format: str) -> None:
     if getattr(model.roi_heads, "keypoint_on", False):
         raise ValueError(
             "the model predicts keypoints, for which Detectron2 has no form in ONNX: "
-            f"choose another format ({', '.join(FORMATS[:-1])})"
+            f"choose another format ({', '.join(FORMATS[:-1])}), for a file such as model.ts"
         )
     for package in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(package) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -109,6 +110,19 @@ class Plan:
         cfg.SEED = seed
         cfg.OUTPUT_DIR = ""
         return cfg.dump()
+
+
+def run_name(folder: Path) -> str:
+    """
+    Args:
+        folder: what a run has written to.
+
+    Returns:
+        Its name; for a run of a study that of the setting, too, such as ``baseline/seed_1``.
+    """
+    folder = folder.resolve()
+    is_of_study = re.fullmatch(r"seed_\d+", folder.name) is not None
+    return f"{folder.parent.name}/{folder.name}" if is_of_study else folder.name
 
 
 def load_plan(path: Path) -> Plan:

@@ -13,6 +13,7 @@ from detectron2.modeling import build_backbone
 import convert_weights
 from nl_detectron import NonLocalBlock, add_nonlocal_config
 from nl_detectron.checkpoint_io import load_checkpoint, save_checkpoint
+from nl_detectron.config import build_config
 from nl_detectron.conversion import SOURCES, ConversionError, convert, recognise
 from tests.conversion.test_named_families import caffe2_block
 
@@ -319,6 +320,24 @@ def test_tool_both_ways(tmp_path, monkeypatch, capsys):
     theirs, back = (load_checkpoint(tmp_path / f"{n}.pth")["model"] for n in ("theirs", "back"))
     assert set(theirs) == set(back)
     assert all(torch.equal(theirs[name], back[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("pairwise", ["gaussian", "embedded_gaussian", "dot_product"])
+def test_config_beside_a_checkpoint_of_ours_tells_its_options(
+    tmp_path, monkeypatch, capsys, pairwise
+):
+    options = {"pairwise": pairwise, "scale": False, "subsample": "embeddings"}
+    block = NonLocalBlock(32, **options)
+    tensors = {f"backbone.res4.nonlocal4.{n}": t for n, t in block.state_dict().items()}
+    save_checkpoint({"model": tensors}, tmp_path / "model_final.pth")
+    keys = [word for k, v in options.items() for word in (f"MODEL.NONLOCAL.{k.upper()}", v)]
+    (tmp_path / "config.yaml").write_text(build_config("configs/long_range.yaml", keys).dump())
+    paths = [tmp_path / "model_final.pth", tmp_path / "theirs.pth"]
+    run_tool(monkeypatch, *paths, "--to", "mmcv")
+    told = f"{tmp_path / 'config.yaml'} tells PAIRWISE {pairwise} SCALE False SUBSAMPLE embeddings"
+    assert told in capsys.readouterr().out
+    run_tool(monkeypatch, *paths, "--to", "mmcv", "--pairwise", pairwise, "--no-scale")
+    assert "tells SUBSAMPLE embeddings" in capsys.readouterr().out
 
 
 def test_help_names_all_families():

@@ -154,6 +154,13 @@ def test_captions(words, expected):
     assert demo.captions(demo.make_parser().parse_args(words)) == expected
 
 
+def test_captions_of_runs_of_a_study():
+    files = ["study/baseline/seed_1/config.yaml", "study/nl/seed_1/config.yaml"]
+    words = ["--config-file", files[0], "--input", "x.png", "--compare", files[1], "w.pth"]
+    expected = ["baseline/seed_1", "nl/seed_1"]
+    assert demo.captions(demo.make_parser().parse_args(words)) == expected
+
+
 @pytest.mark.parametrize("size", [SIZE, (63, 49)])
 def test_video(size, run, tmp_path, monkeypatch):
     source = write_video(tmp_path / "clip.avi", size=size)
@@ -239,7 +246,7 @@ def test_names_of_own_classes(run, trained, tmp_path, monkeypatch):
         (["--input", "no.png"], "no such image, folder or match: no.png"),
         (["--input", "*.gone"], "no such image, folder or match: *.gone"),
         (["--input", "."], "no images in the folder ."),
-        (["--input", "x.txt"], "OpenCV does not write .txt images"),
+        (["--input", "x.txt"], "x.txt: OpenCV does not write images of suffix .txt"),
         (["--input", "in", "more"], "several images of the name x.png"),
         (["--input", "in", "--output", "in"], "x.png is an input"),
         (["--video-input", "no.mp4"], "the video no.mp4 does not exist"),

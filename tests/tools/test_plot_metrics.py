@@ -35,6 +35,8 @@ def test_labels_are_folder_names_or_given(runs, monkeypatch):
     paths = [runs / "baseline", runs / "nl" / "metrics.json"]
     assert list(plot_metrics.label_runs(paths, None)) == ["baseline", "nl"]
     assert plot_metrics.label_runs(paths, ["a", "b"]) == dict(zip("ab", paths))
+    of_study = [runs / setting / "seed_1" for setting in ("baseline", "nl")]
+    assert list(plot_metrics.label_runs(of_study, None)) == ["baseline/seed_1", "nl/seed_1"]
     monkeypatch.chdir(runs / "nl")
     assert list(plot_metrics.label_runs([plot_metrics.Path()], None)) == ["nl"]
 
