@@ -180,6 +180,14 @@ def _check_indices(stage_name: str, stage: nn.Module, indices: Sequence[int]) ->
                 f"must be an integer from {-count} to {count - 1}"
             )
         from_start = int(index) % count
+        block = stage.get_submodule(_residual_block_names(stage)[from_start])
+        # TridentNet's; only the last block of such a stage gives a tensor.
+        if getattr(block, "concat_output", True) is False:
+            raise PlacementError(
+                f"block index {index} in {stage_name}: a {type(block).__name__} gives a list of "
+                "tensors, one for each of its branches, to the next; put the block after the last "
+                f"one of {stage_name} (index -1), or into another stage"
+            )
         if from_start in checked or hasattr(stage, f"nonlocal{from_start}"):
             raise PlacementError(
                 f"block index {index} in {stage_name}: there is a non-local block after "

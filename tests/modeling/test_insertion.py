@@ -138,6 +138,27 @@ def test_refuses_blocks_that_do_not_state_their_channels():
         insert_nonlocal_blocks(OwnBackbone(Nameless), {"first": [0]})
 
 
+class Branches(CNNBlockBase):
+    """As TridentNet's blocks: a list of tensors between the blocks of a stage."""
+
+    def __init__(self, concat_output):
+        super().__init__(8, 8, 1)
+        self.concat_output = concat_output
+
+    def forward(self, x):
+        x = x if isinstance(x, list) else [x] * 3
+        return torch.cat(x) if self.concat_output else x
+
+
+def test_refuses_places_between_blocks_that_give_lists():
+    backbone = nn.Module()
+    backbone.res4 = nn.Sequential(Branches(False), Branches(False), Branches(True))
+    with pytest.raises(ValueError, match=r"index -2 in res4: a Branches gives a list of tensors"):
+        insert_nonlocal_blocks(backbone, {"res4": [-2]})
+    insert_nonlocal_blocks(backbone, {"res4": [-1]})
+    assert backbone.res4(torch.ones(1, 8, 2, 2)).shape == (3, 8, 2, 2)
+
+
 def test_refuses_a_backbone_without_stages():
     class NoStages(Backbone):
         def __init__(self):
