@@ -45,6 +45,9 @@ class BlockReport:
     (all alike); mean of a sample of queries. None if the weights are no distribution, as those of
     the dot product and the concatenation are not (those of a disentangled block sum to 2, and are
     halved), or if there is one key only."""
+    attended_share: float | None
+    """exp(-sum_j p_j log p_j) / N_k: the share of the keys that it attends to, counted as if it did
+    so evenly; mean of the queries. None as for the entropy."""
     query_dependence: float | None
     """The mean of (1 - cos(p, q)) / 2 over all pairs of attention maps p, q of different sampled
     queries in the same input: 0 if all queries attend to the same places. This is the cosine
@@ -69,7 +72,7 @@ class BlockReport:
         elif self.attention_entropy > MAX_ENTROPY:
             parts.append("it attends to everything nearly alike")
         else:
-            parts.append("it attends to some places more than to others")
+            parts.append(f"it attends to 1 place in {1 / (self.attended_share or 1):.2g}")
         if self.pairwise == "global_context":
             parts.append("all queries attend to the same places, as it is made to")
         elif self.query_dependence is not None and self.query_dependence < MIN_QUERY_DEPENDENCE:
@@ -109,6 +112,7 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
             effective_norm=_effective_norm(block),
             relative_change=_mean(m.relative_change for m in measured[name]),
             attention_entropy=_mean(m.attention_entropy for m in measured[name]),
+            attended_share=_mean(m.attended_share for m in measured[name]),
             query_dependence=_mean(m.query_dependence for m in measured[name]),
         )
         for name, block in blocks.items()
@@ -131,26 +135,22 @@ class _Measurement:
 
     relative_change: float
     attention_entropy: float
+    attended_share: float
     query_dependence: float
 
 
 def _measure(block: AttentionBlock, x: Tensor) -> _Measurement:
     positions = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
     weights = block.attention(x, positions[:_MAX_QUERIES]).flatten(2).double()
-    weight_sum = ATTENTION[block.pairwise].weight_sum
+    entropy, keys = torch.tensor(math.nan), weights.shape[2]
+    if (weight_sum := ATTENTION[block.pairwise].weight_sum) and keys > 1:
+        entropy = torch.special.entr(weights / weight_sum).sum(2)
     return _Measurement(
         relative_change=((block(x) - x).float().norm() / x.float().norm()).item(),
-        attention_entropy=_normalised_entropy(weights / weight_sum) if weight_sum else math.nan,
+        attention_entropy=entropy.mean().item() / math.log(max(keys, 2)),
+        attended_share=entropy.exp().mean().item() / keys,
         query_dependence=_mean_cosine_distance(weights),
     )
-
-
-def _normalised_entropy(attention: Tensor) -> float:
-    """(B, Q, N_k), sums of 1, to the mean of all."""
-    keys = attention.shape[2]
-    if keys == 1:
-        return math.nan
-    return torch.special.entr(attention).sum(2).mean().item() / math.log(keys)
 
 
 def _mean_cosine_distance(maps: Tensor) -> float:

@@ -71,7 +71,10 @@ def test_entropy_and_query_dependence_are_their_formulas(pairwise, subsample):
         maps = maps / maps.sum(2, keepdim=True)
         entropy = -(maps * maps.log()).sum(2).mean() / math.log(maps.shape[2])
         assert report.attention_entropy == pytest.approx(entropy.item(), rel=1e-5)
+        places = (-(maps * maps.log()).sum(2)).exp().mean()
+        assert report.attended_share == pytest.approx(places.item() / maps.shape[2], rel=1e-5)
     else:
+        assert report.attended_share is None
         assert report.attention_entropy is None
         assert "no distribution" in report.sentence()
 
@@ -109,7 +112,7 @@ def test_attention_of_each_query_to_itself():
     assert report.query_dependence == pytest.approx(0.5)
     nn.init.constant_(block.out.weight, 1)
     sentence = inspect(block, x).sentence()
-    assert "some places more than" in sentence
+    assert "it attends to 1 place in 4;" in sentence
     assert "different queries attend to different places" in sentence
 
 
