@@ -31,12 +31,8 @@ from nl_detectron.analysis.metrics import TASKS, last_aps, metrics_file
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.engine.predictor import (
-    Predictor,
-    draw_ground_truth,
-    side_by_side,
-    trained_config,
-)
+from nl_detectron.engine.drawing import draw_ground_truth, side_by_side
+from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.modeling import nonlocal_blocks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""Predicting the objects of an image, and drawing them. Images are BGR, as OpenCV reads them."""
+"""Predicting the objects of an image. Images are BGR, as OpenCV reads them."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.engine import DefaultPredictor
-from detectron2.structures import Instances
-from detectron2.utils.colormap import colormap
-from detectron2.utils.visualizer import ColorMode, Visualizer
-from PIL import Image, ImageDraw, ImageFont
 
 from nl_detectron.config import build_config
-from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
+from nl_detectron.engine.drawing import draw_predictions
 from nl_detectron.engine.setup import check_weights_exist, use_cpu_without_cuda
-
-GAP = 8  # between pictures, in pixels
 
 
 class Predictor(DefaultPredictor):
@@ -107,88 +101,3 @@ def dataset_metadata(cfg: CfgNode) -> Metadata:
         not model.KEYPOINT_ON or num_keypoints in (0, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     )
     return metadata if fits else Metadata()
-
-
-def draw_predictions(
-    image: np.ndarray, instances: Instances, metadata: Metadata, scale: float = 1
-) -> np.ndarray:
-    """
-    Draw boxes with classes and scores, masks and keypoints, in the colours of the classes. Holes in
-    masks stay open.
-
-    Args:
-        image: (H, W, 3), uint8.
-        instances: what a model predicts for the image, on the CPU.
-        metadata: names and colours, where known (:func:`dataset_metadata`).
-        scale: size of the picture over that of the image.
-
-    Returns:
-        (scale H, scale W, 3), uint8.
-    """
-    visualizer = Visualizer(image[:, :, ::-1], metadata, scale)
-    classes = instances.pred_classes.tolist()
-    names = metadata.get("thing_classes")
-    palette = metadata.get("thing_colors") or colormap(rgb=True)
-    colors = [tuple(np.divide(palette[i % len(palette)], 255)) for i in classes]
-    if instances.has("pred_masks"):
-        # Not by overlay_instances, which would fill the holes.
-        for mask, color in zip(instances.pred_masks.numpy(), colors):
-            visualizer.draw_binary_mask(mask.astype(np.uint8), color)
-    canvas = visualizer.overlay_instances(
-        boxes=instances.pred_boxes,
-        labels=[
-            f"{names[i] if names else i} {score:.0%}"
-            for i, score in zip(classes, instances.scores.tolist())
-        ],
-        keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
-        assigned_colors=colors,
-    )
-    return canvas.get_image()[:, :, ::-1]
-
-
-def draw_ground_truth(
-    image: np.ndarray, record: Record, metadata: Metadata, scale: float = 1
-) -> np.ndarray:
-    """
-    Draw annotations as :func:`draw_predictions` draws predictions.
-
-    Args:
-        image: (H, W, 3), uint8.
-        record: of a registered dataset, in Detectron2's format.
-        metadata: the dataset's.
-        scale: size of the picture over that of the image.
-
-    Returns:
-        (scale H, scale W, 3), uint8.
-    """
-    visualizer = Visualizer(image[:, :, ::-1], metadata, scale, ColorMode.SEGMENTATION)
-    return visualizer.draw_dataset_dict(record).get_image()[:, :, ::-1]
-
-
-def side_by_side(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
-    """
-    Args:
-        pictures: (H_i, W_i, 3), uint8.
-        captions: one for each.
-
-    Returns:
-        (H, W, 3), uint8: the pictures from left to right on white, each under its caption.
-    """
-    columns = [np.vstack([_strip(text, p.shape[1]), p]) for p, text in zip(pictures, captions)]
-    height = max(len(column) for column in columns)
-    padded = [
-        np.pad(c, ((0, height - len(c)), (GAP * (i > 0), 0), (0, 0)), constant_values=255)
-        for i, c in enumerate(columns)
-    ]
-    return np.hstack(padded)
-
-
-def _strip(caption: str, width: int) -> np.ndarray:
-    """A caption, (height, width, 3), in letters that suit the width and let it fit."""
-    size = min(max(width / 24, 14), 32)
-    height = round(1.8 * size)
-    length = ImageFont.load_default(size).getlength(caption)
-    font = ImageFont.load_default(size * min(1, 0.95 * width / max(length, 1)))
-    strip = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(strip).text((width / 2, height / 2), caption, "black", font, anchor="mm")
-    return np.asarray(strip)

@@ -4,18 +4,13 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.structures import Boxes, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.structures import BitMasks, Boxes, Instances
+from PIL import ImageDraw
 
 from nl_detectron.checkpoint_io import CheckpointError
 from nl_detectron.config import build_config
-from nl_detectron.engine.predictor import (
-    Predictor,
-    dataset_metadata,
-    draw_ground_truth,
-    draw_predictions,
-    side_by_side,
-)
+from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, side_by_side
+from nl_detectron.engine.predictor import Predictor, dataset_metadata
 from tests.random_model import QUICK_START, save_random_model
 
 SIZE = (60, 80)
@@ -29,15 +24,15 @@ def gray():
 
 @pytest.fixture
 def labels(monkeypatch):
-    """The labels that are drawn."""
-    drawn = []
-    overlay = Visualizer.overlay_instances
+    """The labels that are drawn: their places, text to (left, top)."""
+    drawn = {}
+    text = ImageDraw.ImageDraw.text
 
-    def spy(self, **arguments):
-        drawn.extend(arguments["labels"])
-        return overlay(self, **arguments)
+    def spy(self, place, label, *arguments):
+        drawn[label] = place
+        return text(self, place, label, *arguments)
 
-    monkeypatch.setattr(Visualizer, "overlay_instances", spy)
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
     return drawn
 
 
@@ -75,7 +70,7 @@ def test_masks_have_the_colour_of_the_class_and_open_holes(gray):
 )
 def test_classes_without_names_are_numbers(metadata, expected, gray, labels):
     draw_predictions(gray, ring_and_spot(), metadata)
-    assert labels == expected
+    assert list(labels) == expected
 
 
 @pytest.mark.parametrize("fields", [[], ["pred_keypoints"]])
@@ -87,8 +82,9 @@ def test_models_without_masks(fields, gray):
         instances.pred_keypoints = points
     picture = draw_predictions(gray, instances, Metadata(), scale=2)
     assert picture.shape == (120, 160, 3)
-    is_marked = (picture[60, [50, 130]] != 128).any(axis=1)
-    assert is_marked.all() if fields else not is_marked.any()
+    circles = (picture[60, [53, 133]] != 128).any(axis=1)
+    assert circles.all() if fields else not circles.any()
+    assert (abs(picture[60, [50, 130]].astype(int) - 128) < 10).all()  # they are open
 
 
 def test_nothing_found_is_the_image(gray):
@@ -96,13 +92,39 @@ def test_nothing_found_is_the_image(gray):
     assert (draw_predictions(image, ring_and_spot()[:0], Metadata()) == image).all()
 
 
-def test_ground_truth_of_a_registered_dataset():
-    record = DatasetCatalog.get("shapes_val")[0]
+def test_labels_cover_neither_neighbours_nor_each_other(labels):
+    image = np.full((200, 300, 3), 128, np.uint8)
+    boxes = torch.tensor([[20.0, 100, 60, 120], [62, 100, 102, 120], [20, 122, 60, 142]])
+    instances = Instances(image.shape[:2])
+    instances.pred_boxes, instances.scores = Boxes(boxes), torch.tensor([0.9, 0.8, 0.7])
+    instances.pred_classes = torch.tensor([0, 0, 0])
+    draw_predictions(image, instances, Metadata(thing_classes=["long name"]))
+    places = [(x, y, x + 60, y + 9) for x, y in labels.values()]  # not smaller than the text
+    for i, (left, top, right, bottom) in enumerate(places):
+        assert 0 <= left < right <= 300
+        others = [*boxes[:i].tolist(), *boxes[i + 1 :].tolist(), *places[:i]]
+        for x0, y0, x1, y1 in others:
+            assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
+
+
+def test_ground_truth_has_the_colours_and_shapes_of_a_prediction():
+    metadata = MetadataCatalog.get("shapes_val")
+    record = next(r for r in DatasetCatalog.get("shapes_val") if len(r["annotations"]) == 1)
     image = cv2.imread(record["file_name"])
-    picture = draw_ground_truth(image, record, MetadataCatalog.get("shapes_val"), scale=2)
-    enlarged = image.repeat(2, 0).repeat(2, 1)
-    assert picture.shape == enlarged.shape
-    assert (picture != enlarged).any()
+    (annotation,) = record["annotations"]
+    height, width = image.shape[:2]
+    instances = Instances((height, width))
+    instances.pred_masks = BitMasks.from_polygon_masks(
+        [annotation["segmentation"]], height, width
+    ).tensor
+    x, y, w, h = annotation["bbox"]
+    instances.pred_boxes = Boxes(torch.tensor([[x, y, x + w, y + h]]))
+    instances.pred_classes = torch.tensor([annotation["category_id"]])
+    instances.scores = torch.ones(1)
+    truth = draw_ground_truth(image, {"annotations": [annotation | {"keypoints": []}]}, metadata, 2)
+    predicted = draw_predictions(image, instances, metadata, 2)
+    assert truth.shape == (2 * height, 2 * width, 3)
+    assert (truth != predicted).any(2).mean() < 0.05  # but for the score in the label
 
 
 def test_side_by_side(gray):

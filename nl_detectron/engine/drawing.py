@@ -1,0 +1,219 @@
+"""Drawing objects into an image, predicted or annotated. Images are BGR, as OpenCV reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from detectron2.data.catalog import Metadata
+from detectron2.structures import BoxMode, Instances
+from detectron2.utils.colormap import colormap
+from detectron2.utils.visualizer import GenericMask, Visualizer
+from matplotlib.patches import Circle
+from PIL import Image, ImageDraw, ImageFont
+
+from nl_detectron.data.coco_format import Record
+
+GAP = 8  # between pictures, in pixels
+_Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+class _Object(NamedTuple):
+    """In pixels of the image, before it is enlarged."""
+
+    category: int
+    label: str
+    box: np.ndarray  # (4,) left, top, right, bottom
+    mask: Any  # whatever Detectron2's GenericMask takes; None for none
+    keypoints: np.ndarray | None  # (K, 3) x, y, and above 0 where there is one
+
+
+def draw_predictions(
+    image: np.ndarray, instances: Instances, metadata: Metadata, scale: float = 1
+) -> np.ndarray:
+    """
+    Draw boxes with classes and scores, masks and keypoints, in the colours of the classes. Holes in
+    masks stay open; a label is in or beside its own object, where it covers least of the others.
+
+    Args:
+        image: (H, W, 3), uint8.
+        instances: what a model predicts for the image, on the CPU.
+        metadata: names and colours, where known
+            (:func:`nl_detectron.engine.predictor.dataset_metadata`).
+        scale: size of the picture over that of the image, which is enlarged before it is drawn in.
+
+    Returns:
+        (scale H, scale W, 3), uint8.
+    """
+    masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
+    points = instances.pred_keypoints.numpy() if instances.has("pred_keypoints") else None
+    objects = [
+        _Object(
+            category,
+            f"{_class_name(category, metadata)} {score:.0%}",
+            box,
+            None if masks is None else masks[i].astype(np.uint8),
+            # A model predicts all of them, wherever they are.
+            None if points is None else np.where([True, True, False], points[i], 1),
+        )
+        for i, (category, score, box) in enumerate(
+            zip(
+                instances.pred_classes.tolist(),
+                instances.scores.tolist(),
+                instances.pred_boxes.tensor.numpy(),
+            )
+        )
+    ]
+    return _draw(image, objects, metadata, scale)
+
+
+def draw_ground_truth(
+    image: np.ndarray, record: Record, metadata: Metadata, scale: float = 1
+) -> np.ndarray:
+    """
+    Draw annotations as :func:`draw_predictions` draws predictions, in the same colours.
+
+    Args:
+        image: (H, W, 3), uint8.
+        record: of a registered dataset, in Detectron2's format.
+        metadata: the dataset's.
+        scale: as for :func:`draw_predictions`.
+
+    Returns:
+        (scale H, scale W, 3), uint8.
+    """
+    objects = [
+        _Object(
+            annotation["category_id"],
+            _class_name(annotation["category_id"], metadata)
+            + (" (crowd)" if annotation.get("iscrowd") else ""),
+            np.array(
+                BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+            ),
+            annotation.get("segmentation") or None,
+            np.reshape(annotation["keypoints"], (-1, 3)) if "keypoints" in annotation else None,
+        )
+        for annotation in record["annotations"]
+    ]
+    return _draw(image, objects, metadata, scale)
+
+
+def side_by_side(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """
+    Args:
+        pictures: (H_i, W_i, 3), uint8.
+        captions: one for each.
+
+    Returns:
+        (H, W, 3), uint8: the pictures from left to right on white, each under its caption.
+    """
+    columns = [np.vstack([_strip(text, p.shape[1]), p]) for p, text in zip(pictures, captions)]
+    height = max(len(column) for column in columns)
+    padded = [
+        np.pad(c, ((0, height - len(c)), (GAP * (i > 0), 0), (0, 0)), constant_values=255)
+        for i, c in enumerate(columns)
+    ]
+    return np.hstack(padded)
+
+
+def _strip(caption: str, width: int) -> np.ndarray:
+    """A caption, (height, width, 3), in letters that suit the width and let it fit."""
+    size = min(max(width / 24, 14), 32)
+    height = round(1.8 * size)
+    length = ImageFont.load_default(size).getlength(caption)
+    font = ImageFont.load_default(size * min(1, 0.95 * width / max(length, 1)))
+    strip = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(strip).text((width / 2, height / 2), caption, "black", font, anchor="mm")
+    return np.asarray(strip)
+
+
+def _class_name(category: int, metadata: Metadata) -> str:
+    names = metadata.get("thing_classes")
+    return names[category] if names else str(category)
+
+
+def _draw(
+    image: np.ndarray, objects: Sequence[_Object], metadata: Metadata, scale: float
+) -> np.ndarray:
+    height, width = image.shape[:2]
+    size = round(width * scale), round(height * scale)
+    if scale != 1:
+        way = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+        image = cv2.resize(image, size, interpolation=way)
+    if not objects:
+        return image
+    visualizer = Visualizer(image[:, :, ::-1], metadata)
+    palette = metadata.get("thing_colors") or colormap(rgb=True)
+    boxes = [tuple((scale * item.box).tolist()) for item in objects]
+    for item, box in zip(objects, boxes):
+        color = tuple(np.divide(palette[item.category % len(palette)], 255))
+        if item.mask is not None:
+            mask = GenericMask(item.mask, height, width).mask
+            mask = cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST)
+            visualizer.draw_binary_mask(mask, color, alpha=0.4)
+        visualizer.draw_box(box, edge_color=color)
+        if item.keypoints is not None:
+            _draw_keypoints(visualizer, item.keypoints * (scale, scale, 1), metadata)
+    font = ImageFont.load_default(min(max(max(size) / 45, 11), 20))
+    picture = Image.fromarray(visualizer.output.get_image())
+    placed: list[_Box] = []
+    for i, (item, box) in enumerate(zip(objects, boxes)):
+        length, text_height = font.getbbox(item.label)[2:]
+        place = _place(
+            box, (length + 4, text_height + 4), size, boxes[:i] + boxes[i + 1 :] + placed
+        )
+        placed.append(place)
+        color = tuple(int(part) for part in palette[item.category % len(palette)])
+        draw = ImageDraw.Draw(picture)
+        draw.rectangle(place, fill=color)
+        is_light = np.dot(color, (0.299, 0.587, 0.114)) > 140
+        draw.text((place[0] + 2, place[1] + 1), item.label, "black" if is_light else "white", font)
+    return np.asarray(picture)[:, :, ::-1]
+
+
+def _draw_keypoints(visualizer: Visualizer, keypoints: np.ndarray, metadata: Metadata) -> None:
+    """Small open circles, and the lines between them that the dataset names."""
+    known = {i: (x, y) for i, (x, y, visibility) in enumerate(keypoints) if visibility > 0}
+    names = metadata.get("keypoint_names") or []
+    for first, second, rgb in metadata.get("keypoint_connection_rules") or []:
+        ends = [known.get(names.index(name)) for name in (first, second)]
+        if None not in ends:
+            xs, ys = zip(*ends)
+            visualizer.draw_line(xs, ys, tuple(np.divide(rgb, 255)), linewidth=1)
+    for x, y in known.values():
+        for color, line in (("black", 2.5), ("white", 1.2)):
+            circle = Circle((x, y), 3, fill=False, edgecolor=color, linewidth=line)
+            visualizer.output.ax.add_patch(circle)
+
+
+def _place(box: _Box, label: Any, size: Any, others: Sequence[_Box]) -> _Box:
+    """
+    Where a label (width, height) of a box goes in a picture (width, height): into its upper left
+    corner if it fits there well, else above, below or beside it; the first place that covers
+    nothing of the other boxes, or that which covers least.
+    """
+    (left, top, right, bottom), (width, height) = box, label
+    corners = [
+        (left, top - height),
+        (right - width, top - height),
+        (left, bottom),
+        (right - width, bottom),
+        (right, top),
+        (left - width, top),
+        (left, top),
+    ]
+    if width <= right - left and 3 * height <= bottom - top:
+        corners.insert(0, (left, top))
+    places = []
+    for x, y in corners:
+        x, y = min(max(x, 0), size[0] - width), min(max(y, 0), size[1] - height)
+        places.append((x, y, x + width, y + height))
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in others))
+
+
+def _overlap(a: _Box, b: _Box) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    return max(width, 0) * max(height, 0)
