@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
-from nl_detectron.analysis.metrics import metrics_file, read_metrics
+from nl_detectron.analysis.metrics import TASKS, metrics_file, read_metrics
 
 Curve = tuple[np.ndarray, np.ndarray]
 """Iterations (T,), ascending, and the values (T,) of a metric at them."""
 
 SMOOTHED_PART = 0.04
-# Okabe and Ito's colours, which can be told apart with any colour vision, less their yellow, which
-# is too light for lines.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's colours, which can be told apart with any colour vision, and a grey; without their
+# yellow, which is too light for lines, and their second blue.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000", "#999999")
 _STYLES: list[dict[str, Any]] = [
     {"linestyle": line, "color": color} for line in ("-", "--") for color in COLORS
 ]
@@ -104,6 +104,8 @@ def _order(name: str) -> tuple[bool, bool, bool, str]:
 
 
 def _title(name: str) -> str:
+    if _is_ap(name):
+        return f"{TASKS.get(name.split('/')[0], name.split('/')[0])} AP"
     if not _is_weight(name):
         return name
     _, block, weight = name.split("/")
@@ -143,14 +145,17 @@ def _set_axes(panel: Axes, name: str) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     if _is_ap(name):
+        panel.set_ylabel("AP, %", fontsize=8)
         panel.legend(title="last", fontsize=8, title_fontsize=8)
         return
     if _is_weight(name):
         panel.ticklabel_format(axis="y", useOffset=False)
         return
+    panel.set_ylabel("loss", fontsize=8)
     low, high = panel.dataLim.intervaly
     if 0 < _LOG_FROM * low < high:
         panel.set_yscale("log")
+        panel.set_ylabel("loss, logarithmic", fontsize=8)
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_locator(NullLocator())

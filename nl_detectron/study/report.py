@@ -165,13 +165,16 @@ def draw_group(runs: dict[str, list[Run]]) -> Figure:
     *dot_panels, curve_panel = figure.subplots(1, len(widths), width_ratios=widths)
     for panel, metric in zip(dot_panels, metrics):
         _draw_dots(panel, [values[name].get(metric, []) for name in runs], colors)
-        panel.set_title(f"{TASKS[metric.split('/')[0]]} AP, by seed", fontsize=10)
+        task = TASKS[metric.split("/")[0]]
+        panel.set_title(f"{task} AP: a dot for each seed", fontsize=10)
+        panel.set_xlabel(f"{task} AP, %", fontsize=8)
         panel.set_yticks(range(len(runs)), list(runs) if panel is dot_panels[0] else [])
     for number, (name, color) in enumerate(zip(runs, colors)):
         style = _STYLES[number // len(COLORS) % len(_STYLES)]
         _draw_curve(curve_panel, runs[name], name, color, style)
     curve_panel.set_title("box AP in training", fontsize=10)
     curve_panel.set_xlabel("iteration", fontsize=8)
+    curve_panel.set_ylabel("box AP, %", fontsize=8)
     if curve_panel.lines:
         curve_panel.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     for panel in (*dot_panels, curve_panel):

@@ -78,13 +78,14 @@ def test_a_panel_for_each_metric_of_any_run(tmp_path):
     b = write_run(tmp_path / "b", {"iteration": 19, "total_loss": 3.0, "segm/AP": 34.56})
     figure = plot_metrics({"R50": a, "R50 + NL": b})
     axes = panels(figure)
-    assert list(axes) == ["total_loss", "loss_cls", "segm/AP"]
+    assert list(axes) == ["total_loss", "loss_cls", "mask AP"]
+    assert [axes[name].get_ylabel() for name in axes] == ["loss", "loss", "AP, %"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["R50", "R50 + NL"]
-    assert [text.get_text() for text in axes["segm/AP"].get_legend().get_texts()] == ["34.6"]
+    assert [text.get_text() for text in axes["mask AP"].get_legend().get_texts()] == ["34.6"]
     colors = [line.get_color() for line in figure.legends[0].get_lines()]
     assert len(set(colors)) == 2
     assert {line.get_color() for line in axes["total_loss"].lines} == set(colors)
-    assert {line.get_color() for line in axes["segm/AP"].lines} == {colors[1]}
+    assert {line.get_color() for line in axes["mask AP"].lines} == {colors[1]}
 
 
 def test_weights_of_blocks_come_last_as_they_were_written(tmp_path):
@@ -101,7 +102,7 @@ def test_weights_of_blocks_come_last_as_they_were_written(tmp_path):
     run = write_run(tmp_path, *records, {"iteration": 39, "bbox/AP": 10.0})
     axes = panels(plot_metrics({"run": run}))
     gamma = r"mean $|\gamma|$, res4.nonlocal4"
-    assert list(axes) == ["total_loss", "bbox/AP", gamma, r"$\Vert W_z\Vert$, res4.nonlocal4"]
+    assert list(axes) == ["total_loss", "box AP", gamma, r"$\Vert W_z\Vert$, res4.nonlocal4"]
     (line,) = axes[gamma].lines
     np.testing.assert_equal(line.get_xydata(), [(19, 0), (39, 0.125)])
 
