@@ -118,6 +118,23 @@ def side_by_side(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.
     return np.hstack(padded)
 
 
+def stacked(pictures: Sequence[np.ndarray], captions: Sequence[str]) -> np.ndarray:
+    """
+    Args:
+        pictures: (H_i, W_i, 3), uint8, wide ones.
+        captions: one for each.
+
+    Returns:
+        (H, W, 3), uint8: the pictures from top to bottom on white, each under its caption.
+    """
+    width = max(picture.shape[1] for picture in pictures)
+    rows = []
+    for picture, caption in zip(pictures, captions):
+        margin = ((0, 0), (0, width - picture.shape[1]), (0, 0))
+        rows += [_strip(caption, width), np.pad(picture, margin, constant_values=255)]
+    return np.vstack(rows)
+
+
 def _strip(caption: str, width: int) -> np.ndarray:
     """A caption, (height, width, 3), in letters that suit the width and let it fit."""
     size = min(max(width / 24, 14), 32)
