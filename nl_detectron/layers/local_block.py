@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from detectron2.layers import CNNBlockBase, Conv2d
-from fvcore.nn import weight_init
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nl_detectron.layers.detectron2_parts import CNNBlockBase
 from nl_detectron.layers.norm import Norm, build_norm, zero_scale
 
 
@@ -35,12 +34,14 @@ class LocalBlock(CNNBlockBase):
         super().__init__(in_channels, in_channels, stride=1)
         # Equal weights: 2 C w + 9 w^2 = 4 C (C / 2).
         width = round(in_channels * (math.sqrt(19) - 1) / 9)
-        self.conv1 = Conv2d(in_channels, width, kernel_size=1)
-        self.conv2 = Conv2d(width, width, kernel_size=3, padding=1)
-        self.conv3 = Conv2d(width, in_channels, kernel_size=1)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv2d(width, in_channels, kernel_size=1)
         self.norm = build_norm(norm, in_channels)
         for convolution in (self.conv1, self.conv2, self.conv3):
-            weight_init.c2_msra_fill(convolution)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
         if zero_init and not zero_scale(self.norm):
             nn.init.zeros_(self.conv3.weight)
 
