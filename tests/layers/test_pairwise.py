@@ -68,7 +68,7 @@ def test_equals_the_equation(kind, queries, keys):
 @pytest.mark.parametrize("pairs_kept", [0, 2**25])
 def test_the_softmax_is_kept_or_computed_again(pairs_kept, monkeypatch):
     monkeypatch.setattr(softmax, "_MAX_PAIRS_KEPT", pairs_kept)
-    monkeypatch.setattr(softmax, "_MAX_QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(softmax, "_MAX_QUERIES_PER_TILE", 4)
     arguments = inputs()[:3]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
