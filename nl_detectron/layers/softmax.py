@@ -26,7 +26,7 @@ _MAX_PAIRS_PER_TILE = 2**22
 # Up to so many pairs in a batch (128 MiB in float32; all of res4 of an 800 x 1344 image), training
 # keeps the softmax for the backward pass, which is faster than computing it again.
 _MAX_PAIRS_KEPT = 2**25
-# What rounds to float16 is brought to this maximum, so that 28 powers of 2 below it keep all digits.
+# What is rounded to float16 is brought to this maximum: 28 powers of 2 below it keep all digits.
 _MAX_ROUNDED, _MIN_LARGEST = 2.0**14, 2.0**-100
 
 
@@ -250,7 +250,7 @@ def _add_product(total: Tensor, x: Tensor, y: Tensor, factor: Tensor | float) ->
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """
-    x less its mean over the positions, and that mean. Half precision stays as it is: the differences
+    x less its mean over the positions, and that mean. Half precision stays as it is: differences
     would be rounded, those of like numbers all to the same side, which no average takes away.
     """
     if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
