@@ -105,7 +105,8 @@ def attend(theta: Tensor, phi: Tensor, g: Tensor, scale: float, plan: Plan | Non
     """
     if plan is None:
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (theta, phi, g))
-        plan = choose(theta.device, *theta.shape[:2], phi.shape[1], learns)
+        batch, queries, keys = theta.shape[0], theta.shape[1], phi.shape[1]
+        plan = choose(theta.device, batch, queries, keys, learns)
     if plan.algorithm == SDPA:
         return fused_softmax(theta, phi, g, scale)
     return _TiledSoftmax.apply(theta, phi, g, scale, plan)
