@@ -204,8 +204,8 @@ def _rate(
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    run(WARM_UP)
-    count = max(2, int(seconds / max(run(2) / 2, 1e-9)))
+    run(WARM_UP if seconds else 0)
+    count = max(1, int(seconds / run(1)))
     if processes > 1:
         shared = torch.tensor(count, device=device)
         torch.distributed.broadcast(shared, 0)

@@ -83,16 +83,17 @@ def _reason(messages: list[str]) -> str:
 
 
 @functools.cache
-def _compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled_flex(device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention  # not in PyTorch before 2.5
 
-    return torch.compile(flex_attention, dynamic=False)
+    # On the CPU only the form that is not compiled has a backward pass.
+    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
 
 
 def _flex(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
     inputs = [t.unsqueeze(1).contiguous() for t in (theta, phi, g)]
-    y = _compiled_flex()(*inputs, scale=scale, kernel_options=_FLEX_OPTIONS)
-    return y.squeeze(1)
+    attend = _compiled_flex(theta.device.type)
+    return attend(*inputs, scale=scale, kernel_options=_FLEX_OPTIONS).squeeze(1)
 
 
 # The first, what :func:`softmax.choose` chooses, is what the others are compared with.

@@ -30,6 +30,8 @@ PLACES = (
     *(("res4", "none"), ("res3", "embeddings"), ("res5", "embeddings")),
 )
 FUNCTIONS = ("embedded_gaussian", "dot_product", "concatenation", "gaussian")
+SOFTMAX = ("embedded_gaussian", "gaussian")
+PRECISION_ORDER = ("bf16", "fp32", "fp16", "tf32")
 PEERS = (OURS, TEXTBOOK, "mmcv", "PyTorchVideo", "timm")
 BATCH, QUICK_SIZE = 2, (64, 96)
 # Seconds in which the implementations take turns, for each level and pass of a case.
@@ -93,26 +95,26 @@ class _FlopCounter(TorchDispatchMode):
 
 def block_cases(quick: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     """The cases of the section "block", and who takes part."""
-    for pairwise in FUNCTIONS:
-        for precision in ("bf16", "fp32", "fp16", "tf32"):
-            for stage, subsample in PLACES[: 1 if quick else None]:
-                yield _case(stage, pairwise, subsample, precision, quick), PEERS
+    for case in _cases(FUNCTIONS[1:3] if quick else FUNCTIONS, quick):
+        yield case, PEERS
 
 
 def kernel_cases(quick: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     """The cases of the section "softmax". FlexAttention, which compiles for long, comes last."""
-    functions = ("embedded_gaussian", "gaussian")
     eager = [name for name in KERNEL_NAMES if name != FLEX]
-    for pairwise, precision in itertools.product(functions, ("bf16", "fp32", "fp16", "tf32")):
-        for stage, subsample in PLACES[: 1 if quick else None]:
-            yield _case(stage, pairwise, subsample, precision, quick), eager
-    for stage, subsample in PLACES[: 1 if quick else 3]:
-        yield _case(stage, functions[0], subsample, "bf16", quick), (OURS, FLEX)
+    for case in _cases(SOFTMAX[:1] if quick else SOFTMAX, quick):
+        yield case, eager
+    for case in itertools.islice(_cases(SOFTMAX, quick), 1 if quick else 3):
+        yield case, (OURS, FLEX)
 
 
-def _case(stage: str, pairwise: str, subsample: str, precision: str, quick: bool) -> Case:
-    size = QUICK_SIZE if quick else Case.image_size
-    return Case(stage, pairwise, subsample, BATCH, size, precision)
+def _cases(functions: Sequence[str], quick: bool) -> Iterator[Case]:
+    """With ``quick`` the first of each function, small."""
+    for pairwise in functions:
+        for precision in PRECISION_ORDER[: 1 if quick else None]:
+            for stage, subsample in PLACES[: 1 if quick else None]:
+                size = QUICK_SIZE if quick else Case.image_size
+                yield Case(stage, pairwise, subsample, BATCH, size, precision)
 
 
 def measure_cases(
