@@ -203,7 +203,7 @@ def _stop(process: subprocess.Popen[Any]) -> None:
         if process.poll() is None:
             os.killpg(process.pid, sent)
             try:
-                process.wait(5)
+                process.wait(10)
             except subprocess.TimeoutExpired:
                 continue
 
