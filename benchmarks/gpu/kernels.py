@@ -55,7 +55,8 @@ def _sdpa(backend: str) -> Attend:
         # Not in PyTorch before 2.3.
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        theta, phi, g = (t.unsqueeze(1) for t in (theta, phi, g))
+        # No fused kernel takes the strides that a block's convolutions give.
+        theta, phi, g = (t.unsqueeze(1).contiguous() for t in (theta, phi, g))
 
         def run() -> Tensor:
             with sdpa_kernel(getattr(SDPBackend, backend)):

@@ -97,7 +97,7 @@ class _FlopCounter(TorchDispatchMode):
 
 def block_cases(quick: bool) -> Iterator[tuple[Case, Sequence[str]]]:
     """The cases of the section "block", and who takes part."""
-    for case in _cases(FUNCTIONS[1:3] if quick else FUNCTIONS, quick):
+    for case in _cases(FUNCTIONS[1:2] if quick else FUNCTIONS, quick):
         yield case, PEERS
 
 

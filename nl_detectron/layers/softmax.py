@@ -140,8 +140,11 @@ def fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
-    """(B, N, d) as one attention head (B, 1, N, width), the new channels zero."""
-    x = x.unsqueeze(1)
+    """
+    (B, N, d) as one attention head (B, 1, N, width), the new channels zero. The channels of a
+    position lie side by side: else PyTorch would take the kernel that holds N_q x N_k weights.
+    """
+    x = x.unsqueeze(1).contiguous()
     return x if x.shape[3] == width else functional.pad(x, (0, width - x.shape[3]))
 
 

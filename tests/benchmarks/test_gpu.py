@@ -122,7 +122,7 @@ def test_kernels_agree_or_say_why_not(name):
     (_, ours), (_, theirs) = build_all(block, [OURS, name], KERNELS)[0].values()
     inputs = [torch.randn(2, n, 128) for n in (24, 6, 6)]
     if name in ("SDPA cudnn_attention", "SDPA efficient_attention"):  # for GPUs only
-        with pytest.raises(RuntimeError, match="kernel|backend|CUDA|not"):
+        with pytest.raises(RuntimeError, match=r"kernel|backend|CUDA|not"):
             theirs(*inputs)
         return
     torch.testing.assert_close(theirs(*inputs), ours(*inputs), rtol=1e-4, atol=1e-5)

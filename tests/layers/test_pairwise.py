@@ -211,6 +211,18 @@ def test_autocast_does_not_lower_the_precision(kind):
     assert relative_error(y, exact(kind, *arguments)) < 1e-6
 
 
+@pytest.mark.parametrize("channels", [(16, 16), (16, 8), (12, 20)])
+def test_a_fused_kernel_takes_what_a_block_gives(channels):
+    """Convolutions put the positions of a channel side by side. There is no kernel but this one."""
+    attention = pytest.importorskip("torch.nn.attention")
+    d, c = channels
+    theta, phi, g = (torch.randn(2, n, 30, requires_grad=True).mT for n in (d, d, c))
+    with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+        y = softmax.fused_softmax(theta, phi, g, 0.3)
+        y.sum().backward()
+    assert relative_error(y, exact("softmax", theta, phi, g, scale=0.3)) < 1e-6
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the largest number of elements of any tensor that an operation makes."""
 
