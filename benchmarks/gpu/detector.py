@@ -20,6 +20,13 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "COCO-InstanceSegmen
 IMAGE_SIZE, QUICK_IMAGE_SIZE, OBJECTS = (800, 1333), (64, 96), 7
 BATCH, WARM_UP = 2, 3
 SECONDS, QUICK_SECONDS = 3.0, 0.0
+_QUICK_OPTIONS = [
+    *("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64),
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 20, "MODEL.RPN.PRE_NMS_TOPK_TEST", 20),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
+    *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
+]
 
 Row = dict[str, Any]
 
@@ -45,7 +52,7 @@ SETTINGS = (
     Setting(50, True, True, compiled=True),
     *(Setting(101, block, False) for block in (False, True)),
 )
-QUICK_SETTINGS = (Setting(50, False, False), Setting(50, True, True, compiled=True))
+QUICK_SETTINGS = (Setting(50, True, True, compiled=True),)
 
 
 def measure_settings(
@@ -86,7 +93,7 @@ def _measure(setting: Setting, device: torch.device, quick: bool) -> Row:
     from detectron2.utils.events import EventStorage
 
     torch.manual_seed(0)
-    cfg = _config(setting, device)
+    cfg = _config(setting, device, quick)
     model = build_model(cfg)
     size = QUICK_IMAGE_SIZE if quick else IMAGE_SIZE
     batch = [_picture(*size, seed) for seed in range(BATCH)]
@@ -124,7 +131,7 @@ def _measure(setting: Setting, device: torch.device, quick: bool) -> Row:
     return {"iterations_per_second": rate, "memory_bytes": memory, "images_per_second": images}
 
 
-def _config(setting: Setting, device: torch.device) -> Any:
+def _config(setting: Setting, device: torch.device, quick: bool) -> Any:
     from detectron2.config import get_cfg
 
     from nl_detectron import add_nonlocal_config
@@ -133,6 +140,7 @@ def _config(setting: Setting, device: torch.device) -> Any:
     add_nonlocal_config(cfg)
     name = f"mask_rcnn_R_{setting.depth}_FPN{'_nl' * setting.block}_1x.yaml"
     cfg.merge_from_file(str(CONFIGS / name))
+    cfg.merge_from_list(_QUICK_OPTIONS if quick else [])
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device.type
     cfg.SOLVER.BASE_LR = 1e-5  # the weights are random, and should stay what they are
     return cfg
