@@ -12,7 +12,7 @@ from benchmarks.comparison import BLOCK, OPERATION
 from benchmarks.comparison import Row as Measured
 from benchmarks.implementations import OURS, Case
 from benchmarks.machine import machine_line
-from benchmarks.measure import FORWARD, FORWARD_BACKWARD, MEASURED, UNAVAILABLE, Outcome
+from benchmarks.measure import DIFFERS, FORWARD, FORWARD_BACKWARD, MEASURED, UNAVAILABLE, Outcome
 from nl_detectron.layers.softmax import CANDIDATES
 
 Row = dict[str, Any]
@@ -217,7 +217,7 @@ def _time_or_status(row: Row | None) -> str:
         return "-"
     if row["status"] == MEASURED:
         return _time(row["seconds"])
-    return row["status"] if row["difference"] is None else f"differs by {row['difference']:.1e}"
+    return f"differs by {row['difference']:.1e}" if row["status"] == DIFFERS else row["status"]
 
 
 def _best(times: Iterable[tuple[float, str]], names: Collection[str]) -> str:
