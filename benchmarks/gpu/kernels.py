@@ -87,8 +87,9 @@ def _reason(messages: list[str]) -> str:
 def _compiled_flex(device: str) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention  # not in PyTorch before 2.5
 
-    # On the CPU only the form that is not compiled has a backward pass.
-    return torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+    if device != "cuda":  # it would compile for a minute, and has no backward pass there
+        return flex_attention
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _flex(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
