@@ -53,7 +53,7 @@ def write_report(output: Path, name: str, machine: Row, rows: Sequence[Row]) -> 
             continue
         took = sum(row["seconds"] for row in own if row["kind"] == "time")
         parts += [f"## {title}", f"{_NOTES.get(section, '')} ({took:.0f} s)".strip()]
-        parts += _WRITERS[section](own)
+        parts += filter(None, _WRITERS[section](own))
     parts += _pictures(rows, output, name, left_out)
     if left_out:
         lines = [[row["section"], row["what"], row["why"]] for row in left_out]
@@ -234,6 +234,9 @@ def _bytes(number: int | None) -> str:
 
 
 def _table(headers: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """Empty without lines."""
+    if not (lines := list(lines)):
+        return ""
     rows = [headers, ["---"] * len(headers), *lines]
     return "\n".join(
         "| " + " | ".join(str(c).replace("|", "/") for c in row) + " |" for row in rows
