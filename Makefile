@@ -1,4 +1,5 @@
-# Every target does all the set-up it needs, in .venv. `make help` lists them.
+# Every target does all the set-up it needs, in .venv; but gpu-check uses what is there. `make help`
+# lists them.
 
 PYTHON ?= python3
 ARGS ?=
@@ -7,7 +8,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study-quick test lint clean
+.PHONY: help setup demo study-quick gpu-check gpu-wheels test lint clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -22,6 +23,16 @@ demo: $(READY) ## Train a small model with non-local blocks; show what it learnt
 
 study-quick: $(READY) ## Compare the block with a baseline and a local control, in minutes
 	$(VENV)/bin/python tools/study.py studies/quick.yaml $(ARGS)
+
+# Where there is a GPU there may be no network: what is not installed is left out of the report.
+gpu-check: ## Test and measure all on this machine's GPU, and write docs/gpu/<device>.md
+	$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+gpu-wheels: $(READY) ## Gather in build/wheels what gpu-check needs besides PyTorch
+	$(VENV)/bin/python tools/build_detectron2.py --output build/wheels
+	grep -vE '^(#|torch|unearth|import-linter|mypy|onnx|ruff|selenium)' requirements.txt >build/wheels/list
+	$(VENV)/bin/python -m pip wheel --quiet --wheel-dir build/wheels --requirement build/wheels/list
+	$(VENV)/bin/python -m pip wheel --quiet --wheel-dir build/wheels --no-deps -r requirements-peers.txt
 
 test: $(READY) ## Run the tests, a process for each core
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto $(ARGS)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from benchmarks import report
 from benchmarks.comparison import OPERATION, PASSES, Row, available_memory, compare, run_limited
 from benchmarks.implementations import FUNCTIONS, NAMES, OURS, STAGES, SUBSAMPLE, TEXTBOOK, Case
+from benchmarks.machine import describe_machine, machine_line
 from benchmarks.measure import DIFFERS, MEASURED, is_out_of_memory
 
 HELP = """
@@ -54,8 +55,8 @@ POWERS, QUICK_POWERS, MAX_SOFTMAX_POWER = range(10, 19), range(7, 12), 15
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 if results differ, or if something of ours could not be measured."""
     args = parse_arguments(arguments)
-    machine = report.describe_machine(args.device, args.threads)
-    print(report.machine_line(machine), file=sys.stderr)
+    machine = describe_machine(args.device, args.threads)
+    print(machine_line(machine), file=sys.stderr)
     rows, is_complete = _measure(_scaling_cases(args) if args.scaling else _cases(args), args)
     if not rows:
         sys.exit("nothing could be measured")
@@ -72,9 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:
-    size = {"image_size": QUICK_IMAGE_SIZE} if args.quick else {}
+    size = QUICK_IMAGE_SIZE if args.quick else Case.image_size
     return [
-        Case(stage, pairwise, subsample, args.batch, **size)
+        Case(stage, pairwise, subsample, args.batch, size)
         for stage in args.stages or (["res2"] if args.quick else STAGES)
         for subsample in args.subsample or (["none"] if args.quick else DEFAULT_SUBSAMPLE)
         for pairwise in args.pairwise or FUNCTIONS

@@ -7,7 +7,7 @@ import multiprocessing
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +16,25 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from benchmarks.implementations import (
+    IMPLEMENTATIONS,
     NAMES,
+    PRECISIONS,
     Case,
+    Implementation,
     build_all,
     embed,
     make_block,
     make_input,
 )
-from benchmarks.measure import FORWARD, FORWARD_BACKWARD, UNAVAILABLE, Outcome, Trial, measure
+from benchmarks.measure import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    TOLERANCES,
+    UNAVAILABLE,
+    Outcome,
+    Trial,
+    measure,
+)
 from nl_detectron.layers import NonLocalBlock
 
 if sys.platform != "win32":
@@ -71,38 +82,66 @@ def compare(
     budget: float,
     levels: Sequence[str] = tuple(PASSES),
     names: Sequence[str] = NAMES,
+    passes: Mapping[str, Sequence[str]] = PASSES,
+    implementations: Sequence[Implementation] = IMPLEMENTATIONS,
 ) -> list[Row]:
     """
     Measure the implementations ``names`` in one case, with a budget for each level and pass. Those
     whose operation cannot be taken out of the block have no row for the operation.
     """
     warnings.simplefilter("ignore")  # what other packages deprecate among themselves
+    trials, reasons = make_trials(case, device, names, implementations)
+    tolerance = TOLERANCES[case.precision]
+    rows = [
+        Row(case, name, level, which, outcome)
+        for level in levels
+        for which in passes[level]
+        for name, outcome in measure(trials[level], which, device, budget, tolerance).items()
+    ]
+    return rows + [
+        Row(case, name, BLOCK, which, Outcome(UNAVAILABLE, note=reason))
+        for which in passes.get(BLOCK, ())
+        for name, reason in reasons.items()
+    ]
+
+
+def make_trials(
+    case: Case,
+    device: torch.device,
+    names: Sequence[str],
+    implementations: Sequence[Implementation] = IMPLEMENTATIONS,
+) -> tuple[dict[str, dict[str, Trial]], dict[str, str]]:
+    """By level, what is measured of the implementations; and why some are left out."""
+    dtype, tf32 = PRECISIONS[case.precision]
+    # By default a GPU would round convolutions to 10 bits, and matrix products not.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
     block = make_block(case).to(device)
-    built, reasons = build_all(block, names)
+    built, reasons = build_all(block, names, implementations)
     x = make_input(case).to(device)
     trials: dict[str, dict[str, Trial]] = {BLOCK: {}, OPERATION: {}}
     inputs: tuple[torch.Tensor, ...] = ()
     if isinstance(block, NonLocalBlock):
         with torch.no_grad():
-            inputs = tuple(t.detach().requires_grad_() for t in embed(block, x))
+            inputs = tuple(t.detach().to(dtype).requires_grad_() for t in embed(block, x))
         grad_y = torch.randn_like(inputs[0][..., : inputs[2].shape[2]])
-    x.requires_grad_()
+    x = x.to(dtype).requires_grad_()
     grad_z = torch.randn_like(x)
     for name, (module, operation) in built.items():
-        trials[BLOCK][name] = Trial(module, (x,), grad_z, tuple(module.parameters()))
+        run = module if dtype == torch.float32 else _under_autocast(module, device, dtype)
+        trials[BLOCK][name] = Trial(run, (x,), grad_z, tuple(module.parameters()))
         if operation is not None:
             trials[OPERATION][name] = Trial(operation, inputs, grad_y)
-    rows = [
-        Row(case, name, level, which, outcome)
-        for level in levels
-        for which in PASSES[level]
-        for name, outcome in measure(trials[level], which, device, budget).items()
-    ]
-    return rows + [
-        Row(case, name, BLOCK, which, Outcome(UNAVAILABLE, note=reason))
-        for which in PASSES[BLOCK]
-        for name, reason in reasons.items()
-    ]
+    return trials, reasons
+
+
+def _under_autocast(
+    function: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> Callable[..., torch.Tensor]:
+    def run(*inputs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, dtype):
+            return function(*inputs)
+
+    return run
 
 
 def run_limited(
@@ -136,8 +175,6 @@ def available_memory() -> int:
 def _prepare(device: torch.device, threads: int, memory_limit: int | None) -> None:
     gc.freeze()  # collecting garbage among all that was imported takes long
     torch.set_num_threads(threads)
-    # On a GPU, convolutions would be rounded to 10 bits by default, matrix products not.
-    torch.backends.cudnn.allow_tf32 = False
     if memory_limit is None:
         return
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +26,15 @@ from nl_detectron.layers import (
 # Channels and stride of a ResNet's stages.
 STAGES = {"res2": (256, 4), "res3": (512, 8), "res4": (1024, 16), "res5": (2048, 32)}
 
+# The dtype of activations, and whether the GPU may round float32 products to TF32. Of half
+# precision a block has float32 weights, under autocast.
+PRECISIONS = {
+    "fp32": (torch.float32, False),
+    "tf32": (torch.float32, True),
+    "fp16": (torch.float16, False),
+    "bf16": (torch.bfloat16, False),
+}
+
 # A block's pairwise function, or "global_context" for a block of that kind.
 FUNCTIONS = tuple(ATTENTION)
 CONTEXT_REDUCTION = 16
@@ -33,13 +42,17 @@ CONTEXT_REDUCTION = 16
 
 @dataclass(frozen=True)
 class Case:
-    """One block after one stage. ``image_size`` is (height, width) in pixels."""
+    """
+    One block after one stage. ``image_size`` is (height, width) in pixels, ``precision`` a key of
+    ``PRECISIONS``.
+    """
 
     stage: str
     pairwise: str
     subsample: str = "none"
     batch: int = 1
     image_size: tuple[int, int] = (800, 1344)
+    precision: str = "fp32"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -196,7 +209,7 @@ def _textbook(block: Block) -> Built:
 
 
 def _concat_terms(block: NonLocalBlock, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-    w_theta, w_phi = block.concat.weight.flatten().chunk(2)
+    w_theta, w_phi = block.concat.weight.flatten().to(theta.dtype).chunk(2)
     return theta @ w_theta, phi @ w_phi
 
 
@@ -218,10 +231,14 @@ IMPLEMENTATIONS = (
 NAMES = tuple(implementation.name for implementation in IMPLEMENTATIONS)
 
 
-def build_all(block: Block, names: Collection[str]) -> tuple[dict[str, Built], dict[str, str]]:
+def build_all(
+    block: Block,
+    names: Collection[str],
+    implementations: Sequence[Implementation] = IMPLEMENTATIONS,
+) -> tuple[dict[str, Built], dict[str, str]]:
     """Those of ``names`` that compute what ``block`` does, and why the others do not."""
     built, reasons = {}, {}
-    for name, build, pairwise, subsample in IMPLEMENTATIONS:
+    for name, build, pairwise, subsample in implementations:
         if name not in names:
             continue
         if block.pairwise not in pairwise:

@@ -13,7 +13,6 @@ from unittest import mock
 
 from torch import Tensor, nn
 
-from nl_detectron.conversion import convert
 from nl_detectron.layers import GlobalContextBlock, NonLocalBlock
 
 Block = NonLocalBlock | GlobalContextBlock
@@ -163,6 +162,8 @@ def _converted(
     block: NonLocalBlock, to: str, dims: int
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights of ``block`` for another implementation, and what to build its block with."""
+    from nl_detectron.conversion import convert  # needs Detectron2
+
     result = convert(
         block.state_dict(),
         to=to,

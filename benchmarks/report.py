@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
-from tabulate import tabulate
 
 from benchmarks.comparison import BLOCK, OPERATION, PASSES, Row
 from benchmarks.implementations import NAMES, OURS, Case
 from benchmarks.measure import DIFFERS, FORWARD, FORWARD_BACKWARD, MEASURED, UNAVAILABLE, Outcome
 
-_PACKAGES = ("nl_detectron", "torch", "mmcv-lite", "mmcv", "pytorchvideo", "timm", "mmsegmentation")
 _TITLES = {
     BLOCK: "The whole block: 1x1 convolutions, operation, batch norm (in evaluation mode), sum",
     OPERATION: "The operation alone: y from given theta, phi and g",
@@ -50,39 +41,10 @@ _QUANTITIES = {
 }
 
 
-def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """What the figures depend on: device, cores, threads, versions of packages, date."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    cpuinfo = Path("/proc/cpuinfo")
-    cpu = re.search(r"model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    name = cpu[1] if cpu else platform.processor()
-    return {
-        "device": str(device),
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "python": platform.python_version(),
-        "versions": versions,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
-def machine_line(machine: dict[str, Any]) -> str:
-    """The same in a line."""
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    return (
-        f"{machine['name']} ({machine['device']}), {machine['cores']} cores, "
-        f"{machine['threads']} threads, {versions}, {machine['date'][:10]}"
-    )
-
-
 def report(rows: Sequence[Row], style: str, *, growth: bool) -> str:
     """Tables in one of tabulate's styles, and notes; with ``growth`` the p of cost ~ N^p."""
+    from tabulate import tabulate  # the plots do without
+
     levels = [level for level in PASSES if any(row.level == level for row in rows)]
     parts = [f"{_TITLES[level]}\n\n{_table(rows, level, style)}" for level in levels]
     if growth:
@@ -108,6 +70,8 @@ def report(rows: Sequence[Row], style: str, *, growth: bool) -> str:
 
 
 def _table(rows: Sequence[Row], level: str, style: str) -> str:
+    from tabulate import tabulate
+
     outcomes: dict[tuple[Case, str], list[Outcome]] = {}
     for row in rows:
         if row.level == level and row.outcome.status != UNAVAILABLE:
@@ -219,7 +183,11 @@ def _draw_ratios(axes: Axes, cases: list[Case], rows: list[Row], quantity: str) 
     axes.text(1.04, 1, beside, transform=axes.transAxes, ha="center", va="bottom")
     pooled = {"none": "", "embeddings": ", pooled", "input": ", pooled input"}
     pooled["pyramid"] = ", pyramid"
-    labels = [f"{c.stage} {c.pairwise.replace('_', ' ')}{pooled[c.subsample]}" for c in cases]
+    labels = [
+        f"{c.stage} {c.pairwise.replace('_', ' ')}{pooled[c.subsample]}"
+        + (f", {c.precision}" if c.precision != "fp32" else "")
+        for c in cases
+    ]
     axes.set_yticks(range(len(cases)), labels)
     low, high = axes.get_xlim()
     axes.set(xlim=(min(low, 0.5), max(high, 2)), ylim=(len(cases) - 0.5, -0.5))

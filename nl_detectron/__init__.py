@@ -1,34 +1,48 @@
-"""Non-local blocks for Detectron2. Importing this package registers all that it provides."""
+"""
+Non-local blocks for Detectron2. Importing this package registers all that it provides.
+
+Without Detectron2 there is nothing to register with: then only :mod:`nl_detectron.layers`, which
+needs PyTorch alone, can be used, and an ImportError says so of the other names.
+"""
 
 import warnings
 
 try:
-    import detectron2
-
     with warnings.catch_warnings():  # of what PyTorch no longer recommends
         warnings.filterwarnings("ignore", "`torch.jit.script", FutureWarning)
         import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
     if error.name != "detectron2":  # it is there, but lacks something itself
         raise
-    raise ImportError(
-        "nl_detectron needs Detectron2, which is not installed here: run `make setup` in "
-        "nl_detectron's folder, or install it as "
-        "https://detectron2.readthedocs.io/tutorials/install.html says."
-    ) from error
+    _HAS_DETECTRON2 = False
+else:
+    _HAS_DETECTRON2 = True
 
 __version__ = "0.1.0"
 
-import nl_detectron.data  # noqa: F401
-from nl_detectron.config import add_nonlocal_config
 from nl_detectron.layers import GlobalContextBlock, NonLocalBlock
-from nl_detectron.modeling import (
-    NONLOCAL_BLOCK_REGISTRY,
-    NonLocalKeypointHead,
-    build_nonlocal_backbone,
-    insert_blocks,
-    insert_nonlocal_blocks,
-)
+
+if _HAS_DETECTRON2:
+    import nl_detectron.data  # noqa: F401
+    from nl_detectron.config import add_nonlocal_config
+    from nl_detectron.modeling import (
+        NONLOCAL_BLOCK_REGISTRY,
+        NonLocalKeypointHead,
+        build_nonlocal_backbone,
+        insert_blocks,
+        insert_nonlocal_blocks,
+    )
+else:
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise ImportError(
+            f"nl_detectron.{name} needs Detectron2, which is not installed here: run `make setup` "
+            "in nl_detectron's folder, or install it as "
+            "https://detectron2.readthedocs.io/tutorials/install.html says."
+        )
+
 
 __all__ = [
     "NONLOCAL_BLOCK_REGISTRY",

@@ -15,13 +15,61 @@ def python(*arguments, **options):
     )
 
 
-def test_import_without_detectron2_says_what_to_do():
-    script = "import sys; sys.modules['detectron2'] = None; import nl_detectron"
+WITHOUT_DETECTRON2 = """
+import importlib.abc, sys
+class OnlyPyTorch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, OnlyPyTorch())
+"""
+DETECTRON2 = {"detectron2", "fvcore", "iopath", "yacs", "omegaconf", "pycocotools", "cv2", "PIL"}
+ABSENT = {*DETECTRON2, "torchvision", "tabulate", "matplotlib", "yaml", "safetensors", "tqdm"}
+
+
+@pytest.mark.parametrize("name", ["add_nonlocal_config", "insert_nonlocal_blocks", "missing"])
+def test_what_needs_detectron2_says_so(name):
+    script = WITHOUT_DETECTRON2.format(absent=ABSENT) + f"from nl_detectron import {name}"
     result = python("-c", script, cwd=ROOT)
     assert result.returncode == 1
     message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("ImportError: nl_detectron needs Detectron2")
+    if name == "missing":
+        assert message.startswith("ImportError: cannot import name 'missing'")
+        return
+    assert message.startswith(f"ImportError: nl_detectron.{name} needs Detectron2")
     assert "make setup" in message
+
+
+def test_the_layers_need_pytorch_alone():
+    script = """
+import itertools, torch
+from nl_detectron.layers import *
+import nl_detectron
+assert nl_detectron.NonLocalBlock is NonLocalBlock
+x = torch.randn(2, 32, 6, 8, requires_grad=True)
+blocks = [NonLocalBlock(32, pairwise=f, subsample=s) for f in PAIRWISE for s in SUBSAMPLE]
+blocks += [NonLocalBlock(32, norm=norm) for norm in ("SyncBN", "GN", "LN", "")]
+for block in [*blocks, GlobalContextBlock(32, reduction=4), LocalBlock(32)]:
+    if block.norm is None or "Sync" not in type(block.norm).__name__:
+        block(x).square().mean().backward()
+    assert x.grad.isfinite().all() and block.out_channels == 32
+try:
+    NonLocalBlock(32, norm="FrozenBN")
+except ImportError as error:
+    assert "FrozenBN" in str(error)
+else:
+    raise AssertionError
+assert not {absent} & {name.partition(".")[0] for name in sys.modules}
+"""
+    script = WITHOUT_DETECTRON2.format(absent=ABSENT) + script.replace("{absent}", str(ABSENT))
+    result = python("-c", script, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_broken_detectron2_is_not_taken_for_none():
+    script = WITHOUT_DETECTRON2.format(absent={"fvcore"}) + "import nl_detectron"
+    result = python("-c", script, cwd=ROOT)
+    assert result.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'fvcore'"
 
 
 def test_importing_registers_everything():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from detectron2.layers import CNNBlockBase
 from torch import Tensor, nn
 
+from nl_detectron.layers.detectron2_parts import CNNBlockBase
 from nl_detectron.validation import check_choice
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}

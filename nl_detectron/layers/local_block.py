@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from detectron2.layers import CNNBlockBase, Conv2d
-from fvcore.nn import weight_init
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from nl_detectron.layers.detectron2_parts import CNNBlockBase
 from nl_detectron.layers.norm import ZERO_INIT_LAYERS, Norm, build_norm, make_identity
 from nl_detectron.validation import check_choice
 
@@ -45,12 +44,13 @@ class LocalBlock(CNNBlockBase):
         check_choice("zero_init_layer", zero_init_layer, ZERO_INIT_LAYERS)
         # Equal weights: 2 C w + 9 w^2 = 4 C (C / 2).
         width = round(in_channels * (math.sqrt(19) - 1) / 9)
-        self.conv1 = Conv2d(in_channels, width, kernel_size=1)
-        self.conv2 = Conv2d(width, width, kernel_size=3, padding=1)
-        self.conv3 = Conv2d(width, in_channels, kernel_size=1)
+        self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.conv3 = nn.Conv2d(width, in_channels, kernel_size=1)
         self.norm = build_norm(norm, in_channels)
         for convolution in (self.conv1, self.conv2, self.conv3):
-            weight_init.c2_msra_fill(convolution)
+            nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(convolution.bias)
         if zero_init:
             make_identity(zero_init_layer, self.norm, self.conv3)
 

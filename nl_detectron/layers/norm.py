@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from detectron2.layers import get_norm
 from torch import Tensor, nn
 from torch.nn import functional
 
+from nl_detectron.layers.detectron2_parts import get_norm
 from nl_detectron.validation import check_choice
 
 ZERO_INIT_LAYERS = ("norm", "out")

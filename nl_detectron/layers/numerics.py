@@ -51,6 +51,25 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
+def product(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """
+    A matrix product that keeps the digits of float32, whatever the precision of what is multiplied.
+
+    Args:
+        x: (B, n, N), floating point.
+        y: (B, N, m), same dtype.
+        out: (B, n, m), to be overwritten.
+
+    Returns:
+        x y, (B, n, m), float32 for half precision. Of half precision there are no gradients.
+    """
+    if accumulable(x[:0]).dtype == x.dtype:
+        return torch.bmm(x, y, out=out)
+    if x.is_cuda:  # the tensor cores do it
+        return torch.bmm(x, y, out_dtype=torch.float32, out=out)
+    return torch.bmm(x.float(), y.float(), out=out)
+
+
 def sum_of_products(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
     """
     A matrix product, a part of N at a time: for few channels the kernels of libraries add up
@@ -62,10 +81,10 @@ def sum_of_products(x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tenso
         out: (B, n, m), to be overwritten; there are no gradients then.
 
     Returns:
-        x y, (B, n, m), same dtype.
+        As :func:`product`.
     """
     first, *rest = zip(x.split(MAX_SUMMED, 2), y.split(MAX_SUMMED, 1))
-    total = torch.bmm(*first, out=out)
+    total = product(*first, out=out)
     for x_part, y_part in rest:
-        total = torch.add(total, x_part @ y_part, out=out)
+        total = torch.add(total, product(x_part, y_part), out=out)
     return total

@@ -37,6 +37,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nl_detectron.layers.average import chunked_average
 from nl_detectron.layers.numerics import (
     MAX_SUMMED,
     accumulable,
@@ -46,7 +47,7 @@ from nl_detectron.layers.numerics import (
 )
 from nl_detectron.layers.ramp import ramp_sum, sums_over_active
 from nl_detectron.layers.recorded import is_recorded
-from nl_detectron.layers.softmax import blockwise_softmax, chunked_average, fused_softmax
+from nl_detectron.layers.softmax import attend, fused_softmax
 
 
 class PairwiseFunction(NamedTuple):
@@ -91,8 +92,8 @@ def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) 
     Returns:
         (B, N_q, c), dtype of g.
     """
-    if not torch.jit.is_scripting() and not (theta.is_cuda or is_recorded()):
-        return blockwise_softmax(theta, phi, g, scale)
+    if not torch.jit.is_scripting() and not is_recorded():
+        return attend(theta, phi, g, scale)
     return fused_softmax(theta, phi, g, scale)
 
 

@@ -4,7 +4,7 @@ from detectron2.layers import CNNBlockBase
 from torch import nn
 
 from nl_detectron import GlobalContextBlock
-from nl_detectron.layers import numerics, softmax, softmax_average
+from nl_detectron.layers import average, numerics, softmax_average
 from tests.layers import reference
 from tests.layers.test_nonlocal_block import GRID, bytes_kept_for_backward, make_input
 
@@ -35,7 +35,7 @@ def check_against_the_equations(block, x):
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("chunk", [numerics.MAX_SUMMED, 4])
 def test_equals_the_equations(dims, chunk, monkeypatch):
-    monkeypatch.setattr(softmax, "MAX_SUMMED", chunk)
+    monkeypatch.setattr(average, "MAX_SUMMED", chunk)
     check_against_the_equations(
         make_block(dims=dims).double(), make_input(dims, dtype=torch.float64)
     )

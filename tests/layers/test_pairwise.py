@@ -68,7 +68,7 @@ def test_equals_the_equation(kind, queries, keys):
 @pytest.mark.parametrize("pairs_kept", [0, 2**25])
 def test_the_softmax_is_kept_or_computed_again(pairs_kept, monkeypatch):
     monkeypatch.setattr(softmax, "_MAX_PAIRS_KEPT", pairs_kept)
-    monkeypatch.setattr(softmax, "_MAX_QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(softmax, "_MAX_QUERIES_PER_TILE", 4)
     arguments = inputs()[:3]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -209,6 +209,18 @@ def test_autocast_does_not_lower_the_precision(kind):
         terms = [(arguments[0] * w_theta).sum(2), (arguments[1] * w_phi).sum(2), arguments[2]]
         y = concatenation_pairwise(*terms) if kind == "concatenation" else fast(kind, *arguments)
     assert relative_error(y, exact(kind, *arguments)) < 1e-6
+
+
+@pytest.mark.parametrize("channels", [(16, 16), (16, 8), (12, 20)])
+def test_a_fused_kernel_takes_what_a_block_gives(channels):
+    """Convolutions put the positions of a channel side by side. There is no kernel but this one."""
+    attention = pytest.importorskip("torch.nn.attention")
+    d, c = channels
+    theta, phi, g = (torch.randn(2, n, 30, requires_grad=True).mT for n in (d, d, c))
+    with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+        y = softmax.fused_softmax(theta, phi, g, 0.3)
+        y.sum().backward()
+    assert relative_error(y, exact("softmax", theta, phi, g, scale=0.3)) < 1e-6
 
 
 class LargestTensor(TorchDispatchMode):
