@@ -175,7 +175,8 @@ def draw_proof(output: Path) -> str:
         )
         figure = draw_attention(attention.maps(wrong[:1]), arrows=1)
         figure.savefig(output / "proof_attention.png")
-        pictures.append(fitted(cv2.imread(str(output / "proof_attention.png")), truth.shape[1]))
+        attended = read_image(str(output / "proof_attention.png"), "BGR")
+        pictures.append(fitted(attended, truth.shape[1]))
         captions.append("what the block attends to from a square that is wrong above")
         if len(pictures) == 4 * NUM_PROOFS:
             break
@@ -188,8 +189,8 @@ def draw_proof(output: Path) -> str:
     )
     sentences = describe_blocks(nonlocal_)
     return (
-        "<p>Whether a square is <i>bright</i> or <i>dark</i> only the disc of its own hue tells, one "
-        f"of four, 180 pixels away. Box AP50: {figures}; to guess gives 50. {sentences}</p>"
+        "<p>Whether a square is <i>bright</i> or <i>dark</i> only the disc of its own hue tells, "
+        f"one of four, 180 pixels away. Box AP50: {figures}; to guess gives 50. {sentences}</p>"
         '<figure><img src="proof.png" alt="wrong without a block, right with one"></figure>'
     )
 

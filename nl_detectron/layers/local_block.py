@@ -50,7 +50,7 @@ class LocalBlock(CNNBlockBase):
         self.norm = build_norm(norm, in_channels)
         for convolution in (self.conv1, self.conv2, self.conv3):
             nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(convolution.bias)
+            nn.init.zeros_(convolution.get_parameter("bias"))
         if zero_init:
             make_identity(zero_init_layer, self.norm, self.conv3)
 
