@@ -4,13 +4,12 @@
     python tools/study.py studies/long_range_match.yaml
     python studies/attention_on_partner.py output/studies/long_range_match
 
-Of each setting that has blocks with attention, on pictures of its validation set; all in percent,
-mean and sample standard deviation over the seeds:
+Of each setting with attention, on pictures of its validation set; in percent, mean and sample
+standard deviation over the seeds:
 
-    entropy     of the attention; 100 is even; of the blocks for which it is defined
-    bright,     of the |weights| of a square's centre, the share that is on its partner, for squares
-    dark        of either class: on the keys whose centres lie in the disc, and the nearest to its
-                centre
+    entropy     of the attention, where it is defined; 100 is even
+    bright,     of the |weights| of a square's centre, the share that is on its partner, by class:
+    dark        on the keys whose centres lie in the disc, and the nearest to its centre
     even        that share if all weights are alike
 """
 
@@ -63,9 +62,9 @@ def measure(model: nn.Module, dataset: str, num_images: int) -> dict[str, dict[s
     """Block to column to values, as fractions of 1; nothing if the model has no such blocks."""
     DatasetCatalog.get(dataset)  # makes it
     data = MetadataCatalog.get(dataset)
-    records = load_coco_json(data.json_file, data.image_root, extra_annotation_keys=["partner"])
+    records = load_coco_json(data.json_file, data.image_root, dataset, ["partner"])
     images = [read_image(record["file_name"], "BGR") for record in records[:num_images]]
-    batches = [[{"image": torch.tensor(image.transpose(2, 0, 1))}] for image in images]
+    batches = [[{"image": torch.tensor(image.transpose(2, 0, 1).copy())}] for image in images]
     measured: dict[str, dict[str, list[float]]] = {}
     for report in inspect_blocks(model, batches):
         measured[report.block] = numbers = defaultdict(list)
@@ -78,10 +77,8 @@ def measure(model: nn.Module, dataset: str, num_images: int) -> dict[str, dict[s
         for block in record_attention(model, image).maps(centers).blocks:
             for square, attention in zip(squares, block.maps):
                 assert attention is not None
-                weights, is_partner = (
-                    np.abs(attention.weights),
-                    keys_of(square["partner"], attention),
-                )
+                weights = np.abs(attention.weights)
+                is_partner = keys_of(square["partner"], attention)
                 share = weights[is_partner].sum() / weights.sum()
                 measured[block.name][data.thing_classes[square["category_id"]]].append(share)
                 measured[block.name]["even"].append(is_partner.mean())
