@@ -4,7 +4,7 @@ At one end of every picture are up to four discs of different hues, each bright 
 other end are two squares, each with the hue of one of the discs, its partner. Whether the partner
 is bright or dark is the class of the square, and says on which of its sides, left or right, its one
 keypoint lies. The squares look the same for both. In the validation split there are always four
-discs, two bright and two dark, so that no average over them tells anything: each square has to find
+discs, two bright and two dark, so that their mean brightness tells nothing: each square has to find
 its own partner. There are two sets of the same squares:
 
 ``long_range_match``: all discs are at the other end of the picture.
