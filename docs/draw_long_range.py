@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the picture of the data sets in STUDY.md: a square of each class, in each of the three sets.
+"""Draw the picture of the data sets in STUDY.md: squares of each class, in each of the sets.
 
 python docs/draw_long_range.py docs/long_range.png
 """
@@ -17,17 +17,21 @@ parser.add_argument("picture", help="the PNG to write")
 picture = parser.parse_args().picture
 
 NAMES = ("long_range", "long_range_near", "long_range_none")
+MATCH_NAMES = ("long_range_match", "long_range_match_near")
 
-figure = Figure(figsize=(9, 2.1), dpi=110, layout="constrained")
-for name, row in zip(NAMES, figure.subplots(len(NAMES), 2)):
-    # The three sets have the same squares in the same order.
-    pictures = DatasetCatalog.get(f"{name}_train")
-    classes = MetadataCatalog.get(f"{name}_train").thing_classes
+figure = Figure(figsize=(9, 3.5), dpi=110, layout="constrained")
+for name, row in zip(NAMES + MATCH_NAMES, figure.subplots(len(NAMES + MATCH_NAMES), 2)):
+    # The sets of a kind have the same squares in the same order.
+    pictures = DatasetCatalog.get(f"{name}_val")
+    names = MetadataCatalog.get(f"{name}_val").thing_classes
     for category, panel in enumerate(row):
-        of_class = (p for p in pictures if p["annotations"][0]["category_id"] == category)
-        panel.imshow(Image.open(next(of_class)["file_name"]), interpolation="nearest")
+        # The first square of this class, the second, if there is one, of the other.
+        classes = [category, 1 - category][: len(pictures[0]["annotations"])]
+        shown = (p for p in pictures if [a["category_id"] for a in p["annotations"]] == classes)
+        panel.imshow(Image.open(next(shown)["file_name"]), interpolation="nearest")
         panel.set(xticks=[], yticks=[])
-        if name == NAMES[0]:
-            panel.set_title(f"class {classes[category]}", fontsize=9)
+        if name in (NAMES[0], MATCH_NAMES[0]):
+            title = " and ".join(names[c] for c in classes)
+            panel.set_title(f"class {title}", fontsize=9)
     row[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9, family="monospace")
 figure.savefig(picture)

@@ -26,7 +26,13 @@ Draw = Callable[[np.random.Generator], tuple[Image.Image, list[Record]]]
 
 
 def make_dataset(
-    root: Path, name: str, draw: Draw, categories: list[Record], num_train: int, num_val: int
+    root: Path,
+    name: str,
+    draw: Draw,
+    categories: list[Record],
+    num_train: int,
+    num_val: int,
+    draw_val: Draw | None = None,
 ) -> Path:
     """
     Draw a dataset: ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``. Picture i of a
@@ -43,6 +49,7 @@ def make_dataset(
         categories: COCO's.
         num_train: number of training images.
         num_val: number of validation images.
+        draw_val: draws one picture for validation; ``draw`` by default.
 
     Returns:
         ``root``.
@@ -59,18 +66,20 @@ def make_dataset(
         )
     with _one_at_a_time(root):
         if not complete.exists():
-            _make(root, name, draw, categories, num_train, num_val)
+            splits = {"train": (num_train, draw), "val": (num_val, draw_val or draw)}
+            _make(root, name, splits, categories)
     return root
 
 
 def _make(
-    root: Path, name: str, draw: Draw, categories: list[Record], num_train: int, num_val: int
+    root: Path, name: str, splits: dict[str, tuple[int, Draw]], categories: list[Record]
 ) -> None:
-    logger.info(f"Drawing {num_train} + {num_val} images of {name} into {root} ...")
+    counts = " + ".join(str(num_images) for num_images, _ in splits.values())
+    logger.info(f"Drawing {counts} images of {name} into {root} ...")
     draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)
     try:
-        for seed, (split, num_images) in enumerate([("train", num_train), ("val", num_val)]):
+        for seed, (split, (num_images, draw)) in enumerate(splits.items()):
             coco = {
                 "info": {"description": f"nl_detectron {name}", "version": "1"},
                 "licenses": [],

@@ -11,9 +11,9 @@ looks the same for both. There are three sets of the same squares:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from shapely.affinity import rotate
 from shapely.geometry import LineString, Point, Polygon, box
 
 from nl_detectron.data.built_in import cache_folder, make_dataset, register_dataset
+from nl_detectron.data.coco_format import Record
 from nl_detectron.data.scene import SceneObject, draw_scene, plain_background
 from nl_detectron.validation import check_choice
 
@@ -35,7 +36,7 @@ CUE_RADIUS = 8
 KEYPOINT_NAMES = ["side"]
 
 
-def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[dict[str, Any]]]:
+def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[Record]]:
     # The same random numbers for every cue, so that the three sets have the same squares.
     category, is_mirrored = (int(i) for i in rng.integers(2, size=2))
     square_x, cue_x = rng.uniform(15, 30), WIDTH - rng.uniform(10, 20)
@@ -46,22 +47,43 @@ def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[dict
     if is_mirrored:
         square_x, cue_x = WIDTH - square_x, WIDTH - cue_x
 
-    upright = box(square_x - half, square_y - half, square_x + half, square_y + half)
-    axis = LineString([(square_x - half, square_y), (square_x + half, square_y)])
-    square, axis = (rotate(part, degrees, (square_x, square_y)) for part in (upright, axis))
+    square, axis = rotated_square(square_x, square_y, half, degrees)
     disc = Point(cue_x, cue_y).buffer(CUE_RADIUS)
     scene = [SceneObject("square", SQUARE_COLOR, square, axis=None)]
     if cue != "none":
         color = list(CUE_COLORS.values())[category]
         scene.append(SceneObject("disc", color, disc, axis=None))
     picture = draw_scene(rng, scene, plain_background(BACKGROUND_COLOR, (HEIGHT, WIDTH)))
-    return picture, [_annotate(category, square, axis.coords[category])]
+    return picture, [annotate_square(category, square, axis)]
 
 
-def _annotate(category: int, square: Polygon, keypoint: tuple[float, float]) -> dict[str, Any]:
-    """One COCO annotation, without its ids."""
+def rotated_square(x: float, y: float, half: float, degrees: float) -> tuple[Polygon, LineString]:
+    """
+    Args:
+        x, y: the centre, in pixels.
+        half: half the length of a side, in pixels.
+        degrees: how far it is turned.
+
+    Returns:
+        A square, and the line from the middle of its left side to that of its right side.
+    """
+    parts = box(x - half, y - half, x + half, y + half), LineString([(x - half, y), (x + half, y)])
+    square, axis = (rotate(part, degrees, (x, y)) for part in parts)
+    return square, axis
+
+
+def annotate_square(category: int, square: Polygon, axis: LineString) -> Record:
+    """
+    Args:
+        category: the class, 0 or 1; its keypoint is that end of the axis.
+        square: in pixels.
+        axis: from left to right.
+
+    Returns:
+        Its COCO annotation, without its ids.
+    """
     left, top, right, bottom = square.bounds
-    x, y = keypoint
+    x, y = axis.coords[category]
     return {
         "category_id": 1 + category,
         "iscrowd": 0,
@@ -92,13 +114,23 @@ def make_long_range(root: str | Path, cue: str, num_train: int = 1000, num_val: 
         FileExistsError: ``root`` exists and holds something else.
     """
     check_choice("cue", cue, CUES)
-    categories: list[dict[str, Any]] = [
-        {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": []}
-        for i, name in enumerate(CUE_COLORS, start=1)
-    ]
     name = f"long_range with cue {cue!r}"
     draw = partial(_draw, cue=cue)
-    return make_dataset(Path(root), name, draw, categories, num_train, num_val)
+    return make_dataset(Path(root), name, draw, square_categories(CUE_COLORS), num_train, num_val)
+
+
+def square_categories(names: Iterable[str]) -> list[Record]:
+    """
+    Args:
+        names: of the classes.
+
+    Returns:
+        COCO's categories, each with the one keypoint.
+    """
+    return [
+        {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": []}
+        for i, name in enumerate(names, start=1)
+    ]
 
 
 def register_long_range(root: str | Path) -> None:

@@ -1,5 +1,6 @@
-"""What the study rests on: without a non-local block, nothing that decides on an object in the
-long-range datasets sees its cue. Batch norm at inference; in training it mixes all positions."""
+"""What the studies rest on: without a non-local block, nothing that decides on an object in the
+long-range datasets sees its cue, or its partner. Batch norm at inference; in training it mixes all
+positions."""
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from detectron2.structures import Boxes
 from nl_detectron import model_zoo
 from nl_detectron.data.long_range import HEIGHT, MIN_GAP, WIDTH
 
-SQUARE_RIGHT = 43  # no square at the left end reaches further
+SQUARE_RIGHT = {"long_range": 43, "long_range_match": 42}  # no square at the left reaches further
 PROPOSAL = [0.0, 0.0, 68.0, 32.0]  # nor any box of its height that has an IoU of 0.5 with it
 LOCAL = [
     ("MODEL.BACKBONE.NAME", "build_resnet_fpn_no_top_block_backbone"),
@@ -17,12 +18,17 @@ LOCAL = [
 ]
 
 
+@pytest.fixture(params=list(SQUARE_RIGHT))
+def dataset(request):
+    return request.param
+
+
 @pytest.fixture
-def seen(request):
+def seen(request, dataset):
     """Which columns of the picture decide on the square."""
-    cfg = model_zoo.get_config("long_range")
+    cfg = model_zoo.get_config(dataset)
     cfg.MODEL.DEVICE = "cpu"
-    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = True
     cfg.MODEL.ROI_KEYPOINT_HEAD.NAME = "NonLocalKeypointHead"
     cfg.merge_from_list(request.param)
     torch.manual_seed(0)
@@ -36,7 +42,7 @@ def seen(request):
 def decisions(model, features):
     """All that is computed for the square: proposals, class, box, mask, keypoint."""
     objectness, deltas = model.proposal_generator.rpn_head([features["p3"]])
-    columns = SQUARE_RIGHT // 8 + 1
+    columns = max(SQUARE_RIGHT.values()) // 8 + 1
     proposals = [x[..., :columns] for x in (*objectness, *deltas)]
     heads, boxes, p3 = model.roi_heads, [Boxes(torch.tensor([PROPOSAL]))], [features["p3"]]
     pooled = heads.box_head(heads.box_pooler(p3, boxes))
@@ -46,9 +52,9 @@ def decisions(model, features):
 
 
 @pytest.mark.parametrize("seen", LOCAL, indirect=True)
-def test_local_models_do_not_see_the_far_cue(seen):
-    assert not seen[SQUARE_RIGHT + MIN_GAP :].any()
-    assert seen[: SQUARE_RIGHT + 40].all()  # but whatever is near
+def test_local_models_do_not_see_the_far_cue(dataset, seen):
+    assert not seen[SQUARE_RIGHT[dataset] + MIN_GAP :].any()
+    assert seen[: SQUARE_RIGHT[dataset] + 40].all()  # but whatever is near
 
 
 @pytest.mark.parametrize("seen", [()], indirect=True)
