@@ -1,11 +1,16 @@
 import json
+import signal
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import cv2
 import pytest
+import torch
+import yaml
+from detectron2.structures import Boxes, BoxMode, Instances
 
 import quick_start
+from nl_detectron.modeling import nonlocal_blocks
 from tests.random_model import save_random_model
 
 APS = {"AP": 71.23, "AP50": 97.5, "AP75": 85.3}
@@ -113,13 +118,27 @@ def test_bad_command_lines(words, message, capsys, monkeypatch):
 
 
 def test_failed_training_ends_it(tmp_path, monkeypatch):
-    commands = []
+    commands, studies = [], []
 
-    def fail(command):
+    def fail(command, env):
         commands.append(command)
         return SimpleNamespace(returncode=3)
 
+    class Study:
+        def __init__(self, command, **options):
+            studies.append([*command, "started"])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def send_signal(self, number):
+            studies[-1].append(number)
+
     monkeypatch.setattr(quick_start.subprocess, "run", fail)
+    monkeypatch.setattr(quick_start.subprocess, "Popen", Study)
     overrides = ["OUTPUT_DIR", str(tmp_path)]
     with pytest.raises(SystemExit) as exit_info:
         quick_start.main(overrides)
@@ -127,10 +146,71 @@ def test_failed_training_ends_it(tmp_path, monkeypatch):
     (command,) = commands
     assert command[-2:] == overrides
     assert "quick_start.yaml" in command[-3]
+    ((*study, started, stopped),) = studies
+    assert study[-1] == str(tmp_path / "proof")
+    assert (started, stopped) == ("started", signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("classes", "boxes", "is_wrong"),
+    [
+        ([0, 1], [[10, 10, 30, 30], [60, 10, 80, 30]], [False, False]),
+        ([1, 1], [[10, 10, 30, 30], [60, 10, 80, 30]], [True, False]),
+        ([1, 0, 1], [[10, 10, 30, 30], [10, 10, 30, 30], [60, 10, 80, 30]], [True, False]),
+        ([0, 1], [[10, 10, 30, 30], [80, 10, 99, 30]], [False, True]),
+        ([], [], [True, True]),
+    ],
+)
+def test_the_best_prediction_that_fits_decides(classes, boxes, is_wrong):
+    instances = Instances((40, 100))
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.pred_classes = torch.tensor(classes)
+    record = {
+        "annotations": [
+            {"category_id": i, "bbox": [x, 10, 20, 20], "bbox_mode": BoxMode.XYWH_ABS}
+            for i, x in enumerate((10, 60))
+        ]
+    }
+    wrong = quick_start.wrong_objects(lambda _: {"instances": instances}, None, record)
+    assert wrong == [(x, 20) for x, is_so in zip((20, 70), is_wrong) if is_so]
+
+
+def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypatch):
+    for setting in quick_start.PROOF_SETTINGS:
+        folder = tmp_path / "proof" / setting / "seed_1"
+        folder.mkdir(parents=True)
+        save_random_model(
+            folder,
+            *("DATASETS.TEST", "('shapes_val',)", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+            *(NO_BLOCKS if setting == "baseline" else []),
+        )
+        record = {"iteration": 2, **{f"bbox/{k}": v for k, v in APS.items()}}
+        (folder / "metrics.json").write_text(json.dumps(record) + "\n")
+    monkeypatch.setattr(
+        quick_start,
+        "wrong_objects",
+        lambda predictor, *_: [] if list(nonlocal_blocks(predictor.model)) else [(60.0, 60.0)],
+    )
+    html = quick_start.draw_proof(tmp_path)
+    assert "98 without a block and 98 with a non-local block" in html
+    assert "nonlocal0</code>: It changes its input by" in html
+    picture = cv2.imread(str(tmp_path / "proof.png"))
+    assert picture.shape[0] > 8 * 3 * 96
+    monkeypatch.setattr(quick_start, "wrong_objects", lambda *_: [])
+    assert "No picture was found" in quick_start.draw_proof(tmp_path)
 
 
 @pytest.mark.slow
-def test_trains_evaluates_and_shows(tmp_path, capfd):
+def test_trains_evaluates_and_shows(tmp_path, capfd, monkeypatch):
+    plan = yaml.safe_load(quick_start.PROOF.read_text())
+    plan["config"] = str(quick_start.ROOT / "configs" / "long_range_match.yaml")
+    few = {"SOLVER.MAX_ITER": 1, "SOLVER.STEPS": [], "SOLVER.IMS_PER_BATCH": 2}
+    plan["settings"] = {
+        name: {**plan["settings"][name], **few} for name in quick_start.PROOF_SETTINGS
+    }
+    plan["groups"] = {"Proof": list(quick_start.PROOF_SETTINGS)}
+    monkeypatch.setattr(quick_start, "PROOF", tmp_path / "proof.yaml")
+    quick_start.PROOF.write_text(yaml.safe_dump(plan))
     quick_start.main(
         [
             *("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
