@@ -23,37 +23,32 @@ from pathlib import Path
 from string import Template
 
 import cv2
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
-from detectron2.structures import Boxes, BoxMode, pairwise_iou
 
-from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.block_report import inspect_blocks
 from nl_detectron.analysis.curves import plot_metrics
 from nl_detectron.analysis.metrics import TASKS, last_aps, metrics_file
-from nl_detectron.analysis.placement import Point
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.engine.drawing import draw_ground_truth, side_by_side, stacked
+from nl_detectron.engine.drawing import (
+    draw_ground_truth,
+    side_by_side,
+)
 from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.modeling import nonlocal_blocks
+from quick_start_proof import NUM_INSPECTED, PROOF_SETTINGS, SCALE, attention_of, draw_proof
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
 NUM_PICTURES = 6
 NUM_ATTENTION = 2  # pictures, and points in each
 MIN_SCORE = 0.6
-SCALE = 3  # the images are small
 PROOF = ROOT / "studies" / "long_range_match.yaml"
-PROOF_SETTINGS = {"baseline": "without a block", "nl": "with a non-local block"}
-NUM_PROOFS = 2  # pictures
-NUM_INSPECTED = 16
 ATTENTION_TEXT = """<h2>What its blocks attend to</h2>
 <p>The centre of an object, and arrows to the places whose features its own are
 mixed with most, as in the paper's Figure 3. The block in the backbone sees the whole image; one in
@@ -152,71 +147,6 @@ def results(output: Path, minutes: float | None) -> str:
     return "\n".join(tiles)
 
 
-def draw_proof(output: Path) -> str:
-    """Write proof.png, what a model without a block gets wrong and one with a block right; HTML."""
-    folders = [output / "proof" / setting / "seed_1" for setting in PROOF_SETTINGS]
-    if not all((folder / "model_final.pth").is_file() for folder in folders):
-        return ""  # of a run of --skip-training that had no proof
-    baseline, nonlocal_ = (
-        Predictor(trained_config(str(folder / "config.yaml"), str(folder / "model_final.pth")))
-        for folder in folders
-    )
-    pictures, captions = [], []
-    for record in DatasetCatalog.get(nonlocal_.cfg.DATASETS.TEST[0]):
-        image = read_image(record["file_name"], "BGR")
-        wrong = wrong_objects(baseline, image, record)
-        if not wrong or wrong_objects(nonlocal_, image, record):
-            continue
-        truth = draw_ground_truth(image, record, nonlocal_.metadata, SCALE)
-        pictures += [truth, baseline.draw(image, SCALE), nonlocal_.draw(image, SCALE)]
-        captions += ["truth", *PROOF_SETTINGS.values()]
-        attention = record_attention(
-            nonlocal_.model, image, augmentation=nonlocal_.aug, input_format=nonlocal_.input_format
-        )
-        figure = draw_attention(attention.maps(wrong[:1]), arrows=1)
-        figure.savefig(output / "proof_attention.png")
-        attended = read_image(str(output / "proof_attention.png"), "BGR")
-        pictures.append(fitted(attended, truth.shape[1]))
-        captions.append("what the block attends to from a square that is wrong above")
-        if len(pictures) == 4 * NUM_PROOFS:
-            break
-    if not pictures:
-        return "<p>No picture was found that only the model with a block gets right.</p>"
-    cv2.imwrite(str(output / "proof.png"), stacked(pictures, captions))
-    figures = " and ".join(
-        f"{last_aps(folder)['bbox/AP50']:.0f} {text}"
-        for folder, text in zip(folders, PROOF_SETTINGS.values())
-    )
-    sentences = describe_blocks(nonlocal_)
-    return (
-        "<p>Whether a square is <i>bright</i> or <i>dark</i> only the disc of its own hue tells, "
-        f"one of four, 180 pixels away. Box AP50: {figures}; to guess gives 50. {sentences}</p>"
-        '<figure><img src="proof.png" alt="wrong without a block, right with one"></figure>'
-    )
-
-
-def wrong_objects(predictor: Predictor, image: np.ndarray, record: Record) -> list[Point]:
-    """The centres of the objects for which the best prediction that fits has another class."""
-    found = predictor(image)["instances"].to("cpu")
-    boxes = [
-        BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-        for annotation in record["annotations"]
-    ]
-    overlaps = pairwise_iou(Boxes(torch.tensor(boxes)), found.pred_boxes) >= 0.5
-    wrong = []
-    for annotation, (x0, y0, x1, y1), fits in zip(record["annotations"], boxes, overlaps):
-        classes = found.pred_classes[fits].tolist()  # the most confident first
-        if classes[:1] != [annotation["category_id"]]:
-            wrong.append(((x0 + x1) / 2, (y0 + y1) / 2))
-    return wrong
-
-
-def fitted(picture: np.ndarray, width: int) -> np.ndarray:
-    """A picture, (H, W, 3), of this width."""
-    size = width, round(len(picture) * width / picture.shape[1])
-    return cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-
-
 def describe_blocks(predictor: Predictor) -> str:
     """HTML: a sentence on each of the model's blocks, measured on the first validation images."""
     mapper = DatasetMapper(predictor.cfg, is_train=False)
@@ -259,13 +189,7 @@ def draw_blocks(
 
 def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: Path) -> str:
     """Write what the centres of the most confident objects attend to, if there are any; HTML."""
-    attention = record_attention(
-        predictor.model,
-        read_image(record["file_name"], "BGR"),
-        augmentation=predictor.aug,
-        input_format=predictor.input_format,
-        min_score=MIN_SCORE,
-    )
+    attention = attention_of(predictor, read_image(record["file_name"], "BGR"), min_score=MIN_SCORE)
     boxes = attention.boxes[:NUM_ATTENTION]
     if not len(boxes):
         return ""

@@ -10,6 +10,7 @@ import yaml
 from detectron2.structures import Boxes, BoxMode, Instances
 
 import quick_start
+import quick_start_proof
 from nl_detectron.modeling import nonlocal_blocks
 from tests.random_model import save_random_model
 
@@ -171,7 +172,7 @@ def test_the_best_prediction_that_fits_decides(classes, boxes, is_wrong):
             for i, x in enumerate((10, 60))
         ]
     }
-    wrong = quick_start.wrong_objects(lambda _: {"instances": instances}, None, record)
+    wrong = quick_start_proof.wrong_objects(lambda _: {"instances": instances}, None, record)
     assert wrong == [(x, 20) for x, is_so in zip((20, 70), is_wrong) if is_so]
 
 
@@ -181,23 +182,30 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
         folder.mkdir(parents=True)
         save_random_model(
             folder,
-            *("DATASETS.TEST", "('shapes_val',)", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+            *(
+                "DATASETS.TEST",
+                "('long_range_match_val',)",
+                "MODEL.ROI_HEADS.NUM_CLASSES",
+                "2",
+                "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+                "0.0",
+            ),
             *(NO_BLOCKS if setting == "baseline" else []),
         )
         record = {"iteration": 2, **{f"bbox/{k}": v for k, v in APS.items()}}
         (folder / "metrics.json").write_text(json.dumps(record) + "\n")
     monkeypatch.setattr(
-        quick_start,
+        quick_start_proof,
         "wrong_objects",
         lambda predictor, *_: [] if list(nonlocal_blocks(predictor.model)) else [(60.0, 60.0)],
     )
-    html = quick_start.draw_proof(tmp_path)
+    html = quick_start_proof.draw_proof(tmp_path)
     assert "98 without a block and 98 with a non-local block" in html
     assert "nonlocal0</code>: It changes its input by" in html
     picture = cv2.imread(str(tmp_path / "proof.png"))
     assert picture.shape[0] > 8 * 3 * 96
-    monkeypatch.setattr(quick_start, "wrong_objects", lambda *_: [])
-    assert "No picture was found" in quick_start.draw_proof(tmp_path)
+    monkeypatch.setattr(quick_start_proof, "wrong_objects", lambda *_: [])
+    assert "No picture was found" in quick_start_proof.draw_proof(tmp_path)
 
 
 @pytest.mark.slow
