@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,8 +18,8 @@ from torchvision.ops import nms
 
 from nl_detectron.analysis.attention import AttentionRecord, record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
+from nl_detectron.analysis.attention_map import AttentionMap
 from nl_detectron.analysis.metrics import last_aps
-from nl_detectron.analysis.placement import Point
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, stacked
 from nl_detectron.engine.predictor import Predictor, trained_config
@@ -49,15 +50,17 @@ def draw_proof(output: Path) -> str:
         wrong = wrong_objects(baseline, image, record)
         if not wrong or wrong_objects(nonlocal_, image, record):
             continue
+        attended = maps_of_squares(nonlocal_, image, wrong[:1])
+        if not is_on_partner(attended.blocks[0].maps[0], wrong[0]):
+            continue
         # Without the masks, whose colours would hide those of the squares.
         keys = ("bbox", "bbox_mode", "category_id")
         boxes = [{key: annotation[key] for key in keys} for annotation in record["annotations"]]
         pictures.append(draw_ground_truth(image, {"annotations": boxes}, dataset, SCALE))
         pictures += [draw_best(predictor, image) for predictor in (baseline, nonlocal_)]
-        figure = draw_attention(attention_of(nonlocal_, image).maps(wrong[:1]), arrows=1)
-        figure.savefig(output / "proof_attention.png", bbox_inches="tight")
-        attended = read_image(str(output / "proof_attention.png"), "BGR")
-        pictures.append(fitted(attended, pictures[0].shape[1]))
+        file = output / "proof_attention.png"
+        draw_attention(attended, arrows=1).savefig(file, bbox_inches="tight")
+        pictures.append(fitted(read_image(str(file), "BGR"), pictures[0].shape[1]))
         captions += ["truth", *PROOF_SETTINGS.values(), "what a square that was wrong attends to"]
         if len(pictures) == 4 * NUM_PROOFS:
             break
@@ -76,20 +79,19 @@ def draw_proof(output: Path) -> str:
     )
 
 
-def wrong_objects(predictor: Predictor, image: np.ndarray, record: Record) -> list[Point]:
-    """The centres of the objects for which the best prediction that fits has another class."""
+def wrong_objects(predictor: Predictor, image: np.ndarray, record: Record) -> list[Record]:
+    """The annotations for which the best prediction that fits has another class."""
     found = predictor(image)["instances"].to("cpu")
     boxes = [
         BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
         for annotation in record["annotations"]
     ]
     overlaps = pairwise_iou(Boxes(torch.tensor(boxes)), found.pred_boxes) >= 0.5
-    wrong = []
-    for annotation, (x0, y0, x1, y1), fits in zip(record["annotations"], boxes, overlaps):
-        classes = found.pred_classes[fits].tolist()  # the most confident first
-        if classes[:1] != [annotation["category_id"]]:
-            wrong.append(((x0 + x1) / 2, (y0 + y1) / 2))
-    return wrong
+    return [
+        annotation
+        for annotation, fits in zip(record["annotations"], overlaps)
+        if found.pred_classes[fits].tolist()[:1] != [annotation["category_id"]]
+    ]
 
 
 def draw_best(predictor: Predictor, image: np.ndarray) -> np.ndarray:
@@ -103,21 +105,31 @@ def describe_partners(predictor: Predictor, records: Sequence[Record]) -> str:
     """A sentence on what the centres of the squares attend to, and whether that is right."""
     shares, is_right = [], []
     for record in records:
-        image = read_image(record["file_name"], "BGR")
         squares = record["annotations"]
-        centers = [(x + w / 2, y + h / 2) for x, y, w, h in (s["bbox"] for s in squares)]
-        (block,) = attention_of(predictor, image).maps(centers).blocks
-        for square, attended in zip(squares, block.maps):
-            assert attended is not None  # the block sees the whole picture
-            ((place, _),) = attended.strongest(1)
-            x, y, radius = square["partner"]
-            is_right.append(math.dist(place, (x, y)) <= radius)
-            weights = attended.weights.astype(float)
-            shares.append(np.exp(-np.nansum(weights * np.log(weights))) / weights.size)
+        image = read_image(record["file_name"], "BGR")
+        for square, attended in zip(
+            squares, maps_of_squares(predictor, image, squares).blocks[0].maps
+        ):
+            is_right.append(is_on_partner(attended, square))
+            weights = torch.from_numpy(attended.weights)
+            shares.append(torch.special.entr(weights).sum().exp().item() / weights.numel())
     return (
         f"In {len(records)} pictures a square attends to 1 place in {1 / np.mean(shares):.0f}, the "
         f"strongest on the right disc in {np.mean(is_right):.0%} of the cases."
     )
+
+
+def maps_of_squares(predictor: Predictor, image: np.ndarray, squares: Sequence[Record]) -> Any:
+    """What the centres of the squares attend to."""
+    centers = [(x + w / 2, y + h / 2) for x, y, w, h in (square["bbox"] for square in squares)]
+    return attention_of(predictor, image).maps(centers)
+
+
+def is_on_partner(attended: AttentionMap, square: Record) -> bool:
+    """Whether the strongest place is on the disc that tells the square's class."""
+    ((place, _),) = attended.strongest(1)
+    *center, radius = square["partner"]
+    return math.dist(place, center) <= radius
 
 
 def attention_of(

@@ -173,7 +173,7 @@ def test_the_best_prediction_that_fits_decides(classes, boxes, is_wrong):
         ]
     }
     wrong = quick_start_proof.wrong_objects(lambda _: {"instances": instances}, None, record)
-    assert wrong == [(x, 20) for x, is_so in zip((20, 70), is_wrong) if is_so]
+    assert wrong == [a for a, is_so in zip(record["annotations"], is_wrong) if is_so]
 
 
 def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypatch):
@@ -197,13 +197,16 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
     monkeypatch.setattr(
         quick_start_proof,
         "wrong_objects",
-        lambda predictor, *_: [] if list(nonlocal_blocks(predictor.model)) else [(60.0, 60.0)],
+        lambda predictor, _, record: (
+            [] if list(nonlocal_blocks(predictor.model)) else record["annotations"]
+        ),
     )
+    monkeypatch.setattr(quick_start_proof, "is_on_partner", lambda *_: True)
     html = quick_start_proof.draw_proof(tmp_path)
     assert "98 without a block and 98 with a non-local block" in html
-    assert "nonlocal0</code>: It changes its input by" in html
+    assert "the strongest on the right disc in 100% of the cases" in html
     picture = cv2.imread(str(tmp_path / "proof.png"))
-    assert picture.shape[0] > 8 * 3 * 96
+    assert picture.shape[0] > 8 * 96  # of two pictures truth, both models and attention
     monkeypatch.setattr(quick_start_proof, "wrong_objects", lambda *_: [])
     assert "No picture was found" in quick_start_proof.draw_proof(tmp_path)
 
