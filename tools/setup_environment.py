@@ -110,7 +110,7 @@ def install_detectron2(environment: Environment, requirements: str, source: str 
     environment.pip_install("--requirement", requirements)
     if source:
         # Its setup.py imports torch, so that it is built here and not in isolation.
-        environment.pip_install(OLD_SETUPTOOLS, "wheel", "ninja")
+        environment.pip_install(OLD_SETUPTOOLS, "ninja")
         environment.pip_install("--no-build-isolation", source)
     else:
         builder = ROOT / "tools" / "build_detectron2.py"
