@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from nl_detectron import __version__
-
-ROOT = Path(__file__).resolve().parent.parent
 
 project = "nl_detectron"
 release = __version__
@@ -17,9 +14,13 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"{project} {release}"
 myst_heading_anchors = 3
+# Of what is not in this folder the site has no page: such links become text.
+nitpick_ignore_regex = [
+    ("myst", r"(\.\./)?(configs|nl_detectron)/.*|LICENSE|(CHANGELOG|CONTRIBUTING)\.md")
+]
 nb_execution_mode = "cache"  # only where the code of a page has changed
 nb_execution_show_tb = True
-nb_execution_timeout = 600  # seconds, for one cell
+nb_execution_timeout = 1800  # seconds, for one cell
 autoclass_content = "both"  # the docstrings of a class and of its __init__
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -34,13 +35,5 @@ def escape_docstring(*arguments: Any) -> None:
     ]
 
 
-def link_as_text(app: Any, env: Any, node: Any, content: Any) -> Any:
-    """A link to what the repository has, but the site has no page of, becomes its text."""
-    target = node.get("reftarget", "")
-    is_there = any((folder / target).exists() for folder in (ROOT, ROOT / "docs"))
-    return content if node.get("reftype") == "myst" and is_there else None
-
-
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", escape_docstring, priority=400)  # before napoleon
-    app.connect("missing-reference", link_as_text)
