@@ -2,18 +2,22 @@
 # lists them.
 
 PYTHON ?= python3
+REQUIREMENTS ?= requirements.txt
+DETECTRON2 ?=
 ARGS ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study-quick gpu-check gpu-wheels test lint clean
+.PHONY: help setup demo study-quick gpu-check gpu-wheels test lint docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PYTHON=/path/to/python3 chooses the Python; a Detectron2 installed there is used."
+	@echo "REQUIREMENTS=requirements-oldest.txt installs PyTorch 2.1; DETECTRON2=SOURCE, a folder or a"
+	@echo "URL for pip, compiles that Detectron2."
 	@echo "ARGS='...' is passed on: make test ARGS='-k insertion'."
 
 setup: $(READY) ## Install everything into .venv
@@ -43,10 +47,19 @@ lint: $(READY) ## Check style, types, and that imports go in one direction
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/lint-imports --no-logo
 
+docs: $(VENV)/.docs ## Build the site in build/docs, warnings as errors; this runs the tutorial
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
+
 clean: ## Remove .venv and all that was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # The stamp comes last: an interrupted set-up leaves none, and the next call starts again.
-$(READY): requirements.txt requirements-peers.txt setup.py tools/setup_environment.py tools/build_detectron2.py
-	$(PYTHON) tools/setup_environment.py $(VENV)
+$(READY): $(REQUIREMENTS) requirements-peers.txt setup.py tools/setup_environment.py tools/build_detectron2.py
+	$(PYTHON) tools/setup_environment.py $(VENV) --requirements $(REQUIREMENTS) \
+	    $(if $(DETECTRON2),--detectron2 $(DETECTRON2))
+	@touch $@
+
+$(VENV)/.docs: $(READY) requirements-docs.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-docs.txt
 	@touch $@

@@ -3,7 +3,8 @@
 
 A Detectron2 that is already installed, in the environment itself or in the Python that runs this
 file, is used as it is, together with its PyTorch; only what is missing is added. Where there is
-none, the versions of requirements.txt are installed and Detectron2 v0.6 is built.
+none, the versions of requirements.txt are installed and Detectron2 v0.6 is built. The options ask
+for others.
 
 An environment that an interrupted run leaves incomplete is made anew by the next one. Only the
 standard library is needed.
@@ -21,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 LINK = "detectron2_of_another_python.pth"
+OLD_SETUPTOOLS = "setuptools<81"  # with pkg_resources, which Detectron2's main branch imports
 
 
 def main() -> None:
@@ -28,7 +30,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("environment", type=Path, help="the virtual environment's folder")
-    directory = parser.parse_args().environment.absolute()
+    parser.add_argument(
+        "--requirements",
+        default="requirements.txt",
+        metavar="FILE",
+        help="the versions to install where there is no Detectron2 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--detectron2",
+        metavar="SOURCE",
+        help="compile this Detectron2, a folder or a URL for pip, whatever is there already",
+    )
+    options = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
         sys.exit(
@@ -36,7 +49,7 @@ def main() -> None:
             "needed: choose another with `make setup PYTHON=/path/to/python3`."
         )
     try:
-        fill(Environment(directory))
+        fill(Environment(options.environment.absolute()), options.requirements, options.detectron2)
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd))
         sys.exit(f"The set-up stopped: `{command}` failed. Run it again when that is solved.")
@@ -80,22 +93,28 @@ class Environment:
         subprocess.run([*pip, "install", *arguments], cwd=ROOT, check=True)
 
 
-def fill(environment: Environment) -> None:
+def fill(environment: Environment, requirements: str, source: str | None) -> None:
     environment.create()
     environment.pip_install("--quiet", "--no-deps", "--requirement", "requirements-peers.txt")
-    if detectron2 := find_existing_detectron2(environment):
+    detectron2 = None if source else find_existing_detectron2(environment)
+    if detectron2:
         print(f"Detectron2 in {detectron2} is used as it is.", flush=True)
         kept = versions_to_keep(environment)
         environment.pip_install("--quiet", *kept, "--editable", ".[dev]")
     else:
-        install_detectron2(environment)
+        install_detectron2(environment, requirements, source)
     environment.incomplete.unlink(missing_ok=True)
 
 
-def install_detectron2(environment: Environment) -> None:
-    environment.pip_install("--requirement", "requirements.txt")
-    builder = ROOT / "tools" / "build_detectron2.py"
-    subprocess.run([environment.python, builder, "--install"], check=True)
+def install_detectron2(environment: Environment, requirements: str, source: str | None) -> None:
+    environment.pip_install("--requirement", requirements)
+    if source:
+        # Its setup.py imports torch, so that it is built here and not in isolation.
+        environment.pip_install(OLD_SETUPTOOLS, "ninja")
+        environment.pip_install("--no-build-isolation", source)
+    else:
+        builder = ROOT / "tools" / "build_detectron2.py"
+        subprocess.run([environment.python, builder, "--install"], check=True)
     environment.pip_install("--quiet", "--no-deps", "--editable", ".")
 
 
@@ -135,7 +154,7 @@ def versions_to_keep(environment: Environment) -> list[str]:
         with contextlib.suppress(subprocess.CalledProcessError):  # raised where it is missing
             versions.append(f"{name}=={output(environment.python, '-c', script)}")
     if not succeeds(environment.python, "-c", "import detectron2.model_zoo"):
-        versions.append("setuptools<81")  # the last with pkg_resources, which it imports
+        versions.append(OLD_SETUPTOOLS)
     return versions
 
 

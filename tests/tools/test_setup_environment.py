@@ -73,6 +73,24 @@ def test_detectron2_that_needs_pkg_resources_gets_it(environment: Environment) -
     assert setup_environment.versions_to_keep(environment) == ["setuptools<81"]
 
 
+@pytest.mark.parametrize("source", [None, "a folder"])
+def test_detectron2_of_a_source_is_compiled_with_pkg_resources(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch, source: str | None
+) -> None:
+    installed: list[tuple[str, ...]] = []
+    built: list[object] = []
+    monkeypatch.setattr(Environment, "create", lambda _: None)
+    monkeypatch.setattr(Environment, "pip_install", lambda _, *words: installed.append(words))
+    monkeypatch.setattr(setup_environment, "find_existing_detectron2", lambda _: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: built.append(command))
+    setup_environment.fill(environment, "oldest.txt", source)
+    assert ("--requirement", "oldest.txt") in installed
+    assert bool(built) == (source is None)
+    if source:
+        first = next(i for i, words in enumerate(installed) if "setuptools<81" in words)
+        assert ("--no-build-isolation", source) in installed[first:]
+
+
 def test_detectron2_of_the_environment_itself_is_kept(environment: Environment) -> None:
     package = install_detectron2(environment.site_packages)
     found = setup_environment.find_existing_detectron2(environment)
