@@ -97,10 +97,10 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
     model = cfg.MODEL
     if cfg.TEST.AUG.ENABLED:
         check_choice(
-            "With TEST.AUG.ENABLED MODEL.META_ARCHITECTURE", model.META_ARCHITECTURE, _AUGMENTED
+            "MODEL.META_ARCHITECTURE (with TEST.AUG.ENABLED)", model.META_ARCHITECTURE, _AUGMENTED
         )
         for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):  # which Detectron2 does not augment
-            check_choice(f"With TEST.AUG.ENABLED MODEL.{key}", model[key], (False,))
+            check_choice(f"MODEL.{key} (with TEST.AUG.ENABLED)", model[key], (False,))
     metric = cfg.TEST.BEST_CHECKPOINT_METRIC
     if eval_only or not metric:
         return

@@ -146,7 +146,11 @@ def test_interval_of_the_difference():
         return AveragePrecisions(match_predictions(truth, predictions, "bbox"))
 
     nothing, half, all_ = aps([]), aps(found[:20]), aps(found)
-    assert compare_aps(nothing, all_, 20)["AP"] == (0, pytest.approx(100), *[pytest.approx(100)] * 2)
+    assert compare_aps(nothing, all_, 20)["AP"] == (
+        0,
+        pytest.approx(100),
+        *[pytest.approx(100)] * 2,
+    )
     equal = compare_aps(half, half, 20)
     assert equal["AP50"][2:] == (0, 0)
     assert equal["AP-absent"] == pytest.approx([math.nan] * 4, nan_ok=True)
