@@ -194,7 +194,7 @@ def test_errors_of_the_user_with_a_lazy_config(words, message, run, tmp_path):
     check_line(*run(LAZY_TRAIN_NET, *words), LAZY_TRAIN_NET, message)
 
 
-@pytest.mark.parametrize("metric", ["bbox/AP", "segm/APs", "keypoints/APl", "bbox/AP-circle"])
+@pytest.mark.parametrize("metric", ["bbox/AP", "segm/APs", "keypoints/APl", "bbox/AP-square"])
 def test_metrics_of_the_best_checkpoint(metric):
     check_evaluation(build_config(QUICK_START, [*EVAL, *BEST, metric]))
 

@@ -6,8 +6,9 @@
 
 RUN_A and RUN_B are two OUTPUT_DIRs of train_net.py, evaluated on the same dataset: config.yaml and
 inference/coco_instances_results.json are read. Printed are the APs by size and by class as COCO
-defines them; their difference with a 95 % interval, from a paired bootstrap over the pictures; and
-by how many points AP50 would rise without the errors of each kind, which tidecv finds. With
+defines them; their difference with a 95 % interval, from a paired bootstrap over the pictures, and
+how many pictures it is about; and by how many points AP50 would rise without the errors of each
+kind, which tidecv finds (pip install tidecv appdirs pandas seaborn --no-deps). With
 --output, index.html there also shows the pictures whose own AP rises and falls most from A to B,
 with the truth, A and B side by side. It is one file and loads nothing.
 
@@ -19,6 +20,8 @@ For runs on your own data say where they are, under the name that train_net.py g
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from html import escape
@@ -75,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cfg = common_config(args)
     dataset = cfg.DATASETS.TEST[-1]  # each evaluation replaces the predictions of the one before
     records = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
-    truth = CompletedCOCO(MetadataCatalog.get(dataset).json_file)
+    with contextlib.redirect_stdout(io.StringIO()):  # it says that it makes an index
+        truth = CompletedCOCO(MetadataCatalog.get(dataset).json_file)
     runs = [load_run(folder, truth, cfg, args) for folder in (args.run_a, args.run_b)]
     a, b = runs
     differences = compare_aps(a.aps, b.aps, args.resamples)
@@ -136,10 +140,10 @@ def load_run(folder: Path, truth: CompletedCOCO, cfg: CfgNode, args: argparse.Na
 
 
 def ap_table(differences: dict[str, Difference]) -> list[list[object]]:
-    rows: list[list[object]] = [["AP (%)", "A", "B", "B - A", "95 % interval"]]
+    rows: list[list[object]] = [["AP (%)", "A", "B", "B - A", "95 % interval", "pictures"]]
     for name, d in differences.items():
         if not np.isnan(d.a):
-            rows.append([name, d.a, d.b, d.b - d.a, f"{d.low:+.1f} ... {d.high:+.1f}"])
+            rows.append([name, d.a, d.b, d.b - d.a, f"{d.low:+.1f} ... {d.high:+.1f}", d.pictures])
     return rows
 
 

@@ -36,6 +36,8 @@ class Difference(NamedTuple):
     b: float
     low: float
     high: float
+    pictures: int
+    """How many have objects that this AP is about. Of a few, an interval says little."""
 
 
 class Errors(NamedTuple):
@@ -135,6 +137,19 @@ class AveragePrecisions:
         parts |= {f"AP-{name}": every[:, :, k] for k, name in enumerate(self.classes)}
         return {name: _mean(precisions) for name, precisions in parts.items()}
 
+    def num_pictures(self) -> list[int]:
+        """
+        Returns:
+            How many pictures have objects that each of the APs is about, in their order.
+        """
+        has = {
+            size: np.stack([m.objects > 0 for m in matches])
+            for size, matches in self._matches.items()
+        }
+        every = has.pop("all")  # (classes, pictures)
+        groups = [every, every, every, *has.values(), *every[:, None]]
+        return [int(group.any(axis=0).sum()) for group in groups]
+
     def of_pictures(self) -> np.ndarray:
         """
         Returns:
@@ -216,10 +231,11 @@ def compare_aps(
         counts = np.bincount(random.integers(number, size=number), minlength=number)
         row[:] = np.subtract(list(b(counts).values()), list(a(counts).values()))
     result = {}
-    for i, name in enumerate(whole_a):
+    for i, (name, pictures) in enumerate(zip(whole_a, a.num_pictures())):
         values = differences[:, i][~np.isnan(differences[:, i])]
         low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
-        result[name] = Difference(whole_a[name], whole_b[name], float(low), float(high))
+        interval = float(low), float(high)
+        result[name] = Difference(whole_a[name], whole_b[name], *interval, pictures)
     return result
 
 

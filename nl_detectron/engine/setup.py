@@ -118,8 +118,8 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
     ]
     classes = {c for name in datasets for c in MetadataCatalog.get(name).get("thing_classes", ())}
     if metric not in {f"{task}/AP-{name}" for task in tasks for name in classes}:
-        legal = [f"{task}/{ap}" for task in tasks for ap in ("AP", "AP50", "AP75", "APm", "APl")]
-        legal += [f"{task}/APs" for task in tasks if not task.endswith("keypoints")]
+        aps = [f"{task}/AP{of}" for task in tasks for of in ("", "50", "75", "s", "m", "l")]
+        legal = [ap for ap in aps if not ap.endswith("keypoints/APs")]
         check_choice("TEST.BEST_CHECKPOINT_METRIC", metric, legal)
 
 

@@ -152,13 +152,13 @@ def test_interval_of_the_difference():
         *[pytest.approx(100)] * 2,
     )
     equal = compare_aps(half, half, 20)
-    assert equal["AP50"][2:] == (0, 0)
-    assert equal["AP-absent"] == pytest.approx([math.nan] * 4, nan_ok=True)
+    assert equal["AP50"][2:] == (0, 0, 40)
+    assert equal["AP-absent"] == pytest.approx([*[math.nan] * 4, 0], nan_ok=True)
     differences = compare_aps(half, all_, 200)
     low, high = differences["AP-red"].low, differences["AP-red"].high
     assert 20 < low < differences["AP-red"].b - differences["AP-red"].a < high < 80
     assert compare_aps(half, all_, 200)["AP-red"] == differences["AP-red"]  # the same each time
-    assert compare_aps(all_, half, 200)["AP-red"][2:] == pytest.approx((-high, -low))
+    assert compare_aps(all_, half, 200)["AP-red"][2:] == pytest.approx((-high, -low, 20))
 
 
 def test_predictions_for_other_pictures_are_refused():
