@@ -8,9 +8,8 @@ RUN_A and RUN_B are two OUTPUT_DIRs of train_net.py, evaluated on the same datas
 inference/coco_instances_results.json are read. Printed are the APs by size and by class as COCO
 defines them; their difference with a 95 % interval, from a paired bootstrap over the pictures, and
 how many pictures it is about; and by how many points AP50 would rise without the errors of each
-kind, which tidecv finds (pip install tidecv appdirs pandas seaborn --no-deps). With
---output, index.html there also shows the pictures whose own AP rises and falls most from A to B,
-with the truth, A and B side by side. It is one file and loads nothing.
+kind, which tidecv finds. With --output, index.html there also shows the pictures whose own AP rises
+and falls most from A to B, with the truth, A and B side by side. It is one file and loads nothing.
 
 For runs on your own data say where they are, under the name that train_net.py gives them:
 
@@ -154,7 +153,9 @@ def error_tables(runs: Sequence[Run]) -> list[list[list[object]]]:
     kinds: list[list[object]] = [["AP50 to gain without errors", "A", "B", "B - A"]]
     for kind, name in KINDS.items():
         kinds.append([name, a.kinds[kind], b.kinds[kind], b.kinds[kind] - a.kinds[kind]])
-    confused: list[list[object]] = [["objects found only as another class", "A", "B", "B - A"]]
+    confused: list[list[object]] = [
+        ["objects that score highest as another class", "A", "B", "B - A"]
+    ]
     for pair in most_confused(a, b):
         counts = a.confusions[pair], b.confusions[pair]
         confused.append([f"{pair[0]} as {pair[1]}", *counts, counts[1] - counts[0]])
@@ -176,7 +177,7 @@ def verdict(runs: Sequence[Run]) -> str:
     if kind == "Cls":
         pairs = [p for p in most_confused(a, b, 2) if a.confusions[p] > b.confusions[p]]
         text += "".join(
-            f"; {x} found only as {y}: {a.confusions[x, y]} to {b.confusions[x, y]} objects"
+            f"; {x} taken for {y}: {a.confusions[x, y]} to {b.confusions[x, y]} objects"
             for x, y in pairs
         )
     return f"{text}."

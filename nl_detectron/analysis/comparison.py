@@ -28,6 +28,9 @@ KINDS = {
 }
 """TIDE's kinds of errors in words; in the order in which they are shown."""
 
+# Without what it depends on: tidecv's OpenCV would come in the place of the one that is there.
+_TIDE = ("tidecv", "appdirs", "pandas", "seaborn")
+
 
 class Difference(NamedTuple):
     """An AP of two models, in percent, and the 95 % interval of the second less the first."""
@@ -46,7 +49,7 @@ class Errors(NamedTuple):
     kinds: dict[str, float]
     """By the keys of ``KINDS``: points of AP50 to gain if all errors of the kind were corrected."""
     confusions: Counter[tuple[str, str]]
-    """How many objects of a class were found, but only as another: (class, other class)."""
+    """How many objects of a class have their highest score as another: (class, other class)."""
 
 
 class _Matches(NamedTuple):
@@ -260,7 +263,7 @@ def kinds_of_errors(truth: COCO, predictions: Sequence[Record], task: str) -> Er
     except ImportError as error:
         raise ValueError(
             f"kinds of errors need the package {error.name}, which is not installed: "
-            "pip install tidecv, or leave them out with --no-errors"
+            f"pip install --no-deps {' '.join(_TIDE)}, or leave them out with --no-errors"
         ) from error
     objects, found = Data("truth"), Data("predictions")
     for image_id in truth.getImgIds():
@@ -277,10 +280,12 @@ def kinds_of_errors(truth: COCO, predictions: Sequence[Record], task: str) -> Er
     )
     names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
     gains = {kind.short_name: gain for kind, gain in run.fix_main_errors().items()}
-    confusions = Counter(
-        (names[error.gt["class"]], names[error.pred["class"]])
-        for error in run.errors
-        # One for each object: the best of its errors, if that is all that was found of it.
-        if error.short_name == "Cls" and error.fixed[1] is not None
-    )
+    # The highest score, and the class that has it, of each object that is found.
+    best = {p["matched_with"]: (p["score"], p["class"]) for p in found.annotations if p["used"]}
+    for error in run.errors:
+        if error.short_name == "Cls":
+            wrong = error.pred["score"], error.pred["class"]
+            best[error.gt["_id"]] = max(best.get(error.gt["_id"], wrong), wrong)
+    pairs = ((objects.annotations[i]["class"], taken_for) for i, (_, taken_for) in best.items())
+    confusions = Counter((names[x], names[y]) for x, y in pairs if x != y)
     return Errors({kind: gains[kind] for kind in KINDS}, confusions)

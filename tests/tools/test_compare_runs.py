@@ -68,7 +68,7 @@ def test_aps_errors_and_pictures(runs, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "bbox on compared, 10 pictures, 50 resamples" in out
     assert "B removes most of: another class" in out
-    assert "red found only as blue: 7 to 1 objects" in out
+    assert "red taken for blue: 7 to 1 objects" in out
     figures = json.loads((tmp_path / "c.json").read_text())
     difference = figures["APs"]["AP-red"]
     assert difference["low"] < difference["b"] - difference["a"] < difference["high"]
