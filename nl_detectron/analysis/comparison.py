@@ -55,7 +55,8 @@ class Errors(NamedTuple):
 class _Matches(NamedTuple):
     """What COCO matched for a class and a range of sizes: N predictions at T overlaps."""
 
-    picture: np.ndarray  # (N,), from 0, in descending order of the scores
+    scores: np.ndarray  # (N,), descending
+    picture: np.ndarray  # (N,), from 0
     right: np.ndarray  # (T, N), bool
     wrong: np.ndarray  # (T, N), bool; those that do not count are neither
     objects: np.ndarray  # (pictures,): how many objects there are to find
@@ -156,17 +157,22 @@ class AveragePrecisions:
     def of_pictures(self) -> np.ndarray:
         """
         Returns:
-            (pictures,), float, in percent: the AP of each picture alone, averaged over the classes
-            that are in it; NaN for pictures without objects.
+            (pictures,), float, in percent: the AP of each picture alone, with all classes in one
+            ranking, so that a wrong class that scores higher counts; NaN for pictures without
+            objects.
         """
-        total, number = np.zeros(len(self.image_ids)), np.zeros(len(self.image_ids))
-        for matches in self._matches["all"]:
-            for i in np.flatnonzero(matches.objects):
-                of_picture = matches.picture == i
-                right, wrong = matches.right[:, of_picture], matches.wrong[:, of_picture]
-                total[i] += _mean(self._precisions(right, wrong, matches.objects[i]))
-                number[i] += 1
-        return np.divide(total, number, out=np.full_like(total, np.nan), where=number > 0)
+        classes = self._matches["all"]
+        order = np.argsort(-np.concatenate([m.scores for m in classes]), kind="stable")
+        picture = np.concatenate([m.picture for m in classes])[order]
+        right = np.concatenate([m.right for m in classes], axis=1)[:, order]
+        wrong = np.concatenate([m.wrong for m in classes], axis=1)[:, order]
+        objects = sum(m.objects for m in classes)
+        return np.array(
+            [
+                _mean(self._precisions(right[:, picture == i], wrong[:, picture == i], number))
+                for i, number in enumerate(objects)
+            ]
+        )
 
     def _sampled(self, matches: _Matches, counts: np.ndarray) -> np.ndarray:
         of_predictions = counts[matches.picture]
@@ -194,15 +200,16 @@ def _collect(pictures: Sequence[Record | None]) -> _Matches:
     objects = np.zeros(len(pictures), dtype=int)
     if not present:
         none = np.zeros((10, 0), dtype=bool)
-        return _Matches(np.zeros(0, dtype=int), none, none, objects)
+        return _Matches(np.zeros(0), np.zeros(0, dtype=int), none, none, objects)
     for i, picture in present:
         objects[i] = np.count_nonzero(picture["gtIgnore"] == 0)
     scores = np.concatenate([p["dtScores"] for _, p in present])
-    order = np.argsort(-scores, kind="mergesort")  # a stable one, as COCOeval's
+    order = np.argsort(-scores, kind="stable")  # as COCOeval's
     matched = np.concatenate([p["dtMatches"] for _, p in present], axis=1)[:, order] > 0
     counted = ~np.concatenate([p["dtIgnore"] for _, p in present], axis=1)[:, order].astype(bool)
     picture = np.concatenate([np.full(len(p["dtScores"]), i, dtype=int) for i, p in present])
-    return _Matches(picture[order], matched & counted, ~matched & counted, objects)
+    right, wrong = matched & counted, ~matched & counted
+    return _Matches(scores[order], picture[order], right, wrong, objects)
 
 
 def _mean(precisions: np.ndarray) -> float:

@@ -130,11 +130,14 @@ def test_aps_of_a_sample_are_those_of_its_pictures(task):
 
 
 def test_aps_of_pictures():
-    objects = [thing(i, c, [10, 10, 40, 40]) for i, c in ((1, 1), (2, 1), (2, 2), (3, 2))]
-    predictions = [thing(i, c, [10, 10, 40, 40], score=0.9) for i, c in ((1, 1), (2, 1), (3, 1))]
-    truth = dataset(objects, range(1, 5))
-    aps = AveragePrecisions(match_predictions(truth, predictions, "bbox"))
-    np.testing.assert_allclose(aps.of_pictures(), [100, 50, 0, np.nan])
+    box = [10, 10, 40, 40]
+    objects = [thing(i, c, box) for i, c in ((1, 1), (2, 1), (2, 2), (3, 2), (4, 2))]
+    found = ((1, 1, 0.9), (2, 1, 0.9), (3, 1, 0.9), (4, 1, 0.9), (4, 2, 0.8), (5, 1, 0.9))
+    predictions = [thing(image, category, box, score=score) for image, category, score in found]
+    aps = AveragePrecisions(match_predictions(dataset(objects, range(1, 6)), predictions, "bbox"))
+    # All; one of two (COCO's AP is a mean over 101 recalls); another class, alone and in front.
+    expected = [100, 100 * 51 / 101, 0, 50, np.nan]
+    np.testing.assert_allclose(aps.of_pictures(), expected)
 
 
 def test_interval_of_the_difference():
