@@ -79,5 +79,5 @@ if __name__ in ("__main__", "__mp_main__"):
     # The second is the name in processes that the script starts (with Detectron2's launch): they
     # import this module again, and find the script in it under its names.
     code = prepare(json.loads(os.environ[_ARGUMENTS]))
-    __file__, __doc__ = sys.argv[0], None
+    globals().update(__file__=sys.argv[0], __doc__=None)
     exec(code)

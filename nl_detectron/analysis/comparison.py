@@ -201,8 +201,8 @@ def _collect(pictures: Sequence[Record | None]) -> _Matches:
     if not present:
         none = np.zeros((10, 0), dtype=bool)
         return _Matches(np.zeros(0), np.zeros(0, dtype=int), none, none, objects)
-    for i, picture in present:
-        objects[i] = np.count_nonzero(picture["gtIgnore"] == 0)
+    for i, p in present:
+        objects[i] = np.count_nonzero(p["gtIgnore"] == 0)
     scores = np.concatenate([p["dtScores"] for _, p in present])
     order = np.argsort(-scores, kind="stable")  # as COCOeval's
     matched = np.concatenate([p["dtMatches"] for _, p in present], axis=1)[:, order] > 0
@@ -289,10 +289,10 @@ def kinds_of_errors(truth: COCO, predictions: Sequence[Record], task: str) -> Er
     gains = {kind.short_name: gain for kind, gain in run.fix_main_errors().items()}
     # The highest score, and the class that has it, of each object that is found.
     best = {p["matched_with"]: (p["score"], p["class"]) for p in found.annotations if p["used"]}
-    for error in run.errors:
-        if error.short_name == "Cls":
-            wrong = error.pred["score"], error.pred["class"]
-            best[error.gt["_id"]] = max(best.get(error.gt["_id"], wrong), wrong)
+    for mistake in run.errors:
+        if mistake.short_name == "Cls":
+            wrong = mistake.pred["score"], mistake.pred["class"]
+            best[mistake.gt["_id"]] = max(best.get(mistake.gt["_id"], wrong), wrong)
     pairs = ((objects.annotations[i]["class"], taken_for) for i, (_, taken_for) in best.items())
     confusions = Counter((names[x], names[y]) for x, y in pairs if x != y)
     return Errors({kind: gains[kind] for kind in KINDS}, confusions)

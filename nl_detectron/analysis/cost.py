@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from nl_detectron.analysis.flops import flop_handles
 from nl_detectron.analysis.memory import peak_memory
 from nl_detectron.analysis.recording import record_calls
 from nl_detectron.modeling import nonlocal_blocks
+
+_Context = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def measure_training(
         The cost with the blocks, and that without.
     """
     model, device = trainer.model, next(trainer.model.parameters()).device
+    contexts: tuple[_Context, ...] = (nullcontext, without_blocks)
     times: list[list[tuple[float, float]]] = [[], []]
     peaks = []
     with EventStorage() as storage:
@@ -133,19 +136,22 @@ def measure_training(
             storage.step()
 
         for _ in range(iterations + 1):
-            for of_kind, context in zip(times, (nullcontext, without_blocks)):
+            for of_kind, context in zip(times, contexts):
                 with context(model):
                     seconds = _time(step)
                 of_kind.append((seconds, storage.history("data_time").latest()))
-        for context in (nullcontext, without_blocks):
+        for context in contexts:
             with context(model):
                 trainer.optimizer.zero_grad()
                 peaks.append(_held(trainer.optimizer, model) + peak_memory(step, device))
-    costs = []
-    for of_kind, peak in zip(times, peaks):
-        seconds, waiting = zip(*of_kind[1:])
-        costs.append(TrainingCost(statistics.median(seconds), sum(waiting) / sum(seconds), peak))
-    return costs[0], costs[1]
+    with_blocks, without = (_training_cost(t[1:], peak) for t, peak in zip(times, peaks))
+    return with_blocks, without
+
+
+def _training_cost(times: Sequence[tuple[float, float]], peak: int) -> TrainingCost:
+    """Of pairs of the seconds of an iteration and those in it of waiting for data."""
+    seconds, waiting = zip(*times)
+    return TrainingCost(statistics.median(seconds), sum(waiting) / sum(seconds), peak)
 
 
 def _held(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
