@@ -166,7 +166,7 @@ class AveragePrecisions:
         picture = np.concatenate([m.picture for m in classes])[order]
         right = np.concatenate([m.right for m in classes], axis=1)[:, order]
         wrong = np.concatenate([m.wrong for m in classes], axis=1)[:, order]
-        objects = sum(m.objects for m in classes)
+        objects = np.sum([m.objects for m in classes], axis=0)
         return np.array(
             [
                 _mean(self._precisions(right[:, picture == i], wrong[:, picture == i], number))

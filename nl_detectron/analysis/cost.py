@@ -22,8 +22,6 @@ from nl_detectron.analysis.memory import peak_memory
 from nl_detectron.analysis.recording import record_calls
 from nl_detectron.modeling import nonlocal_blocks
 
-_Context = Callable[[nn.Module], AbstractContextManager[None]]
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -125,10 +123,12 @@ def measure_training(
         The cost with the blocks, and that without.
     """
     model, device = trainer.model, next(trainer.model.parameters()).device
-    contexts: tuple[_Context, ...] = (nullcontext, without_blocks)
     times: list[list[tuple[float, float]]] = [[], []]
     peaks = []
     with EventStorage() as storage:
+
+        def in_turn(is_whole: bool) -> AbstractContextManager[None]:
+            return nullcontext() if is_whole else without_blocks(model)
 
         def step() -> None:
             trainer.iter = storage.iter
@@ -136,12 +136,12 @@ def measure_training(
             storage.step()
 
         for _ in range(iterations + 1):
-            for of_kind, context in zip(times, contexts):
-                with context(model):
+            for of_kind, is_whole in zip(times, (True, False)):
+                with in_turn(is_whole):
                     seconds = _time(step)
                 of_kind.append((seconds, storage.history("data_time").latest()))
-        for context in contexts:
-            with context(model):
+        for is_whole in (True, False):
+            with in_turn(is_whole):
                 trainer.optimizer.zero_grad()
                 peaks.append(_held(trainer.optimizer, model) + peak_memory(step, device))
     with_blocks, without = (_training_cost(t[1:], peak) for t, peak in zip(times, peaks))

@@ -144,7 +144,7 @@ def test_training():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     whole, rest = measure_training(SimpleTrainer(model, slow_data(), optimizer), iterations=3)
-    assert 0.08 < whole.seconds < 1
+    assert whole.seconds > 0.08
     assert 0.04 < rest.seconds < whole.seconds
     assert 0.05 < whole.data_share < rest.data_share < 0.6
     # Weights, gradients and momentum.
