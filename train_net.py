@@ -29,6 +29,7 @@ from nl_detectron.engine.command_line import exit_on_user_error
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.setup import (
     check_datasets,
+    check_evaluation,
     check_weights_exist,
     set_up_logging,
     use_cpu_without_cuda,
@@ -51,6 +52,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
         files = (args.train_json, args.train_images, args.val_json, args.val_images)
         use_own_data(cfg, *files, keep_records=not args.eval_only)
     check_datasets(cfg, eval_only=args.eval_only)
+    check_evaluation(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)
     use_sync_bn_of_cpu(cfg)
     cfg.freeze()
@@ -82,6 +84,8 @@ def main(args: argparse.Namespace) -> dict | None:
                 return trainer.train()
         with exit_on_user_error((OSError,), traceback=args.traceback):  # of data that is not there
             results = Trainer.test(cfg, model)
+            if cfg.TEST.AUG.ENABLED:
+                results.update(Trainer.test_with_TTA(cfg, model))
         if comm.is_main_process():
             verify_results(cfg, results)
             values = [value for result in results.values() for value in result.values()]

@@ -16,14 +16,17 @@ from nl_detectron.validation import did_you_mean
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
     """
-    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, and
-    ``SOLVER.CHECKPOINT_KEEP_LAST``.
+    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO,
+    ``SOLVER.CHECKPOINT_KEEP_LAST`` and ``TEST.BEST_CHECKPOINT_METRIC``.
 
     Args:
         cfg: Detectron2's config, changed in place.
     """
     # Keep only so many checkpoints beside model_final.pth, the last ones; 0 keeps all.
     cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+    # Keep the weights of the best evaluation (each TEST.EVAL_PERIOD) in model_best.pth: by what is
+    # highest then, such as "bbox/AP" (with several test datasets "NAME/bbox/AP"); "" keeps none.
+    cfg.TEST.BEST_CHECKPOINT_METRIC = ""
 
     cfg.MODEL.NONLOCAL = node = CfgNode()
 

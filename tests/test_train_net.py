@@ -15,7 +15,8 @@ from detectron2.data.datasets import register_coco_instances
 
 import lazy_train_net
 import train_net
-from nl_detectron.engine import Trainer, parse_arguments
+from nl_detectron.engine import Trainer, build_config, parse_arguments
+from nl_detectron.engine.setup import check_evaluation
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_NET = ROOT / "train_net.py"
@@ -23,6 +24,8 @@ LAZY_TRAIN_NET = ROOT / "tools" / "lazy_train_net.py"
 QUICK_START = ROOT / "configs" / "quick_start.yaml"
 LAZY = ROOT / "configs" / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_nl_1x.py"
 OWN_DATA = ["--train-json", "no.json", "--train-images", ".", "--val-json", "no.json"]
+BEST, EVAL = ["TEST.BEST_CHECKPOINT_METRIC"], ["TEST.EVAL_PERIOD", "1"]
+RETINANET = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "3"]
 IN_ONE_LINE = [
     (["--config-file", "no.yaml"], "no.yaml does not exist", False),
     (["SOLVER.BASE_RL", "1"], "did you mean 'SOLVER.BASE_LR'?", False),
@@ -126,6 +129,26 @@ def test_errors_of_the_user(words, message, is_logged, tmp_path):
         (["MODEL.ROI_HEADS.NAME", "StandardROIHead"], "did you mean 'StandardROIHeads'?", True),
         (["MODEL.ROI_HEADS.NUM_CLASSES", "5"], "shapes_train has 3 classes", True),
         (["DATASETS.TRAIN", "('coco_2017_train',)"], "DETECTRON2_DATASETS", True),
+        (["TEST.AUG.ENABLED", "True"], "MODEL.KEYPOINT_ON (with TEST.AUG.ENABLED) is True", True),
+        (
+            ["TEST.AUG.ENABLED", "True", *RETINANET],
+            "(with TEST.AUG.ENABLED) is 'RetinaNet', but must be one of 'GeneralizedRCNN'",
+            True,
+        ),
+        ([*BEST, "bbox/AP"], "TEST.EVAL_PERIOD is 0", True),
+        ([*EVAL, *BEST, "box/AP"], "is 'box/AP', but must be one of 'bbox/AP', 'bbox/AP50'", True),
+        ([*EVAL, *BEST, "keypoints/APs"], "TEST.BEST_CHECKPOINT_METRIC is 'keypoints/AP", True),
+        ([*EVAL, *BEST, "bbox/AP-cat"], "TEST.BEST_CHECKPOINT_METRIC is 'bbox/AP-cat'", True),
+        (
+            [*EVAL, *BEST, "segm/AP", "MODEL.MASK_ON", "False"],
+            "TEST.BEST_CHECKPOINT_METRIC is 'segm/AP'",
+            True,
+        ),
+        (
+            [*EVAL, *BEST, "bbox/AP", "DATASETS.TEST", "('shapes_val','shapes_train')"],
+            "must be one of 'shapes_val/bbox/AP'",
+            True,
+        ),
         (["MODEL.WEIGHTS", "."], "MODEL.WEIGHTS is ., a folder, not a file", True),
         (["MODEL.WEIGHTS", "nan.pth"], "stem.conv1.weight has values that are not finite", True),
         (["MODEL.WEIGHTS", "complex.pth"], "stem.conv1.weight is complex", True),
@@ -169,6 +192,11 @@ def test_errors_of_the_user_with_a_lazy_config(words, message, run, tmp_path):
     if "--config-file" not in words:
         words = ["--config-file", str(LAZY), f"train.output_dir={tmp_path}", *words]
     check_line(*run(LAZY_TRAIN_NET, *words), LAZY_TRAIN_NET, message)
+
+
+@pytest.mark.parametrize("metric", ["bbox/AP", "segm/APs", "keypoints/APl", "bbox/AP-square"])
+def test_metrics_of_the_best_checkpoint(metric):
+    check_evaluation(build_config(QUICK_START, [*EVAL, *BEST, metric]))
 
 
 def test_traceback_on_request():

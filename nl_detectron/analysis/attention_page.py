@@ -43,7 +43,7 @@ def write_attention_page(
     data = {
         "width": width,
         "height": height,
-        "image": _data_url(record.image),
+        "image": data_url(record.image),
         "start": [(left + right) / 2, (top + bottom) / 2],
         "blocks": [_block(record, name, share) for name in record.blocks],
     }
@@ -130,9 +130,18 @@ def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _data_url(image: np.ndarray) -> str:
-    """A JPEG of an RGB image, made smaller if it is large."""
-    scale = min(1, _MAX_PIXELS / max(image.shape))
+def data_url(image: np.ndarray, max_pixels: int = _MAX_PIXELS) -> str:
+    """
+    A picture for a page that loads nothing.
+
+    Args:
+        image: (H, W, 3), uint8, RGB.
+        max_pixels: of the longer side; a larger image is made smaller.
+
+    Returns:
+        The URL of a JPEG that it holds itself.
+    """
+    scale = min(1, max_pixels / max(image.shape))
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     _, jpeg = cv2.imencode(".jpg", small[:, :, ::-1])
     return f"data:image/jpeg;base64,{_base64(jpeg.tobytes())}"

@@ -1,17 +1,20 @@
-"""What a model's non-local blocks cost: parameters, multiply-adds, time and memory."""
+"""What a model's non-local blocks cost: parameters, multiply-adds, time and memory; in training,
+too."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.engine import SimpleTrainer
 from detectron2.evaluation import inference_context
 from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from nl_detectron.analysis.flops import flop_handles
@@ -46,6 +49,18 @@ class CostReport:
     """Block name to its cost, alone, for all that the model gives it; of the memory, the most."""
     block_inputs: dict[str, list[tuple[int, ...]]]
     """Block name to the shapes (B, C, *grid) of what the model gives it."""
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """The cost of an iteration of training."""
+
+    seconds: float
+    """The median of several iterations, waiting for data included."""
+    data_share: float
+    """How much of the time of all of them was waiting for data, from 0 to 1."""
+    peak_memory: int
+    """Bytes, weights, gradients and the optimizer's state included."""
 
 
 def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
@@ -90,6 +105,61 @@ def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
         blocks=costs,
         block_inputs={n: [tuple(x.shape) for x in calls] for n, calls in block_inputs.items()},
     )
+
+
+def measure_training(
+    trainer: SimpleTrainer, iterations: int = 10
+) -> tuple[TrainingCost, TrainingCost]:
+    """
+    Measure iterations of training, with and without the blocks in turn, after one of each that is
+    not counted; last comes one of each for the memory.
+
+    Args:
+        trainer: Detectron2's ``SimpleTrainer`` or ``AMPTrainer``, of a model in training mode. Let
+            the learning rate be 0, and the model stays as it is.
+        iterations: how many are counted of each.
+
+    Returns:
+        The cost with the blocks, and that without.
+    """
+    model, device = trainer.model, next(trainer.model.parameters()).device
+    times: list[list[tuple[float, float]]] = [[], []]
+    peaks = []
+    with EventStorage() as storage:
+
+        def in_turn(is_whole: bool) -> AbstractContextManager[None]:
+            return nullcontext() if is_whole else without_blocks(model)
+
+        def step() -> None:
+            trainer.iter = storage.iter
+            trainer.run_step()
+            storage.step()
+
+        for _ in range(iterations + 1):
+            for of_kind, is_whole in zip(times, (True, False)):
+                with in_turn(is_whole):
+                    seconds = _time(step)
+                of_kind.append((seconds, storage.history("data_time").latest()))
+        for is_whole in (True, False):
+            with in_turn(is_whole):
+                trainer.optimizer.zero_grad()
+                peaks.append(_held(trainer.optimizer, model) + peak_memory(step, device))
+    with_blocks, without = (_training_cost(t[1:], peak) for t, peak in zip(times, peaks))
+    return with_blocks, without
+
+
+def _training_cost(times: Sequence[tuple[float, float]], peak: int) -> TrainingCost:
+    """Of pairs of the seconds of an iteration and those in it of waiting for data."""
+    seconds, waiting = zip(*times)
+    return TrainingCost(statistics.median(seconds), sum(waiting) / sum(seconds), peak)
+
+
+def _held(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
+    """Bytes of weights, buffers and the optimizer's state."""
+    tensors = [*model.parameters(), *model.buffers()]
+    states = [value for p in model.parameters() for value in optimizer.state[p].values()]
+    tensors += [value for value in states if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @contextmanager
@@ -151,11 +221,11 @@ def _count_macs(module: nn.Module, inputs: Any) -> int:
     return int(analysis.total())
 
 
-def _time(module: nn.Module, inputs: Any) -> float:
+def _time(function: Callable[..., object], *arguments: Any) -> float:
     """Seconds that a call takes."""
     _wait()
     start = time.perf_counter()
-    module(inputs)
+    function(*arguments)
     _wait()
     return time.perf_counter() - start
 

@@ -165,13 +165,19 @@ class CompletingCOCOEvaluator(COCOEvaluator):
             **options: as ``COCOEvaluator`` takes them.
         """
         # Detectron2 has no other way to say what reads the file.
-        with patch.object(coco_evaluation, "COCO", _CompletedCOCO):
+        with patch.object(coco_evaluation, "COCO", CompletedCOCO):
             super().__init__(*args, **options)
 
 
-class _CompletedCOCO(COCO):
+class CompletedCOCO(COCO):
+    """COCO's own reader, also for files that lack something: see :func:`fill_in`."""
+
     @no_garbage()
     def __init__(self, annotation_file: str) -> None:
+        """
+        Args:
+            annotation_file: a dataset in COCO's format, without errors.
+        """
         super().__init__()
         self.dataset = read_coco(Path(annotation_file))
         fill_in(self.dataset, areas=True)

@@ -105,6 +105,16 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             for path in numbered[: -self.keep_last]:
                 path.unlink()
 
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """
+        Say in ``last_checkpoint`` what to go on from, unless it has weights alone.
+
+        Args:
+            last_filename_basename: the name of the file that was saved.
+        """
+        if self.checkpointables:
+            super().tag_last_checkpoint(last_filename_basename)
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """
         With ``resume``, go on from the checkpoint that ``last_checkpoint`` names, or if that is

@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook, PeriodicWriter, PreciseBN
+from detectron2.engine.hooks import BestCheckpointer, EvalHook, PeriodicWriter, PreciseBN
 from detectron2.utils import comm
 
 from nl_detectron.data.stream import TrainLoader, seed_generators
@@ -29,7 +29,8 @@ class ExactResume(HookBase):
     each step the global generators are seeded by seed, iteration and rank; a seed that was drawn,
     and the last values of the metrics, which writers smooth over a window, are kept in the
     checkpoint; ``metrics.json`` goes back to what it was when the checkpoint was written; and what
-    comes after the checkpoint in an iteration (evaluation, writers) is done again on resuming.
+    comes after the checkpoint in an iteration (evaluation, the best checkpoint, writers) is done
+    again on resuming.
 
     It belongs behind the hook that writes checkpoints and before the ``EvalHook``.
     """
@@ -80,7 +81,7 @@ class ExactResume(HookBase):
         if start:
             self.trainer.iter = self.trainer.storage.iter = start - 1
             for hook in self.trainer._hooks:
-                if isinstance(hook, (EvalHook, PeriodicWriter)):
+                if isinstance(hook, (EvalHook, BestCheckpointer, PeriodicWriter)):
                     hook.after_step()
 
     def before_step(self) -> None:

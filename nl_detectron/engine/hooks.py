@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
 from nl_detectron.data.stream import seed_generators
+from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,43 @@ class NoEvaluationAfterFailureHook(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter:
             self.trainer.max_iter = math.inf
+
+
+class BestCheckpointHook(BestCheckpointer):
+    """
+    Detectron2's ``BestCheckpointer`` for runs that may be resumed: which evaluation was the best is
+    kept in the run's checkpoints; ``model_best.pth`` has weights alone, and is never what
+    ``--resume`` goes on from. It belongs right behind the ``EvalHook``.
+    """
+
+    def __init__(self, eval_period: int, model: nn.Module, output_dir: str, metric: str) -> None:
+        """
+        Args:
+            eval_period: that of the ``EvalHook``.
+            model: what is trained, not wrapped for distributed training.
+            output_dir: the folder of the run.
+            metric: what is highest in the best evaluation, such as "bbox/AP".
+        """
+        super().__init__(eval_period, NonLocalCheckpointer(model, output_dir), metric)
+        self._saved: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the evaluation whose weights are on the disk: its metric and iteration."""
+        return self._saved
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Args:
+            state: what :meth:`state_dict` returned in the run to go on with.
+        """
+        self._saved = state
+        self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
+
+    def _best_checking(self) -> None:
+        if comm.is_main_process():  # others have no results
+            super()._best_checking()
+            if self.best_metric is not None:
+                self._saved = {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
 
 class SamplingByImageHook(HookBase):

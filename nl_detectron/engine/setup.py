@@ -26,6 +26,7 @@ from nl_detectron.validation import check_choice, did_you_mean
 logger = logging.getLogger(__name__)
 
 
+_AUGMENTED = ("GeneralizedRCNN",)  # by Detectron2's test-time augmentation
 _NOT_FOR_THE_SCREEN = ("default_setup", "build_model")
 
 
@@ -81,6 +82,45 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
             classes, (head, num_classes) = metadata.get("thing_classes"), num_classes_of(cfg)
             if classes is not None and num_classes not in (None, len(classes)):
                 raise ValueError(f"{head} is {num_classes}, but {name} has {len(classes)} classes")
+
+
+def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """
+    Args:
+        cfg: the config.
+        eval_only: no checkpoints are written.
+
+    Raises:
+        ValueError: ``TEST.AUG`` is not for such a model, or ``TEST.BEST_CHECKPOINT_METRIC`` is
+            nothing that evaluations while training tell.
+    """
+    model = cfg.MODEL
+    if cfg.TEST.AUG.ENABLED:
+        check_choice(
+            "MODEL.META_ARCHITECTURE (with TEST.AUG.ENABLED)", model.META_ARCHITECTURE, _AUGMENTED
+        )
+        for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):  # which Detectron2 does not augment
+            check_choice(f"MODEL.{key} (with TEST.AUG.ENABLED)", model[key], (False,))
+    metric = cfg.TEST.BEST_CHECKPOINT_METRIC
+    if eval_only or not metric:
+        return
+    if not cfg.TEST.EVAL_PERIOD:
+        raise ValueError(
+            f"TEST.BEST_CHECKPOINT_METRIC is {metric!r}, but TEST.EVAL_PERIOD is 0: it must be "
+            "above 0, so that there is more than the last checkpoint to choose from"
+        )
+    datasets = cfg.DATASETS.TEST
+    heads = {"bbox": True, "segm": model.MASK_ON, "keypoints": model.KEYPOINT_ON}
+    tasks = [
+        f"{prefix}{task}"
+        for prefix in ([""] if len(datasets) == 1 else [f"{name}/" for name in datasets])
+        for task in (task for task, is_on in heads.items() if is_on)
+    ]
+    classes = {c for name in datasets for c in MetadataCatalog.get(name).get("thing_classes", ())}
+    if metric not in {f"{task}/AP-{name}" for task in tasks for name in classes}:
+        aps = [f"{task}/AP{of}" for task in tasks for of in ("", "50", "75", "s", "m", "l")]
+        legal = [ap for ap in aps if not ap.endswith("keypoints/APs")]
+        check_choice("TEST.BEST_CHECKPOINT_METRIC", metric, legal)
 
 
 def missing_download(name: str) -> str | None:

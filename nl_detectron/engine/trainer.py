@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch import nn
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ from nl_detectron.data import CompletingCOCOEvaluator, TrainLoader, build_train_
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
 from nl_detectron.engine.hooks import (
+    BestCheckpointHook,
     BlockWeightsHook,
     NoEvaluationAfterFailureHook,
     SamplingByImageHook,
@@ -58,9 +60,20 @@ class Trainer(DefaultTrainer):
             seed=lambda: exact_resume.seed,
             images_per_rank=self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
         )
+        hooks[place + 1 : place + 1] = self._hooks_after_evaluation()
         hooks[place:place] = [self._interruption, exact_resume, sampling]
         # First, so that they come before the writers, and the time that is written includes them.
         return [BlockWeightsHook(self.checkpointer.model), NoEvaluationAfterFailureHook(), *hooks]
+
+    def _hooks_after_evaluation(self) -> list[HookBase]:
+        """Before the writers, which then write what these put into the storage, too."""
+        cfg, hooks = self.cfg, []
+        if metric := cfg.TEST.get("BEST_CHECKPOINT_METRIC", ""):
+            model = self.checkpointer.model
+            hooks.append(BestCheckpointHook(cfg.TEST.EVAL_PERIOD, model, cfg.OUTPUT_DIR, metric))
+        if cfg.TEST.AUG.ENABLED:
+            hooks.append(EvalHook(0, lambda: self.test_with_TTA(cfg, self.model)))
+        return hooks
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
@@ -161,3 +174,22 @@ class Trainer(DefaultTrainer):
             use_fast_impl=False,
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """
+        Evaluate with test-time augmentation, ``cfg.TEST.AUG``, as Detectron2's projects do.
+
+        Args:
+            cfg: the config, without keypoints, which Detectron2 does not augment.
+            model: a ``GeneralizedRCNN``.
+
+        Returns:
+            What ``test`` returns, each name with "_TTA" behind it. Predictions are in
+            ``inference_TTA`` in ``cfg.OUTPUT_DIR``.
+        """
+        logger.info("Evaluating with test-time augmentation ...")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return {f"{name}_TTA": value for name, value in results.items()}

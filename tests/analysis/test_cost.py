@@ -1,10 +1,13 @@
+import time
+
 import pytest
 import torch
+from detectron2.engine import SimpleTrainer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nl_detectron import NonLocalBlock
-from nl_detectron.analysis.cost import measure_cost, without_blocks
+from nl_detectron.analysis.cost import measure_cost, measure_training, without_blocks
 from nl_detectron.layers.nonlocal_block import PAIRWISE, SUBSAMPLE
 
 C, H, W = 8, 6, 10
@@ -116,3 +119,38 @@ def test_blocks_come_back_after_an_error():
 def test_model_without_blocks_is_refused():
     with pytest.raises(ValueError, match="no non-local blocks"):
         measure_cost(nn.Sequential(nn.Conv2d(C, C, 1)), image())
+
+
+def test_training():
+    """A block whose weights are most of the model; data that take half of the time without it."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.block = nn.Conv2d(256, 4, 1), NonLocalBlock(256)
+
+        def forward(self, x):
+            time.sleep(0.02)
+            if isinstance(self.block, NonLocalBlock):
+                time.sleep(0.04)
+            return {"loss": self.conv(self.block(x)).sum()}
+
+    def slow_data():
+        while True:
+            time.sleep(0.02)
+            yield torch.randn(1, 256, 2, 2)
+
+    model = Model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    whole, rest = measure_training(SimpleTrainer(model, slow_data(), optimizer), iterations=3)
+    assert whole.seconds > 0.08
+    assert 0.04 < rest.seconds < whole.seconds
+    assert 0.05 < whole.data_share < rest.data_share < 0.6
+    # Weights, gradients and momentum.
+    weights = sum(p.numel() for p in model.parameters())
+    assert 12 * weights < whole.peak_memory < 12 * weights + 2**18
+    without = sum(p.numel() for p in model.conv.parameters())
+    assert 12 * without < rest.peak_memory < 12 * without + 2**18
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])

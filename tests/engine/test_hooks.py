@@ -1,10 +1,13 @@
+import math
+
 import pytest
 import torch
 from detectron2.engine import TrainerBase
+from detectron2.engine.hooks import EvalHook
 from torch import nn
 
 from nl_detectron import NonLocalBlock
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.hooks import BestCheckpointHook, BlockWeightsHook
 
 
 class IdleTrainer(TrainerBase):
@@ -68,3 +71,69 @@ def test_warns_once_of_a_block_that_is_still_the_identity(caplog):
 
 def test_model_without_blocks_writes_nothing():
     assert train(nn.Conv2d(8, 8, 1), 20) == {}
+
+
+class CountingTrainer(TrainerBase):
+    """The weight of its model is the number of the iteration; its APs are what they should be."""
+
+    def __init__(self, folder, aps):
+        super().__init__()
+        self.model = nn.Linear(1, 1)
+        evaluate = EvalHook(1, lambda: {"bbox": {"AP": aps[self.iter]}} if aps else {})
+        best = BestCheckpointHook(1, self.model, str(folder), "bbox/AP")
+        self.register_hooks([evaluate, best])
+
+    def run_step(self):
+        nn.init.constant_(self.model.weight, self.iter)
+
+
+def best_iteration(folder):
+    checkpoint = torch.load(folder / "model_best.pth")
+    assert "trainer" not in checkpoint
+    return int(checkpoint["model"]["weight"])
+
+
+@pytest.mark.parametrize(
+    ("aps", "expected"),
+    [
+        ([10, 30, 20, None, 5], 1),
+        ([10, 30, 20, None, 40], 3),  # the last evaluation is after the last iteration
+        ([math.nan, 30, math.nan, None, 30], 1),
+    ],
+)
+def test_weights_of_the_best_evaluation_are_kept(aps, expected, tmp_path):
+    CountingTrainer(tmp_path, aps).train(0, 4)
+    assert best_iteration(tmp_path) == expected
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "model_best.pth"
+    ]  # and no last_checkpoint
+
+
+@pytest.mark.parametrize(("aps", "expected"), [([None] * 3 + [20, 25], 1), ([0] * 3 + [31, 5], 3)])
+def test_a_resumed_run_knows_the_best_evaluation(aps, expected, tmp_path):
+    first = CountingTrainer(tmp_path, [10, 30, None, 20])
+    first.train(0, 3)
+    resumed = CountingTrainer(tmp_path, [*aps, 0])
+    resumed.load_state_dict(first.state_dict())
+    resumed.train(3, 5)
+    assert best_iteration(tmp_path) == expected
+
+
+def test_best_evaluation_counts_when_it_is_written(tmp_path, monkeypatch):
+    """A signal while the file is written saves the run, and ends it."""
+    trainer = CountingTrainer(tmp_path, [10, 20, 30])
+    saved = {}
+
+    def interrupted(*args, **kwargs):
+        saved.update(trainer.state_dict())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fvcore.common.checkpoint.Checkpointer.save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(0, 2)
+    assert "hooks" not in saved
+
+
+def test_no_best_checkpoint_without_results(tmp_path):
+    CountingTrainer(tmp_path, []).train(0, 3)
+    assert not list(tmp_path.iterdir())

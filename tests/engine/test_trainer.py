@@ -114,6 +114,66 @@ def test_eval_only_gives_the_results_of_training(trained):
         np.testing.assert_equal(results[task]["AP"], last[f"{task}/AP"])
 
 
+@pytest.fixture
+def few():
+    """The first two pictures of the built-in shapes to evaluate on."""
+    records = DatasetCatalog.get("shapes_val")[:2]
+    DatasetCatalog.register("few_val", lambda: records)
+    known = MetadataCatalog.get("shapes_val").as_dict()
+    del known["name"], known["json_file"]
+    MetadataCatalog.get("few_val").set(**known)
+    yield ["DATASETS.TEST", "('few_val',)"]
+    DatasetCatalog.remove("few_val")
+    MetadataCatalog.remove("few_val")
+
+
+def test_evaluation_with_test_time_augmentation(few, tmp_path):
+    words = [
+        *few,
+        *("TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "(48,64)"),
+        *("MODEL.KEYPOINT_ON", "False", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"),
+    ]
+    run(tmp_path, 1, *words)
+    (last,) = (record for record in metrics(tmp_path) if "bbox/AP" in record)
+    assert {"bbox_TTA/AP", "segm_TTA/AP50"} <= last.keys()  # beside those without
+    for folder in ("inference", "inference_TTA"):
+        assert json.loads((tmp_path / folder / "coco_instances_results.json").read_text())
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "model_final.pth"), "OUTPUT_DIR", str(tmp_path)]
+    args = parse_arguments([*QUICK_START, "--eval-only", *SMALL, *words, *weights])
+    results = train_net.main(args)
+    assert list(results) == ["bbox", "segm", "bbox_TTA", "segm_TTA"]
+    np.testing.assert_equal(results["bbox_TTA"]["AP"], last["bbox_TTA/AP"])
+
+
+def test_resumed_run_keeps_the_best_checkpoint(tmp_path, monkeypatch):
+    aps = iter([10, 30, 20, 20, 5])  # the third is done again on resuming
+    monkeypatch.setattr(Trainer, "test", lambda *args: {"bbox": {"AP": next(aps)}})
+    words = [
+        *("TEST.EVAL_PERIOD", "1", "TEST.BEST_CHECKPOINT_METRIC", "bbox/AP"),
+        *("SOLVER.CHECKPOINT_PERIOD", "1"),
+    ]
+    step = Trainer.run_step
+
+    def killed(trainer):
+        if trainer.iter == 3:
+            raise KeyboardInterrupt
+        step(trainer)
+
+    monkeypatch.setattr(Trainer, "run_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 4, *words)
+    monkeypatch.setattr(Trainer, "run_step", step)
+    run(tmp_path, 4, "--resume", *words)
+    assert not list(aps)
+    best, second, third = (
+        torch.load(tmp_path / f"model_{name}.pth", weights_only=False)["model"]
+        for name in ("best", "0000001", "0000002")
+    )
+    assert all(torch.equal(best[key], second[key]) for key in second)
+    assert not all(torch.equal(best[key], third[key]) for key in third)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+
+
 def test_command_line(tmp_path):
     """From another folder, and with an error that a user sees."""
     command = [sys.executable, str(ROOT / "train_net.py")]

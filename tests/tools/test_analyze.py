@@ -60,6 +60,18 @@ def test_trained_weights_get_what_they_find_in_an_image(tmp_path):
     assert report["blocks"]["roi_heads.keypoint_head.nonlocal2"]["macs"] == 0
 
 
+def test_training(tmp_path, capsys):
+    words = ["SOLVER.IMS_PER_BATCH", "1", "INPUT.MIN_SIZE_TRAIN", "(64,)"]
+    analyze.main([*SMALLEST, "--train", "1", "--json", str(tmp_path / "cost.json"), *SMALL, *words])
+    report = json.loads((tmp_path / "cost.json").read_text())
+    whole, rest = report["training_with_blocks"], report["training_without_blocks"]
+    assert 0 < whole["data_share"] < 1
+    assert whole["peak_memory"] > rest["peak_memory"] > 12 * report["without_blocks"]["parameters"]
+    out = capsys.readouterr().out
+    for part in ("iterations/s", "waiting for data", f"{1 / whole['seconds']:.4g}"):
+        assert part in out
+
+
 def test_size_is_what_evaluation_allows_by_default():
     cfg = get_cfg()
     assert analyze.evaluation_size(cfg) == (800, 1333)
@@ -75,6 +87,7 @@ def test_errors_of_the_user(tmp_path, capsys):
     assert "none.pth" in fail(capsys, *config, "--weights", "none.pth", "--image", "image.png")
     assert "--weights" in fail(capsys, *config, "--image", "image.png")
     assert "--size: '0' is not" in fail(capsys, *config, "--size", 0, 64)
+    assert "--train: '0' is not" in fail(capsys, *config, "--train", 0)
     assert "--repeats: '0' is not" in fail(capsys, *config, "--repeats", 0)
     assert "KEY VALUE" in fail(capsys, *config, "MODEL.DEVICE")
     assert "did you mean 'MODEL.DEVICE'" in fail(capsys, *config, "MODEL.DEVIC", "cpu")
