@@ -55,7 +55,7 @@ from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.data.coco_records import CompletedCOCO
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
-from nl_detectron.engine.predictor import draw_ground_truth, draw_predictions, side_by_side
+from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, side_by_side
 from nl_detectron.engine.setup import check_datasets
 
 PREDICTIONS = "inference/coco_instances_results.json"
