@@ -25,6 +25,8 @@ def test_defaults_are_the_papers_block():
         "NORM": "BN",
         "ZERO_INIT": True,
         "ZERO_INIT_LAYER": "norm",
+        "GAMMA_LR_FACTOR": 1.0,
+        "LR_FACTOR": 1.0,
         "USE_ACT_CHECKPOINT": False,
         "KEYPOINT_HEAD_EVERY": 2,
     }
@@ -34,6 +36,7 @@ def test_nothing_else_changes():
     cfg = config()
     del cfg.MODEL["NONLOCAL"]
     assert cfg.SOLVER.pop("CHECKPOINT_KEEP_LAST") == 0
+    assert cfg.TEST.pop("BEST_CHECKPOINT_METRIC") == ""
     assert cfg == get_cfg()
 
 
