@@ -165,10 +165,10 @@ def heat_colors(what: str) -> Colormap:
         0, so that the image can be seen in its own colours.
     """
     steps = np.linspace(-1, 1, 256)
-    low, high = to_rgb("#2377e4" if what == "effect" else "#060b2b"), to_rgb("#ffae00")
-    rgb = np.where(steps[:, None] < 0, low, high)
-    alpha = 0.7 * np.abs(steps) ** 0.8
-    return ListedColormap(np.column_stack([rgb, alpha]))
+    low = (*to_rgb("#2377e4"), 0.7) if what == "effect" else (*to_rgb("#060b2b"), 0.55)
+    rgba = np.where(steps[:, None] < 0, low, (*to_rgb("#ffae00"), 0.7))
+    rgba[:, 3] *= np.abs(steps) ** 0.8
+    return ListedColormap(rgba)
 
 
 def _grid(panels: int, aspect: float) -> tuple[int, int, float, float]:

@@ -146,7 +146,7 @@ def test_one_scale_for_all():
     for what in ("weights", "effect"):
         low, even, high = heat_colors(what)([0.0, 0.5, 1.0])
         assert even[3] < 0.02
-        assert low[3] == high[3] == pytest.approx(0.7)
+        assert min(low[3], high[3]) > 0.5
         assert to_rgb(tuple(low)) != to_rgb(tuple(high))
 
 
