@@ -44,7 +44,7 @@ class AttentionMap:
 
     @property
     def multiples(self) -> np.ndarray:
-        """(rows, columns): the weights divided by the mean; ones, all being alike, where it is 0."""
+        """(rows, columns): the weights divided by the mean; ones where that is 0."""
         return self.weights / self.mean if self.mean else np.ones_like(self.weights)
 
     def strongest(self, count: int) -> list[tuple[Point, float]]:
