@@ -203,7 +203,8 @@ def record_attention(
     pixels = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), np.float32))
 
     heads, scoring = _heads(model), scoring_blocks(model, blocks) if effects else {}
-    called = {"backbone": model.backbone, **heads, **chosen}
+    backbone = model.get_submodule("backbone")
+    called: dict[str, nn.Module] = {"backbone": backbone, **heads, **chosen}
     with (
         inference_context(model),
         torch.set_grad_enabled(effects),
