@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Show what points of an image attend to in a model's non-local blocks.
+"""Show what counts for points of an image in a model's non-local blocks.
 
-For each image NAME.png is written to --output, with arrows from the points to the places that they
-attend to most, and NAME.html, a page that shows the attention of whatever is under the pointer
-(of about 8 MB at most, mostly far less).
+For each image NAME.png is written to --output, with arrows from the points to the places that count
+most for them, and NAME.html, a page that shows it for whatever is under the pointer (of about 8 MB
+at most, mostly far less). Colours are multiples of the mean of all places.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from nl_detectron.analysis.attention import (
     check_points,
     choose_blocks,
     record_attention,
+    scoring_blocks,
 )
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
+from nl_detectron.analysis.contribution import WHAT
 from nl_detectron.analysis.placement import Point
 from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
@@ -49,8 +51,12 @@ Two points of a photograph, given as x,y in pixels, in one of the blocks, with t
     $ demo/attention.py --config-file output/config.yaml --weights output/model_final.pth \\
         --input photo.jpg --points 320,240 100,80 --block res4.nonlocal4 --arrows 10
 
+What speaks for and against the classes of the objects found:
+    $ demo/attention.py --config-file output/config.yaml --weights output/model_final.pth \\
+        --input photo.jpg --show effect
+
 Untrained, but worth a look: the plain Gaussian compares the features of an ImageNet classifier:
-    $ demo/attention.py --weights R-50.pkl --input photo.jpg --at grid \\
+    $ demo/attention.py --weights R-50.pkl --input photo.jpg --at grid --show weights \\
         --config-file configs/ablations/mask_rcnn_R_50_FPN_nl_gaussian_1x.yaml
 
 The config that fits weights best is the config.yaml that train_net.py writes beside them. CUDA is
@@ -71,6 +77,14 @@ def make_parser() -> Parser:
         default="output/attention",
         metavar="DIR",
         help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--show",
+        choices=WHAT,
+        default="contributions",
+        help="weights: what a point attends to; contributions (the default): what each place adds "
+        "to it, its weight times its value; effect: that of each place on the score of the object "
+        "that the point is in",
     )
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument(
@@ -124,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with exit_on_user_error():
         cfg = trained_config(args.config_file, args.weights, args.opts)
         check_images(args)
-        model = load_model(cfg, args.block)
+        model = load_model(cfg, args.block, args.show)
         args.output.mkdir(parents=True, exist_ok=True)
     resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     for path in tqdm(args.input, unit="image"):
@@ -135,16 +149,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             augmentation=T.AugmentationList([resize, T.RandomFlip(float(args.flip))]),
             input_format=cfg.INPUT.FORMAT,
             min_score=args.confidence,
+            effects=args.show == "effect",
         )
         write_attention_page(args.output / f"{path.stem}.html", record, title=path.name)
         if points := args.points or choose_points(record, args.at):
-            figure = draw_attention(record.maps(points), arrows=args.arrows)
-            figure.savefig(args.output / f"{path.stem}.png")
+            figure = draw_attention(record.maps(points, args.show), arrows=args.arrows)
+            figure.savefig(args.output / f"{path.stem}.png", bbox_inches="tight")
         else:
             tqdm.write(
                 f"{path}: nothing found with a score of {args.confidence}, so no {path.stem}.png"
             )
-    print(f"What the points attend to is drawn in {args.output}")
+    print(f"What counts for the points is drawn in {args.output}")
 
 
 def check_images(args: argparse.Namespace) -> None:
@@ -169,10 +184,11 @@ def read_image(path: Path) -> np.ndarray:
     return image
 
 
-def load_model(cfg: CfgNode, blocks: Sequence[str]) -> nn.Module:
+def load_model(cfg: CfgNode, blocks: Sequence[str], what: str) -> nn.Module:
     use_cpu_without_cuda(cfg)
     model = build_model(cfg)
-    choose_blocks(model, blocks)  # an error before the weights are loaded
+    # An error before the weights are loaded.
+    scoring_blocks(model, blocks) if what == "effect" else choose_blocks(model, blocks)
     NonLocalCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
 

@@ -1,9 +1,10 @@
-"""What points of an image attend to in a detector's non-local blocks (the paper's Figure 3)."""
+"""What points of an image attend to in a detector's non-local blocks (the paper's Figure 3), what
+that adds to them, and what it does to the scores of objects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,15 @@ from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from torch import Tensor, nn
 
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
-from nl_detectron.analysis.placement import PlacedFeatures, Point, grid_stride, place
-from nl_detectron.analysis.recording import choose_blocks, record_calls
-from nl_detectron.layers import AttentionBlock, spread_over_bins
+from nl_detectron.analysis.contribution import (
+    WHAT,
+    contributions_on_grid,
+    effect_on_grid,
+    weights_on_grid,
+)
+from nl_detectron.analysis.placement import Box, PlacedFeatures, Point, grid_stride, place
+from nl_detectron.analysis.recording import choose_blocks, record_calls, record_outputs
+from nl_detectron.layers import AttentionBlock
 from nl_detectron.validation import check_choice
 
 # The heads that Detectron2 calls with (features of regions, instances).
@@ -34,46 +41,73 @@ class AttentionRecord:
         blocks: the blocks by their full names.
         features: what each was given: a map of the whole image, or for the blocks of a mask or
             keypoint head, one for the box of each detected object.
+        scores: (N,) of the objects, with the graph that leads to them, where effects are recorded.
+        outputs: what each block gave, less those of heads, which have no part in the scores.
     """
 
     image: np.ndarray
     boxes: np.ndarray
     blocks: dict[str, AttentionBlock]
     features: dict[str, list[PlacedFeatures]]
+    scores: Tensor | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
-    def maps(self, points: Sequence[Point]) -> AttentionMaps:
+    def maps(self, points: Sequence[Point], what: str = "weights") -> AttentionMaps:
         """
-        What the points attend to. A point in several objects' boxes is asked in the smallest.
+        What counts for the points. A point in several objects' boxes is asked in the smallest.
 
         Args:
             points: x, y in pixels of the image, whose upper left corner is 0, 0.
+            what: "weights", what the points attend to; "contributions", what each place adds to
+                them (:func:`nl_detectron.analysis.contribution.contributions_on_grid`); or
+                "effect", that of each place on the score of the object that the point is in
+                (:func:`nl_detectron.analysis.contribution.effect_on_grid`).
 
         Returns:
-            For each block a map for each point.
+            For each block a map for each point; of effects, for each block outside of the heads.
 
         Raises:
-            ValueError: a point lies outside the image.
+            ValueError: a point lies outside the image, or effects are asked for and were not
+                recorded.
         """
         check_points(points, self.image)
+        check_choice("what", what, WHAT)
+        if what == "effect" and self.scores is None:
+            raise ValueError("no effects are recorded: call record_attention with effects=True")
+        maps_of = self._effects_of_block if what == "effect" else self._maps_of_block
         blocks = [
-            BlockAttention(name, block.pairwise, self._maps_of_block(name, points))
+            BlockAttention(name, block.pairwise, maps_of(name, points, what))
             for name, block in self.blocks.items()
+            if what != "effect" or name in self.outputs
         ]
-        return AttentionMaps(self.image, list(points), blocks)
+        return AttentionMaps(self.image, list(points), blocks, what)
 
     def ask(
-        self, name: str, features: PlacedFeatures, cells: Sequence[tuple[int, int]]
+        self,
+        name: str,
+        features: PlacedFeatures,
+        cells: Sequence[tuple[int, int]],
+        what: str = "weights",
     ) -> list[AttentionMap]:
         """
         Args:
             name: a block's.
             features: some of the block's in :attr:`features`.
             cells: row and column of each query.
+            what: "weights" or "contributions".
 
         Returns:
-            What each of the cells attends to.
+            What counts for each of the cells.
         """
-        weights = _weights_on_grid(self.blocks[name], features.x, cells)
+        on_grid = weights_on_grid if what == "weights" else contributions_on_grid
+        weights = on_grid(self.blocks[name], features.x, cells)
+        return self._placed(features, weights, [features.cell_box(cell) for cell in cells])
+
+    def _placed(
+        self, features: PlacedFeatures, on_grid: Tensor, queries: Sequence[Box]
+    ) -> list[AttentionMap]:
+        """A map of each (key rows, key columns), what lies in the image of it."""
+        weights = on_grid.cpu().numpy()
         rows = features.rows.of_keys(weights.shape[1])
         columns = features.columns.of_keys(weights.shape[2])
         height, width = self.image.shape[:2]
@@ -87,23 +121,47 @@ class AttentionRecord:
             AttentionMap(
                 seen[i],
                 extent=(left, top, right, bottom),
-                query=features.cell_box(cell),
+                query=query,
                 outside=float(outside[i]),
                 keys=weights[i].size,
             )
-            for i, cell in enumerate(cells)
+            for i, query in enumerate(queries)
         ]
 
-    def _maps_of_block(self, name: str, points: Sequence[Point]) -> list[AttentionMap | None]:
+    def _maps_of_block(
+        self, name: str, points: Sequence[Point], what: str
+    ) -> list[AttentionMap | None]:
         maps: list[AttentionMap | None] = [None] * len(points)
         smallest_first = sorted(self.features[name], key=lambda features: features.area)
         for features in smallest_first:
             mine = [i for i, p in enumerate(points) if maps[i] is None and features.contains(p)]
             if mine:
                 cells = [features.cell_at(points[i]) for i in mine]
-                for i, attention_map in zip(mine, self.ask(name, features, cells)):
+                for i, attention_map in zip(mine, self.ask(name, features, cells, what)):
                     maps[i] = attention_map
         return maps
+
+    def _effects_of_block(
+        self, name: str, points: Sequence[Point], _what: str
+    ) -> list[AttentionMap | None]:
+        (features,) = self.features[name]
+        left, top, right, bottom = self.boxes.T
+        areas = (right - left) * (bottom - top)
+        maps: list[AttentionMap | None] = []
+        for x, y in points:
+            inside = (left <= x) & (x <= right) & (top <= y) & (y <= bottom)
+            smallest = int(np.where(inside, areas, np.inf).argmin()) if inside.any() else None
+            maps.append(None if smallest is None else self._effect(name, features, smallest))
+        return maps
+
+    def _effect(self, name: str, features: PlacedFeatures, number: int) -> AttentionMap:
+        assert self.scores is not None
+        (gradient,) = torch.autograd.grad(
+            self.scores[number], self.outputs[name], retain_graph=True, materialize_grads=True
+        )
+        effect = effect_on_grid(self.blocks[name], features.x, gradient)
+        (attention_map,) = self._placed(features, effect[None], [tuple(self.boxes[number])])
+        return attention_map
 
 
 def record_attention(
@@ -114,6 +172,7 @@ def record_attention(
     augmentation: T.Augmentation | None = None,
     input_format: str = "BGR",
     min_score: float = 0.5,
+    effects: bool = False,
 ) -> AttentionRecord:
     """
     Run a detector on an image, and keep what its non-local blocks were given.
@@ -126,13 +185,15 @@ def record_attention(
             ``aug``. It may also flip the image: everything is mapped back.
         input_format: what the model expects, ``cfg.INPUT.FORMAT``: "BGR" or "RGB".
         min_score: detected objects with a lower score are left out.
+        effects: keep also what effects on the objects' scores are computed of, which takes the
+            memory of a training step.
 
     Returns:
         The record, in pixels of ``image``.
 
     Raises:
         ValueError: the image is not as above, there is no such block, or what it is given has no
-            place in the image.
+            place in the image; or for effects, none of the blocks has a part in objects' scores.
     """
     chosen = choose_blocks(model, blocks)
     check_choice("input_format", input_format, ("BGR", "RGB"))
@@ -141,26 +202,59 @@ def record_attention(
     transform = augmentation(augmented) if augmentation else T.NoOpTransform()
     pixels = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), np.float32))
 
-    heads = {name: module for name, module in model.named_modules() if isinstance(module, _HEADS)}
-    called = {"backbone": model.backbone, **heads, **chosen}
-    with inference_context(model), torch.no_grad(), record_calls(called) as calls:
+    heads, scoring = _heads(model), scoring_blocks(model, blocks) if effects else {}
+    backbone = model.get_submodule("backbone")
+    called: dict[str, nn.Module] = {"backbone": backbone, **heads, **chosen}
+    with (
+        inference_context(model),
+        torch.set_grad_enabled(effects),
+        record_calls(called) as calls,
+        record_outputs(scoring) as outputs,
+    ):
         output = model([{"image": pixels}])[0]
 
     def in_image(boxes: Tensor) -> np.ndarray:
         """(N, 4) boxes in pixels of the model's input to those in pixels of the image."""
-        corners = boxes.double().cpu().numpy().reshape(-1, 2)
+        corners = boxes.detach().double().cpu().numpy().reshape(-1, 2)
         return transform.inverse().apply_coords(corners).reshape(-1, 4)
 
     features = {}
     for name in chosen:
         x, boxes = _input_and_boxes(name, calls, heads, min_score)
         features[name] = [place(x[i : i + 1], box) for i, box in enumerate(in_image(boxes))]
-    objects = torch.empty(0, 4)
+    objects, scores = torch.empty(0, 4), torch.empty(0)
     if "instances" in output:  # a model for semantic segmentation has none
         found = output["instances"]
-        objects = found.pred_boxes.tensor[found.scores >= min_score]
-    rgb = np.ascontiguousarray(image[:, :, ::-1])
-    return AttentionRecord(rgb, in_image(objects), chosen, features)
+        found = found[found.scores >= min_score]
+        objects, scores = found.pred_boxes.tensor, found.scores
+    return AttentionRecord(
+        np.ascontiguousarray(image[:, :, ::-1]),
+        in_image(objects),
+        chosen,
+        features,
+        scores if effects else None,
+        outputs,
+    )
+
+
+def scoring_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
+    """
+    Args:
+        model: a model of Detectron2.
+        names: as for :func:`choose_blocks`.
+
+    Returns:
+        Full name to block, of those that have a part in the scores of objects: all but the blocks
+        of mask and keypoint heads, which come after the scores.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    chosen, heads = choose_blocks(model, names), _heads(model)
+    scoring = {name: block for name, block in chosen.items() if not _head_of(name, heads)}
+    if not scoring:
+        raise ValueError(f"{', '.join(chosen)} has no effect on scores: it is in a head after them")
+    return scoring
 
 
 def attention_maps(
@@ -200,17 +294,6 @@ def check_points(points: Sequence[Point], image: np.ndarray) -> None:
             )
 
 
-def _weights_on_grid(
-    block: AttentionBlock, x: Tensor, cells: Sequence[tuple[int, int]]
-) -> np.ndarray:
-    """(Q, rows, columns): the block's weights; those of a pyramid, spread over its bins' cells."""
-    with torch.no_grad():
-        weights = block.attention(x, cells)[0].float()
-        if block.subsample == "pyramid":
-            weights = spread_over_bins(weights, x.shape[2:])
-    return weights.cpu().numpy()
-
-
 def _check_image(image: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(
@@ -224,12 +307,21 @@ def _input_and_boxes(
 ) -> tuple[Tensor, Tensor]:
     """A block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input."""
     x = _only_input(name, calls[name])
-    head = next((head for head in heads if name.startswith(f"{head}.")), None)
+    head = _head_of(name, heads)
     if head is None:
         return x, _box_of_grid(name, x, calls["backbone"][0][0].shape[-2:])
     ((_, (instances,)),) = calls[head]
     confident = instances.scores >= min_score
     return x[confident], instances.pred_boxes.tensor[confident]
+
+
+def _heads(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _HEADS)}
+
+
+def _head_of(name: str, heads: Iterable[str]) -> str | None:
+    """The name of the head that the block of this name is in."""
+    return next((head for head in heads if name.startswith(f"{head}.")), None)
 
 
 def _only_input(name: str, calls: list[tuple]) -> Tensor:
@@ -238,7 +330,7 @@ def _only_input(name: str, calls: list[tuple]) -> Tensor:
             f"the block {name} runs {len(calls)} times for an image; attention is shown for blocks "
             "that run once"
         )
-    return calls[0][0]
+    return calls[0][0].detach()
 
 
 def _box_of_grid(name: str, x: Tensor, input_size: tuple[int, int]) -> Tensor:

@@ -1,31 +1,35 @@
-"""Attention as the paper draws it: a point, and arrows to the places it attends to."""
+"""Attention as the paper draws it: a point, and arrows to the places that count for it."""
 
 from __future__ import annotations
 
-import itertools
 import math
+import textwrap
 
-import cv2
 import numpy as np
-from matplotlib import colormaps, patheffects
+from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import CenteredNorm, Colormap, ListedColormap
+from matplotlib.colors import Colormap, ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import PercentFormatter
 
-from nl_detectron.analysis.attention_map import (
-    AttentionMap,
-    AttentionMaps,
-    BlockAttention,
-)
+from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps
 from nl_detectron.analysis.placement import Box, Point
 from nl_detectron.layers import ATTENTION
 
-_PANEL = 4.0  # inches, the longer side of the picture in a panel
-_WEIGHTS_PER_LINE = 5
+HIGHEST_MULTIPLE = 16
+"""The scale of every map ends at this multiple of the mean, and at its inverse."""
+NEARLY_EVEN = 1.1
+"""No greater multiple of the mean counts for something."""
+
+_PAGE = 8.3, 11.7  # inches: A4
+_LARGEST, _SMALLEST = 4.2, 1.8  # inches, the sides of a square picture
+_FONT = 7.0  # points
+_CHARACTER, _LINE = 0.6 * _FONT / 72, 1.3 * _FONT / 72  # inches
+_TEXT = 230  # characters, about, above and below a picture
+_SCALE = 7 * _LINE  # inches for the bar of colours
 _POINT_COLOR = "#56B4E9"
-_OUTLINE = [patheffects.withStroke(linewidth=3, foreground="black")]
+_OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="black")]
 _ARROW = {
     "arrowstyle": "->",
     "color": "white",
@@ -37,125 +41,211 @@ _ARROW = {
 
 def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
     """
-    A panel for each point and block: the weights as a heat map over the image, and arrows from the
-    point to the peaks of the map. For the blocks of a head it is the part of the image around the
-    object's box. Each point has a row; with a single block they are three in a row.
+    A panel for each point and block: the map as colours over the image, on the same scale in all
+    panels, and arrows from the point to the peaks of the map. For the blocks of a head it is the
+    part of the image around the object's box. Points that a block does not see have no panel. The
+    figure fits a page: A4, or with many panels A3 or A2.
 
     Args:
-        maps: what to draw: at least one point and one block.
-        arrows: how many at most; the legend has the weight of each.
+        maps: what to draw.
+        arrows: how many at most; the legend has the multiple of the mean of each.
 
     Returns:
         A figure that needs no display; ``figure.savefig(path)`` writes it.
     """
+    shown = [
+        (block.name, block.pairwise, point, attention_map)
+        for point, of_blocks in zip(maps.points, zip(*(block.maps for block in maps.blocks)))
+        for block, attention_map in zip(maps.blocks, of_blocks)
+        if attention_map is not None
+    ]
     height, width = maps.image.shape[:2]
-    scale = _PANEL / max(height, width)
-    panel_size = max(width * scale, 3.0) + 1.2, max(height * scale, 2.0) + 1.1
-    columns = len(maps.blocks) if len(maps.blocks) > 1 else min(len(maps.points), 3)
-    rows = math.ceil(len(maps.points) * len(maps.blocks) / columns)
-    figure = Figure((columns * panel_size[0], rows * panel_size[1]), layout="compressed", dpi=150)
-    pairs = itertools.product(range(len(maps.points)), maps.blocks)
-    for position, (number, block) in enumerate(pairs, 1):
-        _draw_panel(figure.add_subplot(rows, columns, position), maps, block, number, arrows)
+    columns, rows, picture_width, row_height = _grid(len(shown), height / width)
+    figure = Figure(
+        (columns * picture_width, rows * row_height + _SCALE), layout="constrained", dpi=200
+    )
+    if hidden := len(maps.points) * len(maps.blocks) - len(shown):
+        figure.supxlabel(
+            f"not shown: {hidden} in no detected object's box, where a block sees nothing",
+            fontsize=_FONT,
+        )
+    panels = []
+    for position, (name, pairwise, point, attention_map) in enumerate(shown, 1):
+        panel = figure.add_subplot(rows, columns, position)
+        panels.append(panel)
+        panel.imshow(maps.image, extent=(0, width, height, 0))
+        panel.set(xticks=[], yticks=[])
+        heat = _draw_map(panel, attention_map, maps.what)
+        legend = _draw_arrows(panel, attention_map, point, arrows)
+        legend += describe(attention_map, pairwise, maps.what)
+        _zoom(panel, attention_map.extent, (width, height))
+        panel.plot(*point, "o", color=_POINT_COLOR, mec="black", ms=5, zorder=4)
+        characters = int(picture_width / _CHARACTER)
+        title = "{}\npoint {:.0f}, {:.0f}".format(name, *point)
+        panel.set_title(_wrapped(title, characters), fontsize=_FONT)
+        panel.set_xlabel(_wrapped(legend, characters), fontsize=_FONT)
+    if panels:
+        _add_scale(figure, panels, heat, maps.what, unit(shown[0][1], maps.what))
     return figure
 
 
-def _describe(attention_map: AttentionMap, pairwise: str) -> str:
-    """What the colours do not tell: how uneven the weights are, and what is not shown."""
-    if (total := ATTENTION[pairwise].weight_sum) is not None:
-        ratio = attention_map.weights.max() * attention_map.keys / total
-        meaning = f"at most {ratio:.3g} times an even share"
-    elif ATTENTION[pairwise].is_signed:
-        meaning = "weights of any sign and sum, arrows by magnitude"
-    else:
-        meaning = "weights of any sum"
-    text = f"{pairwise}: {meaning}"
+def describe(attention_map: AttentionMap, pairwise: str, what: str) -> str:
+    """
+    Args:
+        attention_map: of a point.
+        pairwise: the block's kind of weights in :data:`nl_detectron.layers.ATTENTION`.
+        what: what the map shows.
+
+    Returns:
+        What the colours do not tell: what the map is of, how uneven it is, what is not shown.
+    """
+    kind = f"{pairwise} weights" if what == "weights" else what
+    if what == "effect":
+        kind = "effect on the object's score, amber raises it, blue lowers it"
+    highest = np.abs(attention_map.multiples).max()
+    evenness = "" if highest >= NEARLY_EVEN else "nearly even, "
+    text = f"{kind}: {evenness}at most {short(highest)} times {unit(pairwise, what)}"
+    if not attention_map.mean:
+        text = f"{kind}: no place counts more than another"
+    elif what == "weights" and ATTENTION[pairwise].is_signed:
+        text += ", by magnitude: they have either sign"
     if attention_map.outside >= 0.001:
-        text += f"\n{100 * attention_map.outside:.1f} % of the weight is in the padding, not shown"
+        text += f"\n{100 * attention_map.outside:.1f} % of it is in the padding, not shown"
     return text
 
 
-def heat_colors(pairwise: str) -> Colormap:
+def unit(pairwise: str, what: str) -> str:
     """
     Args:
-        pairwise: the kind of weights in :data:`nl_detectron.layers.ATTENTION`.
+        pairwise, what: as for :func:`describe`.
 
     Returns:
-        Colours from the lowest to the highest weight, or, where weights have a sign, from -w to w.
-        Weights of small magnitude are transparent, so that the image can be seen.
+        What a map is drawn in multiples of.
     """
-    steps = np.linspace(0, 1, 256)
-    rgba = colormaps["PuOr_r" if ATTENTION[pairwise].is_signed else "plasma"](steps)
-    rgba[:, 3] = 0.9 * (np.abs(2 * steps - 1) if ATTENTION[pairwise].is_signed else steps) ** 0.5
+    has_sum = what == "weights" and ATTENTION[pairwise].weight_sum is not None
+    return "an even share" if has_sum else "the mean magnitude"
+
+
+def short(multiple: float) -> str:
+    """
+    Args:
+        multiple: of any sign.
+
+    Returns:
+        It with three digits.
+    """
+    return f"{float(f'{multiple:.3g}'):g}"
+
+
+def on_scale(multiples: np.ndarray, what: str) -> np.ndarray:
+    """
+    Args:
+        multiples: of the mean magnitude, any shape.
+        what: what they are of.
+
+    Returns:
+        Same shape, the place of each on the scale of :func:`heat_colors`: the logarithm of its
+        magnitude, -1 at 1/16 and below, 0 at 1, 1 at 16 and above; for an effect, 0 up to a
+        magnitude of 1, and from there to 1 or, where it is negative, to -1.
+    """
+    with np.errstate(divide="ignore"):
+        place = np.log(np.abs(multiples)) / np.log(HIGHEST_MULTIPLE)
+    if what == "effect":
+        return np.sign(multiples) * place.clip(0, 1)
+    return place.clip(-1, 1)
+
+
+def heat_colors(what: str) -> Colormap:
+    """
+    Args:
+        what: what a map shows.
+
+    Returns:
+        Colours from -1 to 1: amber above 0, and dark below, or blue for an effect; transparent at
+        0, so that the image can be seen in its own colours.
+    """
+    steps = np.linspace(-1, 1, 256)
+    low = (*to_rgb("#2377e4"), 0.7) if what == "effect" else (*to_rgb("#060b2b"), 0.55)
+    rgba = np.where(steps[:, None] < 0, low, (*to_rgb("#ffae00"), 0.7))
+    rgba[:, 3] *= np.abs(steps) ** 0.8
     return ListedColormap(rgba)
 
 
-def _draw_panel(
-    panel: Axes, maps: AttentionMaps, block: BlockAttention, number: int, arrows: int
-) -> None:
-    """Draw what the point of this number attends to in a block."""
-    point, attention_map = maps.points[number], block.maps[number]
-    height, width = maps.image.shape[:2]
-    gray = cv2.cvtColor(maps.image, cv2.COLOR_RGB2GRAY)
-    panel.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0))
-    panel.set(xticks=[], yticks=[])
-    panel.set_title("{}\npoint {:.0f}, {:.0f}".format(block.name, *point), fontsize=9)
-    if attention_map is None:
-        legend = "The point is in no detected object's box:\nthis block sees nothing else."
-    else:
-        _draw_weights(panel, attention_map, block.pairwise)
-        legend = _draw_arrows(panel, attention_map, point, arrows, block.pairwise)
-        legend += _describe(attention_map, block.pairwise)
-        _zoom(panel, attention_map.extent, (width, height))
-    panel.set_xlabel(legend, fontsize=8)
-    panel.plot(*point, "o", color=_POINT_COLOR, mec="black", ms=7, zorder=4)
+def _grid(panels: int, aspect: float) -> tuple[int, int, float, float]:
+    """
+    Columns and rows, and the width and height of a panel in inches, for pictures of this height /
+    width: the widest that fit a page.
+    """
+    for enlarged in (1.0, 2**0.5, 2.0):
+        page_width, page_height = enlarged * _PAGE[0], enlarged * _PAGE[1] - _SCALE
+        widest = min(page_width, _LARGEST / aspect**0.5)
+        for width in np.arange(widest, _SMALLEST / aspect**0.5, -0.05):
+            columns = max(min(int(page_width / width), panels), 1)
+            rows = max(math.ceil(panels / columns), 1)
+            height = width * aspect + (_TEXT * _CHARACTER / width + 5) * _LINE
+            if rows * height <= page_height:
+                return columns, rows, width, height
+    return columns, rows, width, height
 
 
-def _draw_weights(panel: Axes, attention_map: AttentionMap, pairwise: str) -> None:
+def _draw_map(panel: Axes, attention_map: AttentionMap, what: str) -> AxesImage:
     left, top, right, bottom = attention_map.extent
     heat = panel.imshow(
-        attention_map.weights,
-        cmap=heat_colors(pairwise),
-        norm=CenteredNorm() if ATTENTION[pairwise].is_signed else None,
+        on_scale(attention_map.multiples, what),
+        cmap=heat_colors(what),
+        vmin=-1,
+        vmax=1,
         extent=(left, right, bottom, top),
         interpolation="nearest",
     )
-    in_percent = (
-        PercentFormatter(xmax=1, symbol=" %") if ATTENTION[pairwise].weight_sum == 1 else None
-    )
-    bar = panel.figure.colorbar(heat, shrink=0.8, format=in_percent)
-    bar.ax.tick_params(labelsize=8)
     left, top, right, bottom = attention_map.query
     panel.add_patch(
         Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=_POINT_COLOR)
     )
+    return heat
 
 
-def _draw_arrows(
-    panel: Axes, attention_map: AttentionMap, point: Point, count: int, pairwise: str
-) -> str:
-    """Draw the arrows, and return their legend: lines of text."""
+def _add_scale(
+    figure: Figure, panels: list[Axes], heat: AxesImage, what: str, of_what: str
+) -> None:
+    bar = figure.colorbar(
+        heat, ax=panels, location="bottom", extend="both", shrink=0.6, aspect=40, pad=0.02
+    )
+    signed = ["-16", "-4", "±1", "4", "16"]
+    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
+    bar.set_ticklabels(signed if what == "effect" else ["1/16", "1/4", "1", "4", "16"])
+    bar.ax.tick_params(labelsize=_FONT)
+    bar.set_label(f"times {of_what}", fontsize=_FONT)
+
+
+def _draw_arrows(panel: Axes, attention_map: AttentionMap, point: Point, count: int) -> str:
+    """Draw the arrows, and return their legend."""
     legend = ""
+    left, top, right, bottom = attention_map.extent
     for number, (end, weight) in enumerate(attention_map.strongest(count), 1):
+        multiple = weight / attention_map.mean
+        if abs(multiple) < NEARLY_EVEN:
+            break
         panel.annotate("", end, point, arrowprops=_ARROW)
+        # On the side where there is room for it.
+        x, y = 2 * end[0] < left + right, 2 * end[1] < top + bottom
         panel.annotate(
             str(number),
             end,
-            xytext=(3, 3),
+            xytext=(4 if x else -4, -4 if y else 4),
             textcoords="offset points",
+            ha="left" if x else "right",
+            va="top" if y else "bottom",
+            fontsize=_FONT + 1,
             color="white",
             path_effects=_OUTLINE,
         )
-        space = "   " if number % _WEIGHTS_PER_LINE else "\n"
-        legend += f"{number}: {_format_weight(weight, pairwise)}{space}"
-    return legend.rstrip() + "\n"
+        legend += f"{number}:\xa0{short(multiple)}\xa0x   "
+    return legend.rstrip() + "\n" if legend else ""
 
 
-def _format_weight(weight: float, pairwise: str) -> str:
-    """In per cent where the weights sum to 1."""
-    if ATTENTION[pairwise].weight_sum != 1:
-        return f"{weight:.3g}"
-    return "< 0.0001 %" if 0 < weight < 1e-6 else f"{100 * weight:.3g} %"
+def _wrapped(text: str, characters: int) -> str:
+    return "\n".join(textwrap.fill(line, characters) for line in text.splitlines())
 
 
 def _zoom(panel: Axes, extent: Box, image_size: tuple[int, int]) -> None:

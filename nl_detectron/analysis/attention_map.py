@@ -1,4 +1,4 @@
-"""What one point attends to, and several points in several blocks: plain data to draw from."""
+"""What counts for one point, and for several points in several blocks: plain data to draw from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from nl_detectron.analysis.placement import Box, Point
 @dataclass(frozen=True)
 class AttentionMap:
     """
-    What one point attends to in one block: the weights f(x_i, x_j) / C(x) of Eq. 1.
+    What counts for one point in one block: the weights f(x_i, x_j) / C(x) of Eq. 1, or what else
+    is said in :data:`nl_detectron.analysis.contribution.WHAT`.
 
     Attributes:
         weights: (rows, columns) float32, of the keys whose cells overlap the image, as they lie
             in it: from left to right and top to bottom.
         extent: the rectangle that these cells cover, in pixels. It may reach over the image's
             borders, and falls short of them where a pooled grid of odd size has no key.
-        query: the cell of the block's input that the point lies in.
+        query: the cell of the block's input that the point lies in; for the effect on a score, the
+            object's box.
         outside: the share, 0 to 1, of the sum of the weights' magnitudes that is on keys in
             the padding, which are not in ``weights``.
         keys: the number of all keys, those in the padding included. A pyramid's bins are spread
@@ -34,10 +36,22 @@ class AttentionMap:
     outside: float
     keys: int
 
+    @property
+    def mean(self) -> float:
+        """The mean magnitude over all keys: an even share of weights that have a fixed sum."""
+        total_seen = np.abs(self.weights).sum(dtype=np.float64)
+        return float(total_seen / self.keys / max(1 - self.outside, 1e-12))
+
+    @property
+    def multiples(self) -> np.ndarray:
+        """(rows, columns): the weights divided by the mean; ones where that is 0."""
+        return self.weights / self.mean if self.mean else np.ones_like(self.weights)
+
     def strongest(self, count: int) -> list[tuple[Point, float]]:
         """
-        The places that the point attends to most: the peaks of the map, which are cells not
-        weaker than any of their 8 neighbours, and not 0.
+        The places that count most for the point: the peaks of the map, which are cells not weaker
+        than any of their 8 neighbours. Those at the point itself, in its cell or a neighbour of it,
+        and those with less than a hundredth of the greatest magnitude are left out.
 
         Args:
             count: how many, at most.
@@ -46,15 +60,18 @@ class AttentionMap:
             The centre, in pixels, and the weight of each, the greatest magnitude first.
         """
         magnitude = torch.from_numpy(np.abs(self.weights))[None]
-        peaks = (magnitude == functional.max_pool2d(magnitude, 3, 1, 1)) & (magnitude > 0)
+        peaks = magnitude == functional.max_pool2d(magnitude, 3, 1, 1)
+        peaks &= (magnitude > 0) & (magnitude >= magnitude.max() / 100)
         cells = np.argwhere(peaks[0].numpy())
-        weights = self.weights[tuple(cells.T)]
         left, top, right, bottom = self.extent
         height, width = self.weights.shape
-        x = left + (cells[:, 1] + 0.5) * (right - left) / width
-        y = top + (cells[:, 0] + 0.5) * (bottom - top) / height
+        cell_size = np.array([(right - left) / width, (bottom - top) / height])
+        places = (left, top) + (cells[:, ::-1] + 0.5) * cell_size
+        from_query = np.abs(places - np.reshape(self.query, (2, 2)).mean(0))
+        there = (from_query > 1.5 * cell_size).any(1)
+        places, weights = places[there], self.weights[tuple(cells[there].T)]
         order = np.argsort(-np.abs(weights), kind="stable")[:count]
-        return [((float(x[i]), float(y[i])), float(weights[i])) for i in order]
+        return [((float(places[i, 0]), float(places[i, 1])), float(weights[i])) for i in order]
 
 
 @dataclass(frozen=True)
@@ -79,9 +96,11 @@ class AttentionMaps:
     Attributes:
         image: (H, W, 3) uint8, RGB.
         points: x, y in pixels.
-        blocks: what the points attend to in each of the blocks.
+        blocks: what counts for the points in each of the blocks.
+        what: what the maps show, one of :data:`nl_detectron.analysis.contribution.WHAT`.
     """
 
     image: np.ndarray
     points: list[Point]
     blocks: list[BlockAttention]
+    what: str = "weights"

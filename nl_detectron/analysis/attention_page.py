@@ -1,4 +1,4 @@
-"""A page that shows what the point under the pointer attends to."""
+"""A page that shows what counts for the point under the pointer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 
 from nl_detectron.analysis.attention import AttentionRecord
-from nl_detectron.analysis.attention_figure import heat_colors
+from nl_detectron.analysis.attention_figure import heat_colors, on_scale, unit
 from nl_detectron.analysis.placement import PlacedFeatures
-from nl_detectron.layers import ATTENTION
 
 _TEMPLATE = Path(__file__).with_name("attention_page.html")
+_KINDS = ("weights", "contributions")
 _MAX_WEIGHTS = 6_000_000  # in a page, a byte each before compression
 _MAX_PIXELS = 1280  # of the picture's longer side
 
@@ -27,10 +27,11 @@ def write_attention_page(
     path: str | PathLike[str], record: AttentionRecord, *, title: str = "Attention"
 ) -> None:
     """
-    Write a self-contained HTML page: a chooser of the block, the image, and over it the attention
-    of the point under the pointer (or finger, or moved by the arrow keys). The page loads nothing.
-    It has at most 6 million weights, so about 8 MB: where a block has more, not each of its cells
-    can be asked but, say, every third in either direction, and the page says so.
+    Write a self-contained HTML page: choosers of the block and of weights or contributions, the
+    image, and over it these of the point under the pointer (or finger, or moved by the arrow keys),
+    on the scale of :func:`nl_detectron.analysis.attention_figure.draw_attention`. The page loads
+    nothing. It has at most 6 million numbers, so about 8 MB: where a block has more, not each of
+    its cells can be asked but, say, every third in either direction, and the page says so.
 
     Args:
         path: the file to write; it is replaced if there is one.
@@ -39,13 +40,17 @@ def write_attention_page(
     """
     height, width = record.image.shape[:2]
     left, top, right, bottom = record.boxes[0] if len(record.boxes) else (0, 0, width, height)
-    share = _MAX_WEIGHTS // len(record.blocks)
+    share = _MAX_WEIGHTS // (len(_KINDS) * len(record.blocks))
+    palette = (heat_colors("weights")(np.arange(256)) * 255).round().astype(np.uint8)
     data = {
         "width": width,
         "height": height,
         "image": data_url(record.image),
         "start": [(left + right) / 2, (top + bottom) / 2],
-        "blocks": [_block(record, name, share) for name in record.blocks],
+        "colors": _base64(palette.tobytes()),
+        "kinds": {
+            what: [_block(record, name, what, share) for name in record.blocks] for what in _KINDS
+        },
     }
     # A "<" could end the script element that the JSON stands in.
     json_text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
@@ -54,51 +59,44 @@ def write_attention_page(
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _block(record: AttentionRecord, name: str, max_weights: int) -> dict[str, Any]:
+def _block(record: AttentionRecord, name: str, what: str, max_weights: int) -> dict[str, Any]:
     """
     What the page needs of a block. ``weights`` are those of all regions, of their queries and of
-    their keys, in this order, a byte each: 0 is the query's ``lowest``, 255 its ``highest``.
+    their keys, in this order, a byte each: 0 is the scale's lower end, 255 its upper one.
     """
     pairwise = record.blocks[name].pairwise
     regions: list[dict[str, Any]] = []
     weights = b""
     for features in sorted(record.features[name], key=lambda features: features.area):
-        region, values = _region(record, name, features, max_weights // len(record.features[name]))
+        share = max_weights // len(record.features[name])
+        region, values = _region(record, name, features, what, share)
         regions.append({**region, "offset": len(weights)})
         weights += values.tobytes()
     step = max((region["step"] for region in regions), default=1)
-    palette = (heat_colors(pairwise)(np.arange(256)) * 255).round().astype(np.uint8)
     return {
         "name": name,
         "note": f"{name}: {pairwise}."
         + (f" Of its cells one in {step} x {step} can be asked." if step > 1 else ""),
-        "weight_sum": ATTENTION[pairwise].weight_sum,
-        "colors": _base64(palette.tobytes()),
+        "unit": unit(pairwise, what),
         "weights": _base64(zlib.compress(weights)),
         "regions": regions,
     }
 
 
 def _region(
-    record: AttentionRecord, name: str, features: PlacedFeatures, max_weights: int
+    record: AttentionRecord, name: str, features: PlacedFeatures, what: str, max_weights: int
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The place of some features in the image, what their cells attend to, and that as bytes."""
+    """The place of some features in the image, what counts for their cells, and that as bytes."""
     height, width = record.image.shape[:2]
     rows, columns = features.rows.visible(height), features.columns.visible(width)
     (sample,) = record.ask(name, features, [(rows[0], columns[0])])
     step = 1
     while len(rows[::step]) * len(columns[::step]) * sample.weights.size > max_weights:
         step += 1
-    maps = record.ask(
-        name, features, [(i, j) for i in _thinned(rows, step) for j in _thinned(columns, step)]
-    )
-    weights = np.stack([attention_map.weights for attention_map in maps])
-    lowest, highest = weights.min((1, 2)), weights.max((1, 2))
-    if ATTENTION[record.blocks[name].pairwise].is_signed:
-        highest = np.maximum(-lowest, highest)
-        lowest = -highest
-    span = np.where(highest > lowest, highest - lowest, 1)
-    values = (weights - lowest[:, None, None]) / span[:, None, None] * 255
+    cells = [(i, j) for i in _thinned(rows, step) for j in _thinned(columns, step)]
+    maps = record.ask(name, features, cells, what)
+    multiples = np.stack([attention_map.multiples for attention_map in maps])
+    values = (on_scale(multiples, what) + 1) / 2 * 255
     (top, bottom), (left, right) = features.rows.span(rows), features.columns.span(columns)
     return {
         "box": [left, top, right, bottom],
@@ -109,10 +107,8 @@ def _region(
             "box": sample.extent,
             "rows": sample.weights.shape[0],
             "columns": sample.weights.shape[1],
-            "count": sample.keys,
         },
-        "lowest": _short(lowest),
-        "highest": _short(highest),
+        "highest": _short(np.abs(multiples).max((1, 2)) * [m.mean > 0 for m in maps]),
         "outside": _short(np.array([attention_map.outside for attention_map in maps])),
     }, values.round().astype(np.uint8)
 

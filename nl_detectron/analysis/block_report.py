@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nl_detectron.analysis.recording import record_calls
 from nl_detectron.layers import ATTENTION, AttentionBlock, GlobalContextBlock
+from nl_detectron.layers.norm import inference_scale
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
 # Where the sentences of a BlockReport change.
@@ -123,10 +124,9 @@ def _effective_norm(block: AttentionBlock) -> float | None:
     norm: Any = block.norm
     if norm is None or isinstance(block, GlobalContextBlock):  # whose norm is in front of W_2
         return out_weight_norm(block)
-    if not hasattr(norm, "running_var"):
+    if (scale := inference_scale(norm)) is None:
         return None
-    scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
-    return (scale[:, None] * block.out.weight.detach().flatten(1)).float().norm().item()
+    return (scale.detach()[:, None] * block.out.weight.detach().flatten(1)).float().norm().item()
 
 
 @dataclass(frozen=True)

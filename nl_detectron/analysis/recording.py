@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nl_detectron.layers import AttentionBlock
 from nl_detectron.modeling import nonlocal_blocks
@@ -60,6 +60,34 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tu
     handles = [m.register_forward_pre_hook(keep(name)) for name, m in modules.items()]
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """
+    Within the ``with``, keep the output of the last call of each module, for gradients with respect
+    to it.
+
+    Args:
+        modules: by names of any kind; each returns a tensor.
+
+    Yields:
+        Name to the output; it requires a gradient.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _arguments: tuple, output: Tensor) -> None:
+            outputs[name] = output if output.requires_grad else output.requires_grad_()
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(name)) for name, m in modules.items()]
+    try:
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,8 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 class AttentionBlock(CNNBlockBase):
     """
-    A Detectron2 block whose output has the shape of its input, and that tells what it attends to.
+    A Detectron2 block whose output has the shape of its input, and that tells what it attends to
+    and what that adds to its input.
 
     Attributes:
         dims: 1 for sequences (B, C, L), 2 for images (B, C, H, W), 3 for video (B, C, T, H, W).
@@ -53,6 +54,17 @@ class AttentionBlock(CNNBlockBase):
 
         Returns:
             (B, Q, *key grid), the weights of the keys for each of these queries.
+        """
+        raise NotImplementedError
+
+    def values(self, x: Tensor) -> Tensor:
+        """
+        Args:
+            x: (B, C, *grid), what the block is given.
+
+        Returns:
+            (B, C, *key grid), what each key adds to the output of a query, for each unit of the
+            weight that the query gives it in :meth:`attention`, in inference.
         """
         raise NotImplementedError
 

@@ -95,6 +95,30 @@ class GlobalContextBlock(AttentionBlock):
         weights = accumulable(self._logits(x)).softmax(1).unflatten(1, x.shape[2:])
         return weights.unsqueeze(1).expand(-1, count, *x.shape[2:])
 
+    def values(self, x: Tensor) -> Tensor:
+        """
+        What each position adds to the output for each unit of its weight, to first order: J x_j,
+        with J the derivative of W_2 ReLU(LN(W_1 .)) at the context, sum_j softmax_j(w_k x_j) x_j.
+
+        Args:
+            x: (B, C, *grid) as in :meth:`forward`.
+
+        Returns:
+            (B, C, *grid), float32 for half precision x.
+
+        Raises:
+            ValueError: x does not fit the block.
+        """
+        weights, positions = accumulable(self._logits(x)).softmax(1), accumulable(flat_positions(x))
+        with no_autocast(x):
+            context = (weights.unsqueeze(1) @ positions).squeeze(1)
+
+            def derivative(direction: Tensor) -> Tensor:
+                return torch.func.jvp(self._transform, (context,), (direction,))[1]
+
+            values = torch.func.vmap(derivative, in_dims=1, out_dims=2)(positions)
+        return values.unflatten(2, x.shape[2:])
+
     def _logits(self, x: Tensor) -> Tensor:
         """w_k x_j, (B, N)."""
         if not torch.jit.is_scripting():

@@ -17,7 +17,13 @@ from nl_detectron.layers.attention_block import (
     flat_index,
     flat_positions,
 )
-from nl_detectron.layers.norm import ZERO_INIT_LAYERS, Norm, build_norm, make_identity
+from nl_detectron.layers.norm import (
+    ZERO_INIT_LAYERS,
+    Norm,
+    build_norm,
+    inference_scale,
+    make_identity,
+)
 from nl_detectron.layers.numerics import accumulable, no_autocast, saturated
 from nl_detectron.layers.pairwise import (
     PAIRWISE,
@@ -216,6 +222,39 @@ class NonLocalBlock(AttentionBlock):
             m = accumulable(m)
         with no_autocast(x):
             return self._weights(theta, accumulable(flat_positions(phi)), m).unflatten(2, key_grid)
+
+    def values(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """
+        What each key adds to z_i for each unit of its weight, in inference: D W_z g_j, with D the
+        diagonal matrix by which the norm multiplies, gamma / sigma of batch norm. The weights of
+        :meth:`attention` times these, summed over the keys, are all that the block adds to x, but
+        for the norm of W_z's bias. Of "GN" and "LN", whose sigma depends on the input, D is gamma.
+
+        Args:
+            x: (B, C, *grid) as in :meth:`forward`.
+            keys: as in :meth:`forward`.
+
+        Returns:
+            (B, C, *key grid), float32 for half precision x. For "pyramid" on the grid of x or of
+            keys itself: the weight of a bin, spread over its cells by
+            :func:`nl_detectron.layers.spread_over_bins`, gives the same sum.
+
+        Raises:
+            ValueError: x or keys do not fit the block.
+        """
+        keys = x if keys is None else keys
+        self._check_input(x)
+        self._check_keys(x, keys)
+        g = self.g(self._pool_input(keys))
+        g = accumulable(max_pool(g) if self.subsample == "embeddings" else g)
+        scale = inference_scale(self.norm)
+        if scale is None:
+            scale = getattr(self.norm, "weight", None)
+        weight = self.out.weight.to(g.dtype)
+        if scale is not None:
+            weight = scale.to(g.dtype).view(-1, 1, *[1] * self.dims) * weight
+        with no_autocast(x):
+            return _CONVOLVE[self.dims](g, weight)
 
     def _embed_queries(self, x: Tensor) -> Tensor:
         """theta, (B, Q, d), of some positions (B, Q, C)."""

@@ -58,6 +58,22 @@ def make_identity(layer: str, norm: nn.Module | None, out: nn.Module) -> None:
         nn.init.zeros_(out.get_parameter("weight"))
 
 
+def inference_scale(norm: nn.Module | None) -> Tensor | None:
+    """
+    Args:
+        norm: what :func:`build_norm` returns.
+
+    Returns:
+        (C,), what a batch norm multiplies each channel by in inference, gamma / sigma; None for no
+        norm, and for those whose sigma depends on the input.
+    """
+    variance = getattr(norm, "running_var", None)
+    if norm is None or variance is None:
+        return None
+    gamma = getattr(norm, "weight", None)
+    return (variance + norm.eps).rsqrt() * (1 if gamma is None else gamma)
+
+
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each position."""
 

@@ -5,15 +5,18 @@ import pytest
 import torch
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nl_detectron import GlobalContextBlock, NonLocalBlock, model_zoo
+from nl_detectron.analysis import contribution
 from nl_detectron.analysis.attention import (
     AttentionRecord,
     attention_maps,
     record_attention,
 )
 from nl_detectron.analysis.attention_map import AttentionMap
+from nl_detectron.analysis.contribution import WHAT, contributions_on_grid, effect_on_grid
 from nl_detectron.analysis.placement import place
 from nl_detectron.analysis.recording import choose_blocks
 from tests.analysis.planted import PlantedDetector, centre, image_with_bright_cells
@@ -250,6 +253,7 @@ def test_memory_grows_with_the_points_only():
     record = record_attention(PlantedDetector(), image)
     with LargestTensor() as largest:
         record.maps([(100, 100), (2000, 1500)])
+        record.maps([(100, 100), (2000, 1500)], "contributions")
     assert largest.elements <= 3 * 16_800
 
 
@@ -268,6 +272,17 @@ def test_strongest_are_peaks_in_order_of_magnitude():
     assert attention_map.strongest(9) == peaks
     assert attention_map.strongest(2) == peaks[:2]
     assert AttentionMap(0 * weights, (0, 0, 5, 4), (0, 0, 1, 1), 0, 20).strongest(3) == []
+    # Not the point's own cell nor a neighbour of it, nor less than a hundredth of the strongest.
+    beside = AttentionMap(weights, (10, 20, 110, 60), (30, 40, 50, 50), 0, 20)
+    assert beside.strongest(9) == [peaks[0], peaks[3]]
+    weights[3, 4] = 0.069
+    assert AttentionMap(weights, (10, 20, 110, 60), (0, 0, 1, 1), 0, 20).strongest(9) == peaks[:3]
+
+
+def test_multiples_are_of_the_mean_of_all_keys():
+    attention_map = AttentionMap(np.array([[0.1, -0.3]]), (0, 0, 2, 1), (0, 0, 1, 1), 0.5, 8)
+    assert attention_map.mean == pytest.approx(0.1)
+    assert attention_map.multiples.ravel() == pytest.approx([1, -3])
 
 
 @pytest.mark.parametrize("pairwise", ["embedded_gaussian", "dot_product", "concatenation"])
@@ -310,6 +325,138 @@ def test_a_pyramids_weights_lie_on_the_cells_of_its_bins(pairwise, augmentation)
         y = (weights * block.g(features.x)).sum((2, 3), keepdim=True)
         z = features.x[:, :, 2, column] + block.out(y)[:, :, 0, 0]
         torch.testing.assert_close(z, block(features.x)[:, :, 2, column])
+
+
+def averaging_detector(detector=PlantedDetector, away_from_red=0.0):
+    """Its block averages over all places, or with less weight on red ones, what is red there."""
+    model = detector(pairwise="embedded_gaussian", norm="", zero_init=False)
+    block = model.backbone[1]
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+        block.theta.bias[0] = 1
+        block.phi.weight[0, :, 0, 0] = away_from_red * torch.tensor([1.0, 0, -1])
+        block.g.weight[0, :, 0, 0] = torch.tensor([-1.0, 0, 1])
+        block.out.weight[0, 0] = 1
+    return model
+
+
+def image_with_a_red_cell(row, column):
+    image = np.full((64, 96, 3), 128, np.uint8)
+    left, top = 16 * column, 16 * row
+    image[top : top + 16, left : left + 16] = (28, 128, 228)
+    return image
+
+
+@pytest.mark.parametrize("away_from_red", [0.0, 1.0])
+def test_what_is_found_by_averaging_lights_up_by_contribution(away_from_red):
+    model = averaging_detector(away_from_red=away_from_red)
+    record = record_attention(model, image_with_a_red_cell(1, 4))
+    weights, contributions = (only_map(record.maps([centre(3, 0)], w)) for w in WHAT[:2])
+    assert weights.multiples[1, 4] < (0.2 if away_from_red else 1.0001)
+    assert weights.multiples.max() < 1.1
+    others = np.delete(contributions.multiples.ravel(), 6 + 4)
+    assert contributions.multiples[1, 4] > 10 > 10 * others.max()
+    assert contributions.strongest(1) == [(centre(1, 4), contributions.weights[1, 4])]
+
+
+def test_where_attention_points_contributions_do():
+    model = PlantedDetector(norm="", zero_init=False)
+    for name in ("g", "out"):
+        torch.nn.init.dirac_(getattr(model.backbone[1], name).weight)
+    record = record_attention(model, image_with_bright_cells(64, 96, (0, 0), (2, 4)))
+    for what in WHAT[:2]:
+        attention_map = only_map(record.maps([centre(0, 0)], what))
+        assert attention_map.strongest(1)[0][0] == centre(2, 4)
+
+
+@pytest.mark.parametrize("pairwise", ["embedded_gaussian", "dot_product"])
+def test_contributions_are_their_formula(pairwise):
+    torch.manual_seed(0)
+    block = NonLocalBlock(6, pairwise=pairwise, norm="", zero_init=False).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, 6, 3, 4).double()
+    with torch.no_grad():
+        parts = block.attention(x, [1, 7])[0, :, None] * block.values(x)[0]
+        expected = (parts - parts.mean((2, 3), keepdim=True)).norm(dim=1).float()
+    actual = contributions_on_grid(block, x, torch.tensor([1, 7]))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("pairwise", ["embedded_gaussian", "dot_product"])
+def test_effects_are_gradients_with_respect_to_g(pairwise, monkeypatch):
+    monkeypatch.setattr(contribution, "_MAX_PAIRS", 40)  # a few queries at a time
+    torch.manual_seed(0)
+    block = NonLocalBlock(6, pairwise=pairwise, norm="BN", zero_init=False).eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    kept = []
+    block.g.register_forward_hook(lambda module, arguments, output: kept.append(output))
+    x = torch.randn(1, 6, 3, 4)
+    z = block(x)
+    number = (z * torch.randn_like(z)).sum().tanh()
+    of_g, of_z = torch.autograd.grad(number, [kept[0], z])
+    expected = (of_g * (kept[0] - kept[0].mean((2, 3), keepdim=True))).sum(1)[0]
+    torch.testing.assert_close(effect_on_grid(block, x, of_z), expected, rtol=1e-4, atol=1e-6)
+
+
+class ScoringDetector(PlantedDetector):
+    """Finds two objects: red anywhere speaks for the first, and against the second."""
+
+    BOXES = ((0.0, 32, 30, 64), (60.0, 0, 90, 20))
+
+    def forward(self, batched_inputs):
+        x = batched_inputs[0]["image"][None] / 50
+        z = self.backbone(x)[0, 0]
+        found = Instances((64, 96))
+        found.pred_boxes = Boxes(torch.tensor(self.BOXES))
+        found.scores = torch.stack([z[3, 0], 3 - z[0, 4]]).sigmoid()
+        return [{"instances": found}]
+
+
+def test_effect_on_a_score_is_found_with_its_sign():
+    model = averaging_detector(ScoringDetector)
+    image = image_with_a_red_cell(1, 5)
+    record = record_attention(model, image, effects=True)
+    assert record.boxes.tolist() == [list(box) for box in ScoringDetector.BOXES]
+    maps = record.maps([(15, 48), (75, 10), (40, 40)], "effect")
+    (first, second, nothing) = maps.blocks[0].maps
+    assert maps.what == "effect"
+    assert nothing is None
+    assert first.query == ScoringDetector.BOXES[0]
+    for attention_map, sign in ((first, 1), (second, -1)):
+        assert attention_map.extent == (0, 0, 96, 64)
+        multiples = sign * attention_map.multiples
+        assert np.unravel_index(multiples.argmax(), (4, 6)) == (1, 5)
+        assert multiples.max() > 10
+        assert np.abs(np.delete(multiples.ravel(), 11)).max() < 1
+    with pytest.raises(ValueError, match="call record_attention with effects=True"):
+        record_attention(model, image).maps([(15, 48)], "effect")
+
+
+def test_effects_in_a_detector_of_detectron2():
+    model = small_detector()
+    for block in choose_blocks(model).values():
+        torch.nn.init.ones_(block.norm.weight)
+    image = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+    record = record_attention(model, image, min_score=0, effects=True)
+    left, top, right, bottom = record.boxes[0]
+    (block,) = record.maps([((left + right) / 2, (top + bottom) / 2)], "effect").blocks
+    assert block.name == "backbone.bottom_up.res4.nonlocal0"  # those of the head have no part
+    assert np.abs(block.maps[0].weights).max() > 0
+    with pytest.raises(ValueError, match="nonlocal4 has no effect on scores: it is in a head"):
+        record_attention(model, image, blocks=[KEYPOINT_BLOCK], effects=True)
+
+
+def test_contributions_of_global_context():
+    torch.manual_seed(0)
+    block = GlobalContextBlock(3, reduction=1, zero_init=False)
+    maps = attention_maps(PlantedDetector(block=block), image_with_a_red_cell(1, 4), [(5, 5)])
+    record = record_attention(PlantedDetector(block=block), image_with_a_red_cell(1, 4))
+    contributions = only_map(record.maps([(5, 5)], "contributions"))
+    assert contributions.weights.argmax() == 6 + 4
+    assert contributions.weights.shape == only_map(maps).weights.shape
 
 
 def test_global_context_is_one_map_for_all_points():

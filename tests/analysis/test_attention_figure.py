@@ -1,22 +1,35 @@
 import io
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
-from matplotlib.colors import CenteredNorm, to_rgb
+from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation
 
-from nl_detectron.analysis.attention_figure import draw_attention, heat_colors
+from nl_detectron.analysis.attention_figure import draw_attention, heat_colors, on_scale
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 
 IMAGE = np.full((48, 80, 3), 128, np.uint8)
-WEIGHTS = np.array([[0.5, 0, 0.25], [0, 0, 0], [0.125, 0, 1e-7]], np.float32)
+WEIGHTS = np.zeros((3, 6), np.float32)
+WEIGHTS[0, 0], WEIGHTS[0, 5], WEIGHTS[2, 0], WEIGHTS[1, 2] = 0.5, 0.25, 0.004, 0.246
+EVEN = np.full((3, 6), 1 / 18, np.float32)
 
 
-def one_map(pairwise="gaussian", weights=WEIGHTS, outside=0.0):
-    attention_map = AttentionMap(weights, (0, 0, 96, 48), (16, 16, 32, 32), outside, keys=10)
+def one_map(pairwise="gaussian", weights=WEIGHTS, outside=0.0, what="weights"):
+    """Of a point in the cell in row 1, column 4 of 3 x 6."""
+    keys = round(weights.size / (1 - outside))
+    attention_map = AttentionMap(weights, (0, 0, 96, 48), (64, 16, 80, 32), outside, keys)
     block = BlockAttention("res4.nonlocal4", pairwise, [attention_map])
-    return AttentionMaps(IMAGE, [(24.0, 24.0)], [block])
+    return AttentionMaps(IMAGE, [(72.0, 24.0)], [block], what)
+
+
+def legend_of(panel):
+    return " ".join(panel.get_xlabel().split())
+
+
+def arrows_of(panel):
+    return [c for c in panel.get_children() if isinstance(c, Annotation) and not c.get_text()]
 
 
 def panels(figure):
@@ -31,57 +44,88 @@ def test_a_panel_for_each_point_and_block():
         BlockAttention("keypoint_head.nonlocal2", "gaussian", [attention_map, None, attention_map]),
     ]
     figure = draw_attention(AttentionMaps(IMAGE, points, blocks))
-    titles = [axes.get_title().splitlines() for axes in panels(figure)]
+    titles = [axes.get_title().split("\n") for axes in panels(figure)]
     assert titles == [
         [name, point]
         for point in ("point 1, 2", "point 70, 40", "point 24, 24")
         for name in ("backbone.res4.nonlocal4", "keypoint_head.nonlocal2")
+        if (name, point) != ("keypoint_head.nonlocal2", "point 70, 40")
     ]
-    empty = ["no detected object's box" in axes.get_xlabel() for axes in panels(figure)]
-    assert empty == [False, False, False, True, False, False]
+    assert "1 in no detected object's box" in figure.get_supxlabel()
     file = io.BytesIO()
     figure.savefig(file, dpi=50)
     picture = cv2.imdecode(np.frombuffer(file.getvalue(), np.uint8), cv2.IMREAD_COLOR)
     assert picture.std() > 10
 
 
-def test_points_of_a_single_block_are_three_in_a_row():
-    (block,) = one_map().blocks
-    block.maps.extend(block.maps * 6)
-    figure = draw_attention(AttentionMaps(IMAGE, [(24.0, 24.0)] * 7, [block]))
+@pytest.mark.parametrize("size", [(32, 256), (48, 80), (100, 60)])
+@pytest.mark.parametrize("points", [1, 4, 18])
+def test_fits_a_page_where_nothing_is_clipped_or_overlaps(points, size):
+    image = np.zeros((*size, 3), np.uint8)
+    weights = np.random.default_rng(0).uniform(0, 1, (8, 8)).astype(np.float32)
+    centre = (size[1] / 2, size[0] / 2)
+    attention_map = AttentionMap(weights, (0, 0, size[1], size[0]), (*centre, *centre), 0.2, 80)
+    name = "backbone.bottom_up.res4.nonlocal4"
+    block = BlockAttention(name, "embedded_gaussian", [attention_map] * points)
+    figure = draw_attention(AttentionMaps(image, [centre] * points, [block]))
     figure.draw_without_rendering()
-    bottoms = [round(axes.get_position().y0, 2) for axes in panels(figure)]
-    assert [bottoms.count(bottom) for bottom in sorted(set(bottoms), reverse=True)] == [3, 3, 1]
+    width, height = figure.get_size_inches() / (2 if points > 4 else 1)
+    assert width <= 8.3  # A4, or A2
+    assert height <= 11.7
+    texts = [text for axes in panels(figure) for text in (axes.title, axes.xaxis.label)]
+    boxes = [text.get_window_extent() for text in texts] + [
+        axes.get_window_extent() for axes in figure.axes
+    ]
+    for i, box in enumerate(boxes):
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert not any(box.padded(-1).overlaps(other) for other in boxes[:i])
 
 
-def test_arrows_go_to_the_strongest_places_and_the_legend_has_their_weights():
-    (panel,) = panels(draw_attention(one_map(), arrows=3))
-    arrows = [c for c in panel.get_children() if isinstance(c, Annotation) and not c.get_text()]
-    assert [arrow.xy for arrow in arrows] == [(16, 8), (80, 8), (16, 40)]
-    assert {arrow.xyann for arrow in arrows} == {(24.0, 24.0)}
-    legend = panel.get_xlabel()
-    assert legend.startswith("1: 50 %   2: 25 %   3: 12.5 %\n")
-    assert "at most 5 times an even share" in legend
-    (panel,) = panels(draw_attention(one_map(), arrows=9))
-    assert "4: < 0.0001 %" in panel.get_xlabel()
-    assert "padding" not in panel.get_xlabel()
+def test_arrows_go_to_the_strongest_places_and_the_legend_has_their_multiples():
+    (panel,) = panels(draw_attention(one_map()))
+    # Not to its own neighbour, nor to what counts for less than a hundredth.
+    assert [arrow.xy for arrow in arrows_of(panel)] == [(8, 8), (40, 24)]
+    assert {arrow.xyann for arrow in arrows_of(panel)} == {(72.0, 24.0)}
+    assert legend_of(panel).startswith("1: 9 x 2: 4.43 x gaussian weights: at most 9 times an even")
+    assert "padding" not in legend_of(panel)
+    (panel,) = panels(draw_attention(one_map(), arrows=1))
+    assert len(arrows_of(panel)) == 1
+
+
+def test_what_is_nearly_even_has_no_arrows():
+    weights = EVEN.copy()
+    weights[0, 0] *= 1.09
+    (panel,) = panels(draw_attention(one_map(weights=weights)))
+    assert not arrows_of(panel)
+    assert legend_of(panel).startswith("gaussian weights: nearly even, at most 1.08 times an even")
+    (panel,) = panels(draw_attention(one_map(weights=0 * EVEN, what="contributions")))
+    assert not arrows_of(panel)
+    assert legend_of(panel) == "contributions: no place counts more than another"
+    assert not panel.images[1].get_array().any()
 
 
 def test_says_what_is_in_the_padding():
-    (panel,) = panels(draw_attention(one_map(outside=0.123)))
-    assert "12.3 % of the weight is in the padding" in panel.get_xlabel()
+    (panel,) = panels(draw_attention(one_map(weights=EVEN / 2, outside=0.5)))
+    assert "50.0 % of it is in the padding, not shown" in legend_of(panel)
+    assert "at most 1 times" in legend_of(panel)
 
 
 @pytest.mark.parametrize(
-    ("pairwise", "meaning"),
-    [("dot_product", "any sign and sum, arrows by magnitude"), ("concatenation", "any sum")],
+    ("pairwise", "what", "legend"),
+    [
+        ("dot_product", "weights", "by magnitude: they have either sign"),
+        ("concatenation", "weights", "concatenation weights: at most 9 times the mean magnitude"),
+        ("gaussian", "contributions", "contributions: at most 9 times the mean magnitude"),
+        ("gaussian", "effect", "amber raises it, blue lowers it: at most 9 times"),
+    ],
 )
-def test_weights_that_are_no_softmax(pairwise, meaning):
-    (panel,) = panels(draw_attention(one_map(pairwise, WEIGHTS * [-40, 1, 4])))
-    assert panel.get_xlabel().startswith("1: -20   2: -5   3: 1   4: 4e-07\n")
-    assert meaning in panel.get_xlabel()
-    assert "%" not in panel.get_xlabel()
-    assert isinstance(panel.images[1].norm, CenteredNorm) == (pairwise == "dot_product")
+def test_what_is_no_share(pairwise, what, legend):
+    weights = -WEIGHTS if pairwise == "dot_product" or what == "effect" else WEIGHTS
+    (panel,) = panels(draw_attention(one_map(pairwise, 40 * weights, what=what)))
+    sign = "-" if weights[0, 0] < 0 else ""
+    assert legend_of(panel).startswith(f"1: {sign}9 x 2: {sign}4.43 x ")
+    assert legend in legend_of(panel)
 
 
 def test_the_map_lies_where_its_cells_do():
@@ -93,8 +137,20 @@ def test_the_map_lies_where_its_cells_do():
     assert panel.get_ylim() == (48, 0)
 
 
-def test_colours_of_weak_weights_are_transparent():
-    assert heat_colors("gaussian")([0.0, 1.0])[:, 3].tolist() == [0, 0.9]
-    signed = heat_colors("dot_product")([0.0, 0.5, 1.0])
-    assert signed[:, 3] == pytest.approx([0.9, 0, 0.9], abs=0.1)
-    assert to_rgb(tuple(signed[0])) != to_rgb(tuple(signed[2]))
+def test_one_scale_for_all():
+    multiples = np.array([0, 1 / 32, 1 / 4, 1, 4, 32])
+    assert on_scale(multiples, "weights") == pytest.approx([-1, -1, -0.5, 0, 0.5, 1])
+    assert on_scale(-multiples, "weights") == pytest.approx([-1, -1, -0.5, 0, 0.5, 1])
+    assert on_scale(multiples, "effect") == pytest.approx([0, 0, 0, 0, 0.5, 1])
+    assert on_scale(-multiples, "effect") == pytest.approx([0, 0, 0, 0, -0.5, -1])
+    for what in ("weights", "effect"):
+        low, even, high = heat_colors(what)([0.0, 0.5, 1.0])
+        assert even[3] < 0.02
+        assert min(low[3], high[3]) > 0.5
+        assert to_rgb(tuple(low)) != to_rgb(tuple(high))
+
+
+def test_the_image_keeps_its_colours():
+    image = np.full_like(IMAGE, (200, 30, 60))
+    (panel,) = panels(draw_attention(replace(one_map(), image=image)))
+    assert (panel.images[0].get_array() == (200, 30, 60)).all()

@@ -12,6 +12,7 @@ import torch
 
 from nl_detectron import NonLocalBlock
 from nl_detectron.analysis.attention import AttentionRecord
+from nl_detectron.analysis.attention_figure import heat_colors, on_scale
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.placement import place
 
@@ -25,7 +26,7 @@ def record_with_known_attention():
     """Places attend to the like, in blocks on the whole image and in one on objects' boxes."""
     block = NonLocalBlock(3, pairwise="gaussian", reduction=1, scale=False)
     torch.manual_seed(0)
-    dot_product = NonLocalBlock(3, pairwise="dot_product", reduction=1)
+    dot_product = NonLocalBlock(3, pairwise="dot_product", reduction=1, zero_init=False)
     whole, in_box = torch.zeros(1, 3, 4, 6), torch.zeros(1, 3, 14, 14)
     for row, column in BRIGHT:
         whole[..., row, column] = in_box[..., 2 * row, 2 * column] = 4
@@ -46,44 +47,44 @@ def data_of(path):
     return json.loads(re.search(r'id="data" type="application/json">(.*?)</script>', text)[1])
 
 
-def weights_of(block):
-    """All weights in a page's block, a list of (queries, rows, columns) for each region."""
+def blocks_of(path, what="weights"):
+    return data_of(path)["kinds"][what]
+
+
+def places_of(block):
+    """Places on the scale, -1 to 1, a list of (queries, rows, columns) for each region."""
     values = np.frombuffer(zlib.decompress(base64.b64decode(block["weights"])), np.uint8)
-    weights = []
+    places = []
     for region in block["regions"]:
         keys = region["keys"]
-        queries = len(region["lowest"])
+        queries = len(region["highest"])
         count = queries * keys["rows"] * keys["columns"]
         shares = values[region["offset"] :][:count].reshape(queries, keys["rows"], -1) / 255
-        low, high = (np.array(region[name])[:, None, None] for name in ("lowest", "highest"))
-        weights.append(low + shares * (high - low))
-    return weights
+        places.append(2 * shares - 1)
+    return places
 
 
+@pytest.mark.parametrize("what", ["weights", "contributions"])
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_has_the_weights_of_every_cell(tmp_path, mirrored):
+def test_has_what_counts_for_every_cell(tmp_path, mirrored, what):
     record = record_with_known_attention()
     if mirrored:
         (features,) = record.features[IMAGE_BLOCK]
         record.features[IMAGE_BLOCK] = [place(features.x, np.array([WIDTH, 0.0, 0, HEIGHT]))]
     write_attention_page(tmp_path / "page.html", record)
-    blocks = data_of(tmp_path / "page.html")["blocks"]
+    blocks = blocks_of(tmp_path / "page.html", what)
     assert [len(block["regions"]) for block in blocks] == [1, 2, 1]
     for i, block in enumerate(blocks):
-        for region, weights in zip(block["regions"], weights_of(block)):
+        for region, places in zip(block["regions"], places_of(block)):
             left, top, right, bottom = region["box"]
             x = left + (np.arange(region["columns"]) + 0.5) * (right - left) / region["columns"]
             y = top + (np.arange(region["rows"]) + 0.5) * (bottom - top) / region["rows"]
-            maps = record.maps([(column, row) for row in y for column in x]).blocks[i].maps
-            expected = np.array([attention_map.weights for attention_map in maps])
-            step = float(expected.max() - expected.min()) / 255
-            assert weights == pytest.approx(expected, abs=step)
-
-
-def test_zero_is_in_the_middle_of_the_scale_of_signed_weights(tmp_path):
-    write_attention_page(tmp_path / "page.html", record_with_known_attention())
-    (region,) = data_of(tmp_path / "page.html")["blocks"][2]["regions"]
-    assert region["lowest"] == [-weight for weight in region["highest"]]
+            maps = record.maps([(column, row) for row in y for column in x], what).blocks[i].maps
+            multiples = np.array([attention_map.multiples for attention_map in maps])
+            assert places == pytest.approx(on_scale(multiples, what), abs=1 / 255)
+            # A block that is the identity contributes nothing.
+            highest = np.abs(multiples).max((1, 2)) * [m.mean > 0 for m in maps]
+            assert region["highest"] == pytest.approx(highest, rel=1e-3)
 
 
 def test_title_cannot_end_its_element(tmp_path):
@@ -111,14 +112,14 @@ def test_of_many_queries_only_some_are_in_it(tmp_path):
     )
     write_attention_page(tmp_path / "page.html", record)
     assert (tmp_path / "page.html").stat().st_size < 10e6
-    (block,) = data_of(tmp_path / "page.html")["blocks"]
+    (block,) = blocks_of(tmp_path / "page.html")
     (region,) = block["regions"]
-    assert "one in 8 x 8 can be asked" in block["note"]
-    assert (region["rows"], region["columns"], region["step"]) == (100, 168, 8)
-    asked = [(min(8 * i + 4, 99), 8 * j + 4) for i in range(13) for j in range(21)]
+    assert "one in 10 x 10 can be asked" in block["note"]
+    assert (region["rows"], region["columns"], region["step"]) == (100, 168, 10)
+    asked = [(10 * i + 5, min(10 * j + 5, 167)) for i in range(10) for j in range(17)]
     (features,) = record.features["res3.nonlocal3"]
     maps = record.ask("res3.nonlocal3", features, asked)
-    highest = [np.abs(attention_map.weights).max() for attention_map in maps]
+    highest = [np.abs(attention_map.multiples).max() for attention_map in maps]
     assert region["highest"] == pytest.approx(highest, rel=1e-3)
 
 
@@ -126,7 +127,7 @@ def test_without_any_object(tmp_path):
     record = record_with_known_attention()
     record.features[HEAD_BLOCK].clear()
     write_attention_page(tmp_path / "page.html", record)
-    assert data_of(tmp_path / "page.html")["blocks"][1]["regions"] == []
+    assert blocks_of(tmp_path / "page.html")[1]["regions"] == []
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +162,9 @@ class Page:
     def text(self, name):
         return self.browser.find_element("id", name).text
 
-    def choose(self, name):
-        self.select(self.browser.find_element("id", "block")).select_by_visible_text(name)
-        self.wait.until(lambda _: f"{name}: " in self.text("note"))
+    def choose(self, name, chooser="block"):
+        self.select(self.browser.find_element("id", chooser)).select_by_visible_text(name)
+        self.wait.until(lambda _: chooser == "kind" or f"{name}: " in self.text("note"))
 
     def point_at(self, x, y):
         size = self.canvas.size
@@ -187,43 +188,49 @@ def page(browser, tmp_path):
     return Page(browser, tmp_path / "page.html")
 
 
-HOT = pytest.approx([240, 249, 33, 230], abs=2)  # the upper end of plasma
+# 12 times an even share of 24 cells, 98 of 196, and a small part of one.
+TWELVE, MUCH, DARK = (
+    pytest.approx([255 * part for part in heat_colors("weights")((place + 1) / 2)], abs=3)
+    for place in on_scale(np.array([12, 98, 0.01]), "weights")
+)
 
 
 def test_shows_what_is_under_the_pointer(page):
     page.point_at(75.5, 43.5)
     assert page.text("readout").startswith("Point 75, 43")
     for row, column in BRIGHT:
-        assert page.color_at(16 * column + 3, 16 * row + 3) == HOT
-    assert page.color_at(40, 40)[3] == 0
-    assert page.text("highest") == "50 %"
+        assert page.color_at(16 * column + 3, 16 * row + 3) == TWELVE
+    assert page.color_at(40, 40) == DARK
+    assert page.text("readout").endswith(": at most 12 times an even share.")
     page.point_at(40.5, 40.5)  # black, which likes all alike
-    assert page.text("lowest") == page.text("highest") == "4.17 %"
-    assert "at most 1 times an even share" in page.text("readout")
+    assert "nearly even, at most 1 times an even share" in page.text("readout")
+    assert page.color_at(75, 10)[3] < 5
+    page.choose("contributions", "kind")  # its block is the identity
+    page.wait.until(lambda _: "no place counts more than another" in page.text("readout"))
+    page.choose(SIGNED_BLOCK)
+    page.choose("weights", "kind")
+    page.wait.until(lambda _: "times the mean magnitude" in page.text("readout"))
 
 
 def test_blocks_of_objects(page):
     page.choose(HEAD_BLOCK)
     page.point_at(40 + 8.5 * 3, 8 + 4.5 * 4)  # in the larger box the cell in row 4, column 8
-    assert page.text("highest") == "50 %"
-    assert page.color_at(40 + 0.4 * 3, 8 + 0.6 * 4) == HOT
-    assert page.color_at(40 + 8.8 * 3, 8 + 4.2 * 4) == HOT
-    assert page.color_at(40 + 5.5 * 3, 8 + 4.5 * 4)[3] == 0
+    assert "at most 98 times an even share" in page.text("readout")
+    assert page.color_at(40 + 0.4 * 3, 8 + 0.6 * 4) == MUCH
+    assert page.color_at(40 + 8.8 * 3, 8 + 4.2 * 4) == MUCH
+    assert page.color_at(40 + 5.5 * 3, 8 + 4.5 * 4) == DARK
     page.point_at(12 + 8.5, 8 + 9.5 * 1.5)  # in the smaller box its mirror image
-    assert page.text("highest") == "50 %"
-    assert page.color_at(12 + 0.6, 8 + 13.4 * 1.5) == HOT
+    assert "at most 98 times an even share" in page.text("readout")
+    assert page.color_at(12 + 0.6, 8 + 13.4 * 1.5) == MUCH
     page.point_at(90, 30)
     assert "in no detected object's box" in page.text("readout")
-    assert page.text("highest") == ""
     assert page.color_at(12 + 0.6, 8 + 13.4 * 1.5)[3] == 0
 
 
 def test_signed_weights(page):
     page.choose(SIGNED_BLOCK)
     page.point_at(60, 30)
-    assert "any sum" in page.text("readout")
-    assert page.text("lowest") == f"-{page.text('highest')}"
-    assert "%" not in page.text("highest")
+    assert "times the mean magnitude." in page.text("readout")
 
 
 def test_arrow_keys_move_the_point(page):

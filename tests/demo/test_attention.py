@@ -85,6 +85,16 @@ def test_at_objects(run, image, monkeypatch):
     assert all(attention_map for block in maps.blocks for attention_map in block.maps)
 
 
+def test_shows_what_is_asked_for(run, image, monkeypatch):
+    drawn = drawn_maps(monkeypatch)
+    words = ["--confidence", "0", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    for show in ([], ["--show", "weights"], ["--show", "effect"]):
+        run("--input", image, *show, *words)
+    assert [maps.what for maps, _ in drawn] == ["contributions", "weights", "effect"]
+    assert [len(maps.blocks) for maps, _ in drawn] == [3, 3, 1]
+    assert all(drawn[2][0].blocks[0].maps)
+
+
 def test_flipping_gives_another_map_of_the_same_place(run, image, monkeypatch):
     drawn = drawn_maps(monkeypatch)
     for words in ([], ["--flip"]):
@@ -109,6 +119,10 @@ def test_without_objects_there_is_the_page_alone(run, image, capsys):
         (["--input", "IMAGE", "--points", "5;4"], "'5;4' is not of the form X,Y"),
         (["--input", "IMAGE", "--points", "1,1", "--at", "grid"], "not allowed with"),
         (["--input", "IMAGE", "--block", "res5.nonlocal1"], "'res5.nonlocal1', but backbone.bott"),
+        (
+            ["--input", "IMAGE", "--show", "effect", "--block", "keypoint_head.nonlocal2"],
+            "nonlocal2 has no effect on scores: it is in a head after them",
+        ),
         (["--input", "IMAGE", "--confidence", "1.1"], "1.1 is not between 0 and 1"),
         (["--input", "IMAGE", "--arrows", "-1"], "-1 is negative"),
         (["--input", "IMAGE", "--flip", "SOLVER.BASE"], "in pairs of KEY VALUE"),

@@ -46,6 +46,20 @@ def test_thin_and_odd_grids(grid):
     check_against_the_equations(make_block().double(), make_input(grid=grid, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_values_are_what_a_little_more_weight_adds(dims):
+    block, x = make_block(dims=dims).double(), make_input(dims, dtype=torch.float64)
+    weights = block.attention(x, [0])[:, 0].flatten(1)
+    positions, values = x.flatten(2), block.values(x).flatten(2)
+    for j in (0, positions.shape[2] - 1):
+        more = 1e-6 * nn.functional.one_hot(torch.tensor(j), positions.shape[2])
+        z = [
+            block._transform(torch.einsum("bcj,bj->bc", positions, weights + sign * more))
+            for sign in (1, -1)
+        ]
+        torch.testing.assert_close((z[0] - z[1]) / 2e-6, values[:, :, j], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [1 / 4, 1 / 16])
 def test_equals_mmcv(ratio):
     context_block = pytest.importorskip("mmcv.cnn.bricks.context_block")

@@ -8,7 +8,7 @@ from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d
 from torch import nn
 
 from nl_detectron import NonLocalBlock
-from nl_detectron.layers import PAIRWISE, SUBSAMPLE
+from nl_detectron.layers import PAIRWISE, SUBSAMPLE, spread_over_bins
 from tests.layers import peers, reference
 
 GRID = {1: (7,), 2: (5, 6), 3: (2, 5, 4)}
@@ -74,6 +74,40 @@ def test_attention_is_f_over_c(pairwise, subsample):
     g = reference.SUBSAMPLE[subsample](g)
     y = torch.einsum("bij,bcj->bci", weights, g.flatten(2)).reshape(2, -1, *GRID[2])
     torch.testing.assert_close(x + block.out(y), block(x))
+
+
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.parametrize("subsample", SUBSAMPLE)
+@pytest.mark.parametrize("norm", ["", "BN", "FrozenBN"])
+def test_weights_times_values_are_what_is_added(pairwise, subsample, norm):
+    """But for the bias of W_z and the norm's shift, which no key has a part in."""
+    block = make_block(pairwise=pairwise, subsample=subsample, norm=norm).double().eval()
+    if norm:
+        torch.nn.init.uniform_(block.norm.running_var, 0.5, 2)
+        torch.nn.init.normal_(block.norm.running_mean)
+        torch.nn.init.normal_(block.norm.weight)
+    x = make_input(dtype=torch.float64)
+    weights, values = block.attention(x, range(30)), block.values(x)
+    if subsample == "pyramid":
+        weights = spread_over_bins(weights, GRID[2])
+    assert weights.shape[2:] == values.shape[2:]
+    added = torch.einsum("bij,bcj->bci", weights.flatten(2), values.flatten(2)).view(x.shape)
+    same = block._normalize(block.out.bias.view(1, -1, 1, 1))
+    torch.testing.assert_close(added + same, block(x) - x, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("norm", ["GN", "LN"])
+def test_of_norms_that_depend_on_the_input_values_have_the_scale_alone(norm):
+    block, x = make_block(32, norm=norm), make_input(channels=32)
+    plain = make_block(32, norm="")
+    plain.load_state_dict(block.state_dict(), strict=False)
+    scale = block.norm.weight[:, None, None]
+    torch.testing.assert_close(block.values(x), scale * plain.values(x))
+
+
+def test_values_of_half_precision_are_single():
+    block = make_block(norm="BN").half().eval()
+    assert block.values(make_input().half()).dtype == torch.float32
 
 
 def test_attention_positions():
