@@ -67,9 +67,9 @@ def measure(model: nn.Module, dataset: str, num_images: int) -> dict[str, dict[s
     batches = [[{"image": torch.tensor(image.transpose(2, 0, 1).copy())}] for image in images]
     measured: dict[str, dict[str, list[float]]] = {}
     for report in inspect_blocks(model, batches):
-        measured[report.block] = numbers = defaultdict(list)
+        measured[report.block] = defaultdict(list)
         if report.attention_entropy is not None:
-            numbers["entropy"] = [report.attention_entropy]
+            measured[report.block]["entropy"] = [report.attention_entropy]
     for record, image in zip(records, images if measured else ()):
         squares = record["annotations"]
         boxes = [square["bbox"] for square in squares]

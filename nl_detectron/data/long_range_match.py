@@ -63,7 +63,7 @@ def _draw(
         centers[:, 0] = WIDTH - centers[:, 0]
 
     colors = [_color(hue, list(VALUES.values())[value]) for hue, value in zip(hues, values)]
-    discs = [_disc(*center, DISC_RADIUS, color) for center, color in zip(centers, colors)]
+    discs = [_disc(x, y, DISC_RADIUS, color) for (x, y), color in zip(centers, colors)]
     squares, near_discs, annotations = [], [], []
     # If there is a single disc, it is the partner of both squares.
     for x, i in zip(SQUARE_X, np.resize(rng.permutation(count), len(SQUARE_X))):
