@@ -28,7 +28,7 @@ PROOF_SETTINGS = {"baseline": "without a block", "nl": "with a non-local block"}
 """Settings of studies/long_range_match.yaml, and what they are called."""
 
 SCALE = 3  # the images are small
-NUM_PROOFS = 2  # pictures
+NUM_PROOFS = 1  # pictures
 NUM_INSPECTED = 16
 
 
