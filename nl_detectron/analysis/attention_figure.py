@@ -239,6 +239,7 @@ def _draw_arrows(panel: Axes, attention_map: AttentionMap, point: Point, count: 
             fontsize=_FONT + 1,
             color="white",
             path_effects=_OUTLINE,
+            zorder=5,
         )
         legend += f"{number}:\xa0{short(multiple)}\xa0x   "
     return legend.rstrip() + "\n" if legend else ""
