@@ -49,10 +49,10 @@ NUM_PICTURES = 6
 NUM_ATTENTION = 2  # pictures, and points in each
 MIN_SCORE = 0.6
 PROOF = ROOT / "studies" / "long_range_match.yaml"
-ATTENTION_TEXT = """<h2>What its blocks attend to</h2>
-<p>The centre of an object, and arrows to the places whose features its own are
-mixed with most, as in the paper's Figure 3. The block in the backbone sees the whole image; one in
-the keypoint head sees the box of an object.</p>"""
+ATTENTION_TEXT = """<h2>What counts in its blocks</h2>
+<p>The centre of an object, and arrows to the places that contribute most to what a block adds there.
+The block in the backbone sees the whole image; one in the keypoint head sees the box of an
+object.</p>"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,10 +193,11 @@ def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: 
     boxes = attention.boxes[:NUM_ATTENTION]
     if not len(boxes):
         return ""
-    maps = attention.maps([((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in boxes.tolist()])
+    centers = [((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in boxes.tolist()]
+    maps = attention.maps(centers, "contributions")
     maps = replace(maps, blocks=[block for block in maps.blocks if block.name in shown])
     stem = Path(record["file_name"]).stem
-    draw_attention(maps).savefig(output / f"attention/{stem}.png", dpi=100, bbox_inches="tight")
+    draw_attention(maps).savefig(output / f"attention/{stem}.png", dpi=150, bbox_inches="tight")
     write_attention_page(output / f"attention/{stem}.html", attention, title=f"Attention in {stem}")
     return (
         f'<figure><img src="attention/{stem}.png" alt="what the centres of objects attend to">'
