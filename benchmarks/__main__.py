@@ -32,7 +32,7 @@ if they differ, the exit status is 1. Run it from the repository's root:
 Everything, about 30 minutes on 2 cores; --scaling takes about 3:
     $ python -m benchmarks --json benchmark.json --plot benchmark.png
 
-A try, in half a minute:
+A try, in a minute:
     $ python -m benchmarks --quick
 
 One stage and function, two images, on one core:
@@ -40,8 +40,8 @@ One stage and function, two images, on one core:
 """
 # For how many seconds the implementations take turns, for each level and pass of a case.
 BUDGET, QUICK_BUDGET = 1.0, 0.02
-# With it, res2 has 1,536 positions: the functions differ, and what copies pairs is out of memory.
-QUICK_IMAGE_SIZE = (128, 192)
+# With it, res2 has 3,840 positions: the functions differ, and what copies pairs is out of memory.
+QUICK_IMAGE_SIZE = (192, 320)
 CPU_LIMIT, QUICK_CPU_LIMIT = 8 * 2**30, 2 * 2**30
 DEFAULT_SUBSAMPLE = ("none", "embeddings", "pyramid")
 # A global context block does not subsample.
