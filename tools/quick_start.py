@@ -50,8 +50,8 @@ NUM_ATTENTION = 2  # pictures, and points in each
 MIN_SCORE = 0.6
 PROOF = ROOT / "studies" / "long_range_match.yaml"
 ATTENTION_TEXT = """<h2>What counts in its blocks</h2>
-<p>The centre of an object, and arrows to the places that contribute most to what a block adds there.
-The block in the backbone sees the whole image; one in the keypoint head sees the box of an
+<p>The centre of an object, and arrows to the places that contribute most to what a block adds
+there. The block in the backbone sees the whole image; one in the keypoint head sees the box of an
 object.</p>"""
 
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from detectron2.data import transforms as T
 from detectron2.evaluation import inference_context
-from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from torch import Tensor, nn
 
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
@@ -22,12 +21,16 @@ from nl_detectron.analysis.contribution import (
     weights_on_grid,
 )
 from nl_detectron.analysis.placement import Box, PlacedFeatures, Point, grid_stride, place
-from nl_detectron.analysis.recording import choose_blocks, record_calls, record_outputs
+from nl_detectron.analysis.recording import (
+    choose_blocks,
+    detection_heads,
+    head_of,
+    record_calls,
+    record_outputs,
+    scoring_blocks,
+)
 from nl_detectron.layers import AttentionBlock
 from nl_detectron.validation import check_choice
-
-# The heads that Detectron2 calls with (features of regions, instances).
-_HEADS = (BaseKeypointRCNNHead, BaseMaskRCNNHead)
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ def record_attention(
     transform = augmentation(augmented) if augmentation else T.NoOpTransform()
     pixels = torch.from_numpy(np.array(augmented.image.transpose(2, 0, 1), np.float32))
 
-    heads, scoring = _heads(model), scoring_blocks(model, blocks) if effects else {}
+    heads, scoring = detection_heads(model), scoring_blocks(model, blocks) if effects else {}
     backbone = model.get_submodule("backbone")
     called: dict[str, nn.Module] = {"backbone": backbone, **heads, **chosen}
     with (
@@ -235,26 +238,6 @@ def record_attention(
         scores if effects else None,
         outputs,
     )
-
-
-def scoring_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
-    """
-    Args:
-        model: a model of Detectron2.
-        names: as for :func:`choose_blocks`.
-
-    Returns:
-        Full name to block, of those that have a part in the scores of objects: all but the blocks
-        of mask and keypoint heads, which come after the scores.
-
-    Raises:
-        ValueError: there is no such block.
-    """
-    chosen, heads = choose_blocks(model, names), _heads(model)
-    scoring = {name: block for name, block in chosen.items() if not _head_of(name, heads)}
-    if not scoring:
-        raise ValueError(f"{', '.join(chosen)} has no effect on scores: it is in a head after them")
-    return scoring
 
 
 def attention_maps(
@@ -307,21 +290,12 @@ def _input_and_boxes(
 ) -> tuple[Tensor, Tensor]:
     """A block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input."""
     x = _only_input(name, calls[name])
-    head = _head_of(name, heads)
+    head = head_of(name, heads)
     if head is None:
         return x, _box_of_grid(name, x, calls["backbone"][0][0].shape[-2:])
     ((_, (instances,)),) = calls[head]
     confident = instances.scores >= min_score
     return x[confident], instances.pred_boxes.tensor[confident]
-
-
-def _heads(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _HEADS)}
-
-
-def _head_of(name: str, heads: Iterable[str]) -> str | None:
-    """The name of the head that the block of this name is in."""
-    return next((head for head in heads if name.startswith(f"{head}.")), None)
 
 
 def _only_input(name: str, calls: list[tuple]) -> Tensor:

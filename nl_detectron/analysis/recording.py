@@ -1,11 +1,12 @@
-"""What modules of a model are given."""
+"""Blocks of a model by name, and what they are given and give."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from torch import Tensor, nn
 
 from nl_detectron.layers import AttentionBlock
@@ -39,6 +40,51 @@ def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, Atte
         for full_name, block in blocks.items()
         if not names or any(_ends_in(full_name, name) for name in names)
     }
+
+
+def scoring_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
+    """
+    Args:
+        model: a model of Detectron2.
+        names: as for :func:`choose_blocks`.
+
+    Returns:
+        Full name to block, of those that have a part in the scores of objects: all but the blocks
+        of mask and keypoint heads, which come after the scores.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    chosen, heads = choose_blocks(model, names), detection_heads(model)
+    scoring = {name: block for name, block in chosen.items() if not head_of(name, heads)}
+    if not scoring:
+        raise ValueError(f"{', '.join(chosen)} has no effect on scores: it is in a head after them")
+    return scoring
+
+
+def detection_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """
+    Args:
+        model: a model of Detectron2.
+
+    Returns:
+        Its mask and keypoint heads by their full names, which Detectron2 calls with (features of
+        regions, instances).
+    """
+    heads = (BaseKeypointRCNNHead, BaseMaskRCNNHead)
+    return {name: module for name, module in model.named_modules() if isinstance(module, heads)}
+
+
+def head_of(name: str, heads: Iterable[str]) -> str | None:
+    """
+    Args:
+        name: the full name of a block.
+        heads: full names.
+
+    Returns:
+        The one that the block is in; None if it is in none.
+    """
+    return next((head for head in heads if name.startswith(f"{head}.")), None)
 
 
 @contextmanager
