@@ -16,6 +16,7 @@ from detectron2.evaluation import inference_context
 from detectron2.utils.analysis import FlopCountAnalysis
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from nl_detectron.analysis.flops import flop_handles
 from nl_detectron.analysis.memory import peak_memory
@@ -90,14 +91,17 @@ def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
         with without_blocks(model):  # the first call of each is not timed
             model(inputs)
         seconds, seconds_without = [], []
-        for _ in range(repeats):
+        for _ in tqdm(range(repeats), "with and without blocks", leave=False):
             seconds.append(_time(model, inputs))
             with without_blocks(model):
                 seconds_without.append(_time(model, inputs))
         cost = _measure(model, inputs, device, seconds)
         with without_blocks(model):
             cost_without = _measure(model, inputs, device, seconds_without)
-        costs = {n: _measure_block(b, block_inputs[n], repeats) for n, b in blocks.items()}
+        costs = {
+            name: _measure_block(block, block_inputs[name], repeats)
+            for name, block in tqdm(blocks.items(), "each block", leave=False)
+        }
     return CostReport(
         with_blocks=cost,
         without_blocks=cost_without,
@@ -135,7 +139,7 @@ def measure_training(
             trainer.run_step()
             storage.step()
 
-        for _ in range(iterations + 1):
+        for _ in tqdm(range(iterations + 1), "training", leave=False):
             for of_kind, is_whole in zip(times, (True, False)):
                 with in_turn(is_whole):
                     seconds = _time(step)
