@@ -4,15 +4,13 @@
     $ tools/quick_start.py
     $ tools/quick_start.py --skip-training    # write the page again
 
-The detector is configs/quick_start.yaml. Beside it, on a core of their own, two are trained that
-have to find one disc among many at the other end of the picture (studies/long_range_match.yaml),
-one of them with a block. KEY VALUE pairs override the config of the first, as for train_net.py.
+First come two that have to find one disc among four at the other end of the picture
+(studies/long_range_match.yaml), one of them with a block; then the detector of
+configs/quick_start.yaml. KEY VALUE pairs override the config of that, as for train_net.py.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -81,28 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train(overrides: Sequence[str], output: Path) -> None:
-    """The detector of the page, and beside it those of the proof, one after the other."""
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # two processes on, mostly, two cores
-    study = [sys.executable, str(ROOT / "tools" / "study.py"), str(PROOF), "--workers", "1"]
-    study += ["--seeds", "1", "--settings", ",".join(PROOF_SETTINGS), "--output"]
+    """The models of the proof, side by side; then the detector of the page."""
+    study = [sys.executable, str(ROOT / "tools" / "study.py"), str(PROOF), "--seeds", "1"]
+    study += ["--settings", ",".join(PROOF_SETTINGS), "--output", str(output / "proof")]
     train_net = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(CONFIG_FILE)]
-    output.mkdir(parents=True, exist_ok=True)
-    log = output / "proof.log"
-    with (
-        log.open("w") as log_file,
-        subprocess.Popen(
-            [*study, str(output / "proof")],
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        ) as proof,
-    ):
-        if status := subprocess.run([*train_net, *overrides], env=environment).returncode:
-            proof.send_signal(signal.SIGINT)
+    for command in (study, [*train_net, *overrides]):
+        if status := subprocess.run(command).returncode:
             sys.exit(status)
-        print("The models of the proof are still being trained ...", flush=True)
-    if proof.returncode:
-        sys.exit(f"The models of the proof could not be trained; {log} says why.")
 
 
 def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:
