@@ -157,7 +157,7 @@ def _draw(
     height, width = image.shape[:2]
     size = round(width * scale), round(height * scale)
     if scale != 1:
-        way = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+        way = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
         image = cv2.resize(image, size, interpolation=way)
     if not objects:
         return image
@@ -192,16 +192,17 @@ def _draw(
 
 def _draw_keypoints(visualizer: Visualizer, keypoints: np.ndarray, metadata: Metadata) -> None:
     """Small open circles, and the lines between them that the dataset names."""
+    pixel = 72 / visualizer.output.dpi  # in Matplotlib's points
     known = {i: (x, y) for i, (x, y, visibility) in enumerate(keypoints) if visibility > 0}
     names = metadata.get("keypoint_names") or []
     for first, second, rgb in metadata.get("keypoint_connection_rules") or []:
         ends = [known.get(names.index(name)) for name in (first, second)]
         if None not in ends:
             xs, ys = zip(*ends)
-            visualizer.draw_line(xs, ys, tuple(np.divide(rgb, 255)), linewidth=1)
+            visualizer.draw_line(xs, ys, tuple(np.divide(rgb, 255)), linewidth=1.5 * pixel)
     for x, y in known.values():
-        for color, line in (("black", 2.5), ("white", 1.2)):
-            circle = Circle((x, y), 3, fill=False, edgecolor=color, linewidth=line)
+        for color, line in (("black", 3.5), ("white", 1.6)):
+            circle = Circle((x, y), 3, fill=False, edgecolor=color, linewidth=line * pixel)
             visualizer.output.ax.add_patch(circle)
 
 

@@ -98,7 +98,17 @@ def test_shows_what_is_asked_for(run, image, monkeypatch):
 def test_flipping_gives_another_map_of_the_same_place(run, image, monkeypatch):
     drawn = drawn_maps(monkeypatch)
     for words in ([], ["--flip"]):
-        run("--input", image, "--points", "10,20", "--block", "nonlocal0", *words)
+        run(
+            "--input",
+            image,
+            "--points",
+            "10,20",
+            "--block",
+            "nonlocal0",
+            "--show",
+            "weights",
+            *words,
+        )
     (plain,), (flipped,) = [maps.blocks[0].maps for maps, _ in drawn]
     assert plain.query[0] <= 10 <= plain.query[2]
     assert flipped.query[0] <= 10 <= flipped.query[2]
