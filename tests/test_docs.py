@@ -102,7 +102,7 @@ def test_commands(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert importlib.util.find_spec(name), line
             if name == "nl_detectron.run":  # what follows the script is that script's
                 scripts = [i for i, word in enumerate(arguments) if word.endswith(".py")]
-                arguments = arguments[: scripts[0]]
+                arguments = arguments[: scripts[0]] if scripts else arguments
         else:
             scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
             if not scripts or words[scripts[0]] in DETECTRON2S:
