@@ -20,6 +20,7 @@ nitpick_ignore_regex = [
 ]
 nb_execution_mode = "cache"  # only where the code of a page has changed
 nb_execution_show_tb = True
+nb_merge_streams = True
 nb_execution_timeout = 1800  # seconds, for one cell
 autoclass_content = "both"  # the docstrings of a class and of its __init__
 autodoc_member_order = "bysource"
