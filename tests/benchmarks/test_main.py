@@ -28,7 +28,7 @@ def test_end_to_end(tmp_path):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "The whole block" in result.stdout
     assert "The operation alone" in result.stdout
-    assert "N = 384 is too small to tell" in result.stdout
+    assert "N = 960 is too small to tell" in result.stdout
     machine, rows = (json.loads(json_file.read_text())[key] for key in ("machine", "comparison"))
     assert machine["threads"] == 1
     assert machine["versions"]["torch"]
@@ -36,7 +36,7 @@ def test_end_to_end(tmp_path):
     assert all(r["status"] == MEASURED for r in rows if r["implementation"] in (OURS, TEXTBOOK))
     case = {"stage": "res3", "pairwise": "dot_product", "subsample": "none", "batch": 1}
     what = {"implementation": OURS, "level": BLOCK, "pass": FORWARD, "status": MEASURED, "note": ""}
-    size = {"image_size": [128, 192], "positions": 384}
+    size = {"image_size": [192, 320], "positions": 960}
     assert {**rows[0], **case, **what, **size} == rows[0]
     assert all(rows[0][key] > 0 for key in ("seconds", "runs", "memory_bytes"))
     assert cv2.imread(str(plot)).std() > 1
