@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from nl_detectron.data import register_coco_json
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
-from nl_detectron.engine.drawing import side_by_side
+from nl_detectron.engine.drawing import legible_scale, side_by_side
 from nl_detectron.engine.predictor import Predictor, dataset_metadata, trained_config
 from nl_detectron.study.plan import run_name
 
@@ -59,7 +59,6 @@ used where there is some, else the CPU. The exit status is 1 if some images coul
 """
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-MIN_SIZE = 400  # pixels, of the longer side; smaller images are enlarged, for labels to be legible
 DEFAULT_FPS = 30.0  # of cameras and files that do not tell
 
 
@@ -272,7 +271,7 @@ def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
 
 def draw(image: np.ndarray, models: Sequence[Model]) -> np.ndarray:
     """What the model finds in a BGR image; with two models, in two captioned halves."""
-    scale = max(1, round(MIN_SIZE / max(image.shape[:2])))
+    scale = legible_scale(image)
     pictures = [model.predictor.draw(image, scale) for model in models]
     if len(pictures) == 1:
         return pictures[0]

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
+from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from tabulate import tabulate
 from torch import nn
@@ -29,6 +28,7 @@ from torch import nn
 from nl_detectron.analysis.attention import record_attention
 from nl_detectron.analysis.attention_map import AttentionMap
 from nl_detectron.analysis.block_report import inspect_blocks
+from nl_detectron.data.long_range_match import load_with_partners
 from nl_detectron.engine.command_line import Parser, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.study.plan import load_plan
@@ -60,10 +60,9 @@ def main() -> None:
 
 def measure(model: nn.Module, dataset: str, num_images: int) -> dict[str, dict[str, list[float]]]:
     """Block to column to values, as fractions of 1; nothing if the model has no such blocks."""
-    DatasetCatalog.get(dataset)  # makes it
-    data = MetadataCatalog.get(dataset)
-    records = load_coco_json(data.json_file, data.image_root, dataset, ["partner"])
-    images = [read_image(record["file_name"], "BGR") for record in records[:num_images]]
+    classes = MetadataCatalog.get(dataset).thing_classes
+    records = load_with_partners(dataset)[:num_images]
+    images = [read_image(record["file_name"], "BGR") for record in records]
     batches = [[{"image": torch.tensor(image.transpose(2, 0, 1).copy())}] for image in images]
     measured: dict[str, dict[str, list[float]]] = {}
     for report in inspect_blocks(model, batches):
@@ -80,7 +79,7 @@ def measure(model: nn.Module, dataset: str, num_images: int) -> dict[str, dict[s
                 weights = np.abs(attention.weights)
                 is_partner = keys_of(square["partner"], attention)
                 share = weights[is_partner].sum() / weights.sum()
-                measured[block.name][data.thing_classes[square["category_id"]]].append(share)
+                measured[block.name][classes[square["category_id"]]].append(share)
                 measured[block.name]["even"].append(is_partner.mean())
     return measured
 

@@ -55,13 +55,17 @@ from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.data.coco_records import CompletedCOCO
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
-from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, side_by_side
+from nl_detectron.engine.drawing import (
+    draw_ground_truth,
+    draw_predictions,
+    legible_scale,
+    side_by_side,
+)
 from nl_detectron.engine.setup import check_datasets
 
 PREDICTIONS = "inference/coco_instances_results.json"
 NUM_PICTURES = 8  # that B wins, and that B loses
 MIN_SCORE = 0.5  # to be drawn
-MIN_SIZE = 400  # pixels, of the longer side; smaller pictures are enlarged
 MAX_SIZE = 2400  # pixels, of three pictures side by side
 
 
@@ -219,7 +223,7 @@ def draw(record: Record, runs: Sequence[Run], dataset: str, aps: np.ndarray) -> 
     """The truth, A and B side by side: (H, W, 3), uint8, RGB."""
     image = read_image(record["file_name"], "BGR")
     metadata = MetadataCatalog.get(dataset)
-    scale = max(1, round(MIN_SIZE / max(image.shape)))
+    scale = legible_scale(image)
     pictures = [draw_ground_truth(image, record, metadata, scale)]
     classes = metadata.thing_dataset_id_to_contiguous_id
     for run in runs:

@@ -10,8 +10,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from torchvision.ops import nms
@@ -21,6 +19,7 @@ from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_map import AttentionMap
 from nl_detectron.analysis.metrics import last_aps
 from nl_detectron.data.coco_format import Record
+from nl_detectron.data.long_range_match import load_with_partners
 from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, stacked
 from nl_detectron.engine.predictor import Predictor, trained_config
 
@@ -41,9 +40,7 @@ def draw_proof(output: Path) -> str:
         Predictor(trained_config(str(folder / "config.yaml"), str(folder / "model_final.pth")))
         for folder in folders
     )
-    dataset = MetadataCatalog.get(nonlocal_.cfg.DATASETS.TEST[0])
-    DatasetCatalog.get(dataset.name)  # makes it
-    records = load_coco_json(dataset.json_file, dataset.image_root, dataset.name, ["partner"])
+    records = load_with_partners(nonlocal_.cfg.DATASETS.TEST[0])
     pictures, captions = [], []
     for record in records:
         image = read_image(record["file_name"], "BGR")
@@ -56,7 +53,7 @@ def draw_proof(output: Path) -> str:
         # Without the masks, whose colours would hide those of the squares.
         keys = ("bbox", "bbox_mode", "category_id")
         boxes = [{key: annotation[key] for key in keys} for annotation in record["annotations"]]
-        pictures.append(draw_ground_truth(image, {"annotations": boxes}, dataset, SCALE))
+        pictures.append(draw_ground_truth(image, {"annotations": boxes}, nonlocal_.metadata, SCALE))
         pictures += [draw_best(predictor, image) for predictor in (baseline, nonlocal_)]
         file = output / "proof_attention.png"
         draw_attention(attended, arrows=1).savefig(file, bbox_inches="tight")

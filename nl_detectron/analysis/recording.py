@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from nl_detectron.layers import AttentionBlock
 from nl_detectron.modeling import nonlocal_blocks
@@ -103,12 +104,8 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tu
     def keep(name: str) -> Any:
         return lambda _module, arguments: calls[name].append(arguments)
 
-    handles = [m.register_forward_pre_hook(keep(name)) for name, m in modules.items()]
-    try:
+    with _removing(m.register_forward_pre_hook(keep(name)) for name, m in modules.items()):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -131,12 +128,17 @@ def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
 
         return hook
 
-    handles = [m.register_forward_hook(keep(name)) for name, m in modules.items()]
-    try:
+    with _removing(m.register_forward_hook(keep(name)) for name, m in modules.items()):
         yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@contextmanager
+def _removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Within the ``with``, these hooks are there."""
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        yield
 
 
 def _ends_in(full_name: str, name: str) -> bool:

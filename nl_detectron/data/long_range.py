@@ -11,7 +11,7 @@ looks the same for both. There are three sets of the same squares:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from shapely.geometry import LineString, Point, Polygon, box
 
 from nl_detectron.data.built_in import cache_folder, make_dataset, register_dataset
 from nl_detectron.data.coco_format import Record
-from nl_detectron.data.scene import SceneObject, draw_scene, plain_background
+from nl_detectron.data.scene import Color, SceneObject, draw_scene, plain_background
 from nl_detectron.validation import check_choice
 
 CUES = ("far", "near", "none")
@@ -142,13 +142,32 @@ def register_long_range(root: str | Path) -> None:
     Args:
         root: the folder that these folders are made in.
     """
-    for cue in CUES:
+    makers = {cue: partial(make_long_range, cue=cue) for cue in CUES}
+    register_square_sets("long_range", Path(root), makers, CUE_COLORS)
+
+
+def register_square_sets(
+    name: str,
+    root: Path,
+    makers: Mapping[str, Callable[[Path], Path]],
+    classes: Mapping[str, Color],
+) -> None:
+    """
+    Register sets of squares with one keypoint, to be made on first use.
+
+    Args:
+        name: of the kind "far"; that of another kind has the kind behind it.
+        root: the folder that a folder for each kind is made in.
+        makers: kind to what makes its set in a folder.
+        classes: names to the colours for drawing annotations and predictions.
+    """
+    for kind, make in makers.items():
         register_dataset(
-            "long_range" if cue == "far" else f"long_range_{cue}",
-            Path(root) / cue,
-            partial(make_long_range, cue=cue),
-            thing_classes=list(CUE_COLORS),
-            thing_colors=list(CUE_COLORS.values()),
+            name if kind == "far" else f"{name}_{kind}",
+            root / kind,
+            make,
+            thing_classes=list(classes),
+            thing_colors=list(classes.values()),
             keypoint_names=KEYPOINT_NAMES,
             keypoint_flip_map=[],
             keypoint_connection_rules=[],

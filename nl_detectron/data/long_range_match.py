@@ -18,17 +18,19 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from PIL import Image
 from shapely.geometry import Point
 
-from nl_detectron.data.built_in import cache_folder, make_dataset, register_dataset
+from nl_detectron.data.built_in import cache_folder, make_dataset
 from nl_detectron.data.coco_format import Record
 from nl_detectron.data.long_range import (
     BACKGROUND_COLOR,
     HEIGHT,
-    KEYPOINT_NAMES,
     WIDTH,
     annotate_square,
+    register_square_sets,
     rotated_square,
     square_categories,
 )
@@ -38,7 +40,8 @@ from nl_detectron.validation import check_choice
 PARTNERS = ("far", "near")
 # Of a disc, by its class: saturation and brightness, 0 to 1.
 VALUES = {"bright": (0.45, 1.0), "dark": (0.9, 0.45)}
-CLASS_COLORS = [(255, 205, 140), (115, 64, 11)]  # for drawing annotations and predictions
+# For drawing annotations and predictions.
+CLASS_COLORS = {"bright": (255, 205, 140), "dark": (115, 64, 11)}
 SQUARE = (0.7, 0.82)  # saturation and brightness
 SQUARE_X, SQUARE_Y, SQUARE_HALF = (11, 32), (13, 19), (7, 8)
 HUE_JITTER = 0.15  # of the step between the hues of a picture
@@ -124,17 +127,21 @@ def register_long_range_match(root: str | Path) -> None:
     Args:
         root: the folder that these folders are made in.
     """
-    for partner in PARTNERS:
-        register_dataset(
-            "long_range_match" if partner == "far" else f"long_range_match_{partner}",
-            Path(root) / partner,
-            partial(make_long_range_match, partner=partner),
-            thing_classes=list(VALUES),
-            thing_colors=CLASS_COLORS,
-            keypoint_names=KEYPOINT_NAMES,
-            keypoint_flip_map=[],
-            keypoint_connection_rules=[],
-        )
+    makers = {partner: partial(make_long_range_match, partner=partner) for partner in PARTNERS}
+    register_square_sets("long_range_match", Path(root), makers, CLASS_COLORS)
+
+
+def load_with_partners(name: str) -> list[Record]:
+    """
+    Args:
+        name: of a registered split of these datasets.
+
+    Returns:
+        Its records as ``DatasetCatalog`` has them, whose annotations have "partner", too.
+    """
+    DatasetCatalog.get(name)  # makes it
+    data = MetadataCatalog.get(name)
+    return load_coco_json(data.json_file, data.image_root, name, ["partner"])
 
 
 def default_long_range_match_root() -> Path:

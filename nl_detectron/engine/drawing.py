@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from nl_detectron.data.coco_format import Record
 
 GAP = 8  # between pictures, in pixels
+MIN_SIZE = 400  # pixels, of the longer side; smaller images are enlarged, for labels to be legible
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -28,6 +29,17 @@ class _Object(NamedTuple):
     box: np.ndarray  # (4,) left, top, right, bottom
     mask: Any  # whatever Detectron2's GenericMask takes; None for none
     keypoints: np.ndarray | None  # (K, 3) x, y, and above 0 where there is one
+
+
+def legible_scale(image: np.ndarray) -> int:
+    """
+    Args:
+        image: (H, W, 3).
+
+    Returns:
+        The ``scale`` that makes its longer side about :data:`MIN_SIZE`; 1 for larger ones.
+    """
+    return max(1, round(MIN_SIZE / max(image.shape[:2])))
 
 
 def draw_predictions(

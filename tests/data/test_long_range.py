@@ -1,16 +1,10 @@
-import importlib
-
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools.coco import COCO
 
-import nl_detectron.data
-from nl_detectron.data import make_long_range, register_long_range
+from nl_detectron.data import make_long_range
 from nl_detectron.data.long_range import CUES, MIN_GAP
-
-NAMES = {"far": "long_range", "near": "long_range_near", "none": "long_range_none"}
 
 
 @pytest.fixture(scope="module")
@@ -19,13 +13,6 @@ def root(tmp_path_factory):
     for cue in CUES:
         make_long_range(root / cue, cue, num_train=3, num_val=60)
     return root
-
-
-@pytest.fixture
-def registered(root):
-    register_long_range(root)
-    yield
-    importlib.reload(nl_detectron.data)
 
 
 def examples(root, cue):
@@ -117,37 +104,3 @@ def test_pictures_differ_and_are_the_same_again(root, tmp_path):
         again = np.asarray(Image.open(path))
         first = np.asarray(Image.open(root / path.relative_to(tmp_path)))
         assert np.array_equal(again, first)
-
-
-@pytest.mark.parametrize("cue", CUES)
-def test_registered_with_metadata(registered, cue):
-    for split, count in (("train", 3), ("val", 60)):
-        name = f"{NAMES[cue]}_{split}"
-        records = DatasetCatalog.get(name)
-        assert len(records) == count
-        assert all(f"/{cue}/{split}/" in record["file_name"] for record in records)
-        assert MetadataCatalog.get(name).thing_classes == ["red", "blue"]
-        assert MetadataCatalog.get(name).keypoint_names == ["side"]
-
-
-def test_registered_in_detectron2s_cache(tmp_path):
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FVCORE_CACHE", str(tmp_path))
-        importlib.reload(nl_detectron.data)
-        assert list(tmp_path.rglob("*.png")) == []  # importing makes nothing
-        root = tmp_path / "nl_detectron" / "long_range-v1"
-        make_long_range(root / "near", "near", num_train=2, num_val=3)
-        assert len(DatasetCatalog.get("long_range_near_val")) == 3
-    importlib.reload(nl_detectron.data)
-
-
-def test_ground_truth_scores_one(registered, evaluate_ground_truth):
-    results = evaluate_ground_truth("long_range_val", kpt_oks_sigmas=[0.1])
-    assert {task: results[task]["AP"] for task in results} == pytest.approx(
-        {"bbox": 100, "segm": 100, "keypoints": 100}
-    )
-
-
-def test_unknown_cue_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"cue is 'fra', but must be .*did you mean 'far'"):
-        make_long_range(tmp_path / "x", "fra")

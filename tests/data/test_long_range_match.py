@@ -1,18 +1,13 @@
-import importlib
 from colorsys import rgb_to_hsv
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools.coco import COCO
 
-import nl_detectron.data
-from nl_detectron.data import make_long_range_match, register_long_range_match
+from nl_detectron.data import make_long_range_match
 from nl_detectron.data.long_range import MIN_GAP, WIDTH
 from nl_detectron.data.long_range_match import DISCS, PARTNERS, TRAIN_COUNTS
-
-NAMES = {"far": "long_range_match", "near": "long_range_match_near"}
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +16,6 @@ def root(tmp_path_factory):
     for partner in PARTNERS:
         make_long_range_match(root / partner, partner, num_train=60, num_val=60)
     return root
-
-
-@pytest.fixture
-def registered(root):
-    register_long_range_match(root)
-    yield
-    importlib.reload(nl_detectron.data)
 
 
 def examples(root, partner, split="val"):
@@ -160,37 +148,3 @@ def test_pictures_differ_and_are_the_same_again(root, tmp_path):
     for path in sorted((tmp_path / "far").glob("*/*.png")):
         first = np.asarray(Image.open(root / path.relative_to(tmp_path)))
         assert np.array_equal(np.asarray(Image.open(path)), first)
-
-
-@pytest.mark.parametrize("partner", PARTNERS)
-def test_registered_with_metadata(registered, partner):
-    for split in ("train", "val"):
-        name = f"{NAMES[partner]}_{split}"
-        records = DatasetCatalog.get(name)
-        assert len(records) == 60
-        assert all(f"/{partner}/{split}/" in record["file_name"] for record in records)
-        assert MetadataCatalog.get(name).thing_classes == ["bright", "dark"]
-        assert MetadataCatalog.get(name).keypoint_names == ["side"]
-
-
-def test_registered_in_detectron2s_cache(tmp_path):
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FVCORE_CACHE", str(tmp_path))
-        importlib.reload(nl_detectron.data)
-        assert list(tmp_path.rglob("*.png")) == []  # importing makes nothing
-        root = tmp_path / "nl_detectron" / "long_range_match-v1"
-        make_long_range_match(root / "near", "near", num_train=2, num_val=3)
-        assert len(DatasetCatalog.get("long_range_match_near_val")) == 3
-    importlib.reload(nl_detectron.data)
-
-
-def test_ground_truth_scores_one(registered, evaluate_ground_truth):
-    results = evaluate_ground_truth("long_range_match_val", kpt_oks_sigmas=[0.1])
-    assert {task: results[task]["AP"] for task in results} == pytest.approx(
-        {"bbox": 100, "segm": 100, "keypoints": 100}
-    )
-
-
-def test_unknown_partner_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"partner is 'fra', but must be .*did you mean 'far'"):
-        make_long_range_match(tmp_path / "x", "fra")
