@@ -176,9 +176,10 @@ class _TiledSoftmax(torch.autograd.Function):
                 rounded, size = _rounded(weights, keys.dtype, 1.0)
                 part = sum_of_products(rounded, values, out=y[:, tile])
                 part.div_(total[:, tile] / size)
+        y.add_(mean)
         ctx.save_for_backward(theta, phi, g, y, total, kept)
         ctx.scale, ctx.plan = scale, plan
-        return (y + mean).to(g.dtype)
+        return y.to(g.dtype)  # of float32 what is kept itself
 
     @staticmethod
     @once_differentiable
@@ -195,7 +196,7 @@ class _TiledSoftmax(torch.autograd.Function):
                 if kept is None:
                     _softmax(queries, keys, out=weights)
                 grad = accumulable(grad_y[:, tile]) / total[:, tile]
-                dot = (grad * y[:, tile]).sum(2, keepdim=True)
+                dot = (grad * (y[:, tile] - mean)).sum(2, keepdim=True)
                 grad = grad.to(keys.dtype)
                 rounded, size = _rounded(weights, keys.dtype, 1.0)
                 _add_product(grad_g, rounded.mT, grad, size)

@@ -245,3 +245,12 @@ def test_holds_no_matrix_of_all_pairs(kind):
     with LargestTensor() as largest:
         fast(kind, *arguments).sum().backward()
     assert largest.elements <= queries * keys / 4
+
+
+def test_the_softmax_keeps_its_result_once():
+    theta, phi, g, _ = inputs(dtype=torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        y = softmax_pairwise(theta, phi, g, 0.7)
+    alike = [tensor for tensor in saved if tensor.shape == y.shape]
+    assert [tensor.data_ptr() for tensor in alike] == [y.data_ptr()]
