@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from benchmarks.comparison import BLOCK, OPERATION, PASSES, Row
 from benchmarks.implementations import NAMES, OURS, Case
 from benchmarks.measure import DIFFERS, FORWARD, FORWARD_BACKWARD, MEASURED, UNAVAILABLE, Outcome
+from nl_detectron.analysis.curves import COLORS
 
 _TITLES = {
     BLOCK: "The whole block: 1x1 convolutions, operation, batch norm (in evaluation mode), sum",
@@ -29,11 +30,8 @@ results and gradients of the inputs: max |difference| / max |result| <= {{differ
 _TELLING_POSITIONS = 1000
 # At small N the cost is that of calling functions, not of computing.
 _FITTED_POINTS = 4
-# Okabe and Ito's colours, which the colour-blind can tell apart, and a shape each.
-_STYLES = (
-    *(("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#CC79A7", "v")),
-    *(("#56B4E9", "P"), ("#E69F00", "X")),
-)
+# A colour and a shape for each implementation.
+_STYLES = tuple(zip(COLORS, "os^DvPX"))
 # The attributes of Outcome that are compared, their names and how they are written.
 _QUANTITIES = {
     "seconds": ("time", EngFormatter("s", places=1)),

@@ -224,7 +224,8 @@ def draw(record: Record, runs: Sequence[Run], dataset: str, aps: np.ndarray) -> 
     image = read_image(record["file_name"], "BGR")
     metadata = MetadataCatalog.get(dataset)
     scale = legible_scale(image)
-    pictures = [draw_ground_truth(image, record, metadata, scale)]
+    parts = {key for run in runs for prediction in run.predictions[:1] for key in prediction}
+    pictures = [draw_ground_truth(image, record, metadata, scale, parts)]
     classes = metadata.thing_dataset_id_to_contiguous_id
     for run in runs:
         found = [p for p in run.predictions if p["image_id"] == record["image_id"]]

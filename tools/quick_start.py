@@ -64,9 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = Path(build_config(CONFIG_FILE, args.opts).OUTPUT_DIR)
     minutes = None
     if not args.skip_training:
-        print(
-            "Three small models are trained and evaluated: some minutes on two cores.", flush=True
-        )
+        print("Three small models are trained: some minutes on two cores.", flush=True)
         start = time.perf_counter()
         train(args.opts, output)
         minutes = (time.perf_counter() - start) / 60

@@ -50,10 +50,7 @@ def draw_proof(output: Path) -> str:
         attended = maps_of_squares(nonlocal_, image, wrong[:1])
         if not is_on_partner(attended.blocks[0].maps[0], wrong[0]):
             continue
-        # Without the masks, whose colours would hide those of the squares.
-        keys = ("bbox", "bbox_mode", "category_id")
-        boxes = [{key: annotation[key] for key in keys} for annotation in record["annotations"]]
-        pictures.append(draw_ground_truth(image, {"annotations": boxes}, nonlocal_.metadata, SCALE))
+        pictures.append(draw_ground_truth(image, record, nonlocal_.metadata, SCALE, parts=()))
         pictures += [draw_best(predictor, image) for predictor in (baseline, nonlocal_)]
         file = output / "proof_attention.png"
         draw_attention(attended, arrows=1).savefig(file, bbox_inches="tight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import cv2
@@ -82,7 +82,11 @@ def draw_predictions(
 
 
 def draw_ground_truth(
-    image: np.ndarray, record: Record, metadata: Metadata, scale: float = 1
+    image: np.ndarray,
+    record: Record,
+    metadata: Metadata,
+    scale: float = 1,
+    parts: Collection[str] = ("segmentation", "keypoints"),
 ) -> np.ndarray:
     """
     Draw annotations as :func:`draw_predictions` draws predictions, in the same colours.
@@ -92,6 +96,7 @@ def draw_ground_truth(
         record: of a registered dataset, in Detectron2's format.
         metadata: the dataset's.
         scale: as for :func:`draw_predictions`.
+        parts: what is drawn beside the boxes, where there is any.
 
     Returns:
         (scale H, scale W, 3), uint8.
@@ -104,8 +109,10 @@ def draw_ground_truth(
             np.array(
                 BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
             ),
-            annotation.get("segmentation") or None,
-            np.reshape(annotation["keypoints"], (-1, 3)) if "keypoints" in annotation else None,
+            annotation.get("segmentation") or None if "segmentation" in parts else None,
+            np.reshape(annotation["keypoints"], (-1, 3))
+            if "keypoints" in annotation and "keypoints" in parts
+            else None,
         )
         for annotation in record["annotations"]
     ]
@@ -186,19 +193,18 @@ def _draw(
         if item.keypoints is not None:
             _draw_keypoints(visualizer, item.keypoints * (scale, scale, 1), metadata)
     font = ImageFont.load_default(min(max(max(size) / 45, 11), 20))
+    sizes = [font.getbbox(item.label)[2:] for item in objects]
+    places: dict[int, _Box] = {}
+    for i in [*range(len(objects))] * 2:  # the first round does not know of the later labels
+        others = [*boxes[:i], *boxes[i + 1 :], *(place for j, place in places.items() if j != i)]
+        places[i] = _place(boxes[i], (sizes[i][0] + 4, sizes[i][1] + 4), size, others)
     picture = Image.fromarray(visualizer.output.get_image())
-    placed: list[_Box] = []
-    for i, (item, box) in enumerate(zip(objects, boxes)):
-        length, text_height = font.getbbox(item.label)[2:]
-        place = _place(
-            box, (length + 4, text_height + 4), size, boxes[:i] + boxes[i + 1 :] + placed
-        )
-        placed.append(place)
+    draw = ImageDraw.Draw(picture)
+    for i, item in enumerate(objects):
         color = tuple(int(part) for part in palette[item.category % len(palette)])
-        draw = ImageDraw.Draw(picture)
-        draw.rectangle(place, fill=color)
-        is_light = np.dot(color, (0.299, 0.587, 0.114)) > 140
-        draw.text((place[0] + 2, place[1] + 1), item.label, "black" if is_light else "white", font)
+        draw.rectangle(places[i], fill=color)
+        ink = "black" if np.dot(color, (0.299, 0.587, 0.114)) > 140 else "white"
+        draw.text((places[i][0] + 2, places[i][1] + 1), item.label, ink, font)
     return np.asarray(picture)[:, :, ::-1]
 
 

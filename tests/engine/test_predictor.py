@@ -24,13 +24,13 @@ def gray():
 
 @pytest.fixture
 def labels(monkeypatch):
-    """The labels that are drawn: their places, text to (left, top)."""
+    """The labels that are drawn: text to (left, top, right, bottom)."""
     drawn = {}
     text = ImageDraw.ImageDraw.text
 
-    def spy(self, place, label, *arguments):
-        drawn[label] = place
-        return text(self, place, label, *arguments)
+    def spy(self, place, label, color, font):
+        drawn[label] = (*place, *np.add(place, font.getbbox(label)[2:]))
+        return text(self, place, label, color, font)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
     return drawn
@@ -92,14 +92,21 @@ def test_nothing_found_is_the_image(gray):
     assert (draw_predictions(image, ring_and_spot()[:0], Metadata()) == image).all()
 
 
-def test_labels_cover_neither_neighbours_nor_each_other(labels):
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [[20, 100, 60, 120], [62, 100, 102, 120], [20, 122, 60, 142]],
+        [[233, 38, 259, 64], [233, 38, 259, 64], [263, 41, 289, 67]],  # two in one place
+    ],
+)
+def test_labels_cover_neither_neighbours_nor_each_other(boxes, labels):
     image = np.full((200, 300, 3), 128, np.uint8)
-    boxes = torch.tensor([[20.0, 100, 60, 120], [62, 100, 102, 120], [20, 122, 60, 142]])
+    boxes = torch.tensor(boxes, dtype=torch.float32)
     instances = Instances(image.shape[:2])
     instances.pred_boxes, instances.scores = Boxes(boxes), torch.tensor([0.9, 0.8, 0.7])
     instances.pred_classes = torch.tensor([0, 0, 0])
-    draw_predictions(image, instances, Metadata(thing_classes=["long name"]))
-    places = [(x, y, x + 60, y + 9) for x, y in labels.values()]  # not smaller than the text
+    draw_predictions(image, instances, Metadata(thing_classes=["name"]))
+    places = list(labels.values())
     for i, (left, top, right, bottom) in enumerate(places):
         assert 0 <= left < right <= 300
         others = [*boxes[:i].tolist(), *boxes[i + 1 :].tolist(), *places[:i]]
@@ -107,21 +114,22 @@ def test_labels_cover_neither_neighbours_nor_each_other(labels):
             assert right <= x0 or x1 <= left or bottom <= y0 or y1 <= top
 
 
-def test_ground_truth_has_the_colours_and_shapes_of_a_prediction():
+@pytest.mark.parametrize("parts", [(), ("segmentation",)])
+def test_ground_truth_has_the_colours_and_shapes_of_a_prediction(parts):
     metadata = MetadataCatalog.get("shapes_val")
     record = next(r for r in DatasetCatalog.get("shapes_val") if len(r["annotations"]) == 1)
     image = cv2.imread(record["file_name"])
     (annotation,) = record["annotations"]
     height, width = image.shape[:2]
     instances = Instances((height, width))
-    instances.pred_masks = BitMasks.from_polygon_masks(
-        [annotation["segmentation"]], height, width
-    ).tensor
+    if parts:
+        masks = BitMasks.from_polygon_masks([annotation["segmentation"]], height, width)
+        instances.pred_masks = masks.tensor
     x, y, w, h = annotation["bbox"]
     instances.pred_boxes = Boxes(torch.tensor([[x, y, x + w, y + h]]))
     instances.pred_classes = torch.tensor([annotation["category_id"]])
     instances.scores = torch.ones(1)
-    truth = draw_ground_truth(image, {"annotations": [annotation | {"keypoints": []}]}, metadata, 2)
+    truth = draw_ground_truth(image, record, metadata, 2, parts)
     predicted = draw_predictions(image, instances, metadata, 2)
     assert truth.shape == (2 * height, 2 * width, 3)
     assert (truth != predicted).any(2).mean() < 0.05  # but for the score in the label
