@@ -10,7 +10,9 @@ standard deviation over the seeds:
     entropy     of the attention, where it is defined; 100 is even
     bright,     of the |weights| of a square's centre, the share that is on its partner, by class:
     dark        on the keys whose centres lie in the disc, and the nearest to its centre
-    even        that share if all weights are alike
+    adds,       of the contributions to it, the share that is on its partner, for each class
+    bright ...
+    even        the share if all places are alike
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from nl_detectron.study.plan import load_plan
 from nl_detectron.study.report import mean_and_deviation
 from nl_detectron.study.runner import CONFIG, read_result
 
-COLUMNS = ("entropy", "bright", "dark", "even")
+SHARES = {"weights": "", "contributions": "adds, "}
+COLUMNS = ("entropy", "bright", "dark", "adds, bright", "adds, dark", "even")
 
 
 def main() -> None:
@@ -73,14 +76,15 @@ def measure(model: nn.Module, dataset: str, num_images: int) -> dict[str, dict[s
         squares = record["annotations"]
         boxes = [square["bbox"] for square in squares]
         centers = [(x + width / 2, y + height / 2) for x, y, width, height in boxes]
-        for block in record_attention(model, image).maps(centers).blocks:
-            for square, attention in zip(squares, block.maps):
-                assert attention is not None
-                weights = np.abs(attention.weights)
-                is_partner = keys_of(square["partner"], attention)
-                share = weights[is_partner].sum() / weights.sum()
-                measured[block.name][classes[square["category_id"]]].append(share)
-                measured[block.name]["even"].append(is_partner.mean())
+        attention = record_attention(model, image)
+        for what, prefix in SHARES.items():
+            for block in attention.maps(centers, what).blocks:
+                for square, map_ in zip(squares, block.maps):
+                    weights = np.abs(map_.weights)
+                    is_partner = keys_of(square["partner"], map_)
+                    share = weights[is_partner].sum() / weights.sum()
+                    measured[block.name][prefix + classes[square["category_id"]]].append(share)
+                    measured[block.name]["even"].append(is_partner.mean())
     return measured
 
 

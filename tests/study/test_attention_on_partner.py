@@ -54,7 +54,7 @@ def test_even_attention_has_an_even_share():
     (numbers,) = measure(model).values()
     assert numbers["entropy"] == pytest.approx([1])
     assert numbers["bright"] + numbers["dark"] == pytest.approx([4 / 128] * 6)
-    assert numbers["even"] == pytest.approx([4 / 128] * 6)
+    assert numbers["even"] == pytest.approx([4 / 128] * 12)
 
 
 def test_planted_attention_is_found():
@@ -72,6 +72,8 @@ def test_planted_attention_is_found():
     shares = numbers["bright"] + numbers["dark"]
     assert len(shares) == 6
     assert set(np.round(shares, 3)) == {0, 0.25}
+    for share, added in zip(shares, numbers["adds, bright"] + numbers["adds, dark"]):
+        assert 0.1 < added < 0.3 if share else added < 0.03
 
 
 def test_models_without_attention_have_nothing_to_measure():
