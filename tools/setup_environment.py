@@ -107,6 +107,9 @@ def fill(environment: Environment, requirements: str, source: str | None) -> Non
 
 
 def install_detectron2(environment: Environment, requirements: str, source: str | None) -> None:
+    print(
+        "PyTorch and all else come now: 3 GB to download, 6 GB on disk, some minutes.", flush=True
+    )
     environment.pip_install("--requirement", requirements)
     if source:
         # Its setup.py imports torch, so that it is built here and not in isolation.
