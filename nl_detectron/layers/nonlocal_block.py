@@ -173,16 +173,15 @@ class NonLocalBlock(AttentionBlock):
             ValueError: x or keys have another number of dimensions or channels than the block.
         """
         keys = x if keys is None else keys
+        # No name is kept for what is in between: in inference it is freed as soon as it is used.
         if torch.jit.is_scripting():
-            z = self._transform(x, keys)
-        else:
-            self._check_input(x)
-            self._check_keys(x, keys)
-            if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
-                z = checkpoint(self._transform, x, keys, use_reentrant=False)
-            else:
-                z = self._transform(x, keys)
-        return x + saturated(self._normalize(z), x.dtype)
+            return x + saturated(self._normalize(self._transform(x, keys)), x.dtype)
+        self._check_input(x)
+        self._check_keys(x, keys)
+        if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
+            z = checkpoint(self._transform, x, keys, use_reentrant=False)
+            return x + saturated(self._normalize(z), x.dtype)
+        return x + saturated(self._normalize(self._transform(x, keys)), x.dtype)
 
     def attention(
         self, x: Tensor, positions: Tensor | Sequence, keys: Tensor | None = None
@@ -272,17 +271,7 @@ class NonLocalBlock(AttentionBlock):
 
     def _transform(self, x: Tensor, keys: Tensor) -> Tensor:
         """W_z y before the norm, (B, C, *grid)."""
-        keys = self._pool_input(keys)
-        g = self.g(keys)
-        theta = flat_positions(x if self.theta is None else self.theta(x))
-        phi, m = self._embed_keys(keys)
-        phi, g = flat_positions(phi), flat_positions(self._subsample(g))
-        if torch.jit.is_scripting():
-            y = self._operate(theta, phi, m, g)
-        else:
-            with no_autocast(x):  # the operation chooses its precision itself
-                y = self._operate(theta, phi, m, g)
-        y = y.transpose(1, 2).unflatten(2, x.shape[2:])
+        y = self._average(x, keys)
         if torch.jit.is_scripting():
             return self.out(y)
         if y.dtype == torch.float32 and self.out.weight.dtype == torch.float16:
@@ -293,6 +282,20 @@ class NonLocalBlock(AttentionBlock):
         # the weights' dtype.
         with no_autocast(y) if y.dtype == self.out.weight.dtype else nullcontext():
             return self.out(y)
+
+    def _average(self, x: Tensor, keys: Tensor) -> Tensor:
+        """y, (B, c, *grid)."""
+        keys = self._pool_input(keys)
+        g = self.g(keys)
+        theta = flat_positions(x if self.theta is None else self.theta(x))
+        phi, m = self._embed_keys(keys)
+        phi, g = flat_positions(phi), flat_positions(self._subsample(g))
+        if torch.jit.is_scripting():
+            y = self._operate(theta, phi, m, g)
+        else:
+            with no_autocast(x):  # the operation chooses its precision itself
+                y = self._operate(theta, phi, m, g)
+        return y.transpose(1, 2).unflatten(2, x.shape[2:])
 
     def _operate(self, theta: Tensor, phi: Tensor, m: Optional[Tensor], g: Tensor) -> Tensor:  # noqa: UP045
         """y, (B, N_q, c), from (B, N_q, d), (B, N_k, d), (B, N_k) and (B, N_k, c)."""
