@@ -32,10 +32,10 @@ SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "10"),
 ]
-# Each image has 63 anchors, which all become proposals, and 2 objects; half of all are sampled.
+# Each image has 48 anchors, which all become proposals, and 2 objects; half of all are sampled.
 EQUAL_COUNTS = [
-    *("MODEL.RPN.IN_FEATURES", "['p4', 'p5', 'p6']"),
-    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[16], [32], [64]]"),
+    *("MODEL.RPN.IN_FEATURES", "['p4']"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "[[64]]"),
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "32"),
     *("MODEL.RPN.NMS_THRESH", "2.0", "MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "0"),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "32", "MODEL.ROI_HEADS.POSITIVE_FRACTION", "1.0"),
