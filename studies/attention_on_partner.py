@@ -80,6 +80,7 @@ def measure(model: nn.Module, dataset: str, num_images: int) -> dict[str, dict[s
         for what, prefix in SHARES.items():
             for block in attention.maps(centers, what).blocks:
                 for square, map_ in zip(squares, block.maps):
+                    assert map_ is not None
                     weights = np.abs(map_.weights)
                     is_partner = keys_of(square["partner"], map_)
                     share = weights[is_partner].sum() / weights.sum()
