@@ -62,8 +62,9 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # docs/STUDY.md).
     node.ZERO_INIT_LAYER = "norm"
     # Learning rates over those of the rest of the model: of gamma and beta, the scale and offset of
-    # the norm after W_z, and of all else in the block. Trained from scratch, gamma = 0 with
-    # GAMMA_LR_FACTOR 100.0 learns as fast as gamma = 1; a short fine-tuning did not (docs/STUDY.md).
+    # the norm after W_z, and of all else in the block. From scratch, gamma = 0 with
+    # GAMMA_LR_FACTOR 100.0 learns as fast as gamma = 1; in a short fine-tuning it did not
+    # (docs/STUDY.md).
     node.GAMMA_LR_FACTOR = 1.0
     node.LR_FACTOR = 1.0
     # Save memory in training: keep only the block's input and compute the rest again in the
