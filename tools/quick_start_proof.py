@@ -120,10 +120,12 @@ def maps_of_squares(predictor: Predictor, image: np.ndarray, squares: Sequence[R
 
 
 def is_on_partner(attended: AttentionMap, square: Record) -> bool:
-    """Whether the strongest place is on the disc that tells the square's class."""
-    ((place, _),) = attended.strongest(1)
+    """
+    Whether the strongest place is on the disc that tells the square's class; a square that attends
+    to nothing but itself has no such place.
+    """
     *center, radius = square["partner"]
-    return math.dist(place, center) <= radius
+    return any(math.dist(place, center) <= radius for place, _ in attended.strongest(1))
 
 
 def attention_of(

@@ -3,6 +3,7 @@ from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import cv2
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,6 +11,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 import quick_start
 import quick_start_proof
+from nl_detectron.analysis.attention_map import AttentionMap
 from nl_detectron.modeling import nonlocal_blocks
 from tests.random_model import save_random_model
 
@@ -192,6 +194,15 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
     assert picture.shape[0] > 4 * 96  # truth, both models and attention
     monkeypatch.setattr(quick_start_proof, "wrong_objects", lambda *_: [])
     assert "No picture was found" in quick_start_proof.draw_proof(tmp_path)
+
+
+@pytest.mark.parametrize(("column", "expected"), [(0, True), (16, False), (31, False)])
+def test_the_strongest_place_is_on_the_partner(column, expected):
+    """On the disc, on nothing, or on the square itself."""
+    weights = np.zeros((4, 32), np.float32)
+    weights[1, column] = 1
+    attended = AttentionMap(weights, (0, 0, 256, 32), query=(248, 8, 256, 16), outside=0, keys=128)
+    assert quick_start_proof.is_on_partner(attended, {"partner": (8, 9, 7.5)}) == expected
 
 
 @pytest.mark.slow
