@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
 NUM_PICTURES = 6
 NUM_ATTENTION = 2  # pictures, and points in each
-MIN_SCORE = 0.6
+MIN_SCORE = 0.5
 PROOF = ROOT / "studies" / "long_range_match.yaml"
 ATTENTION_TEXT = """<h2>What counts in its blocks</h2>
 <p>The centre of an object, and arrows to the places that contribute most to what a block adds
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = Path(build_config(CONFIG_FILE, args.opts).OUTPUT_DIR)
     minutes = None
     if not args.skip_training:
-        print("Three small models are trained: some minutes on two cores.", flush=True)
+        print("Three small models are trained: 4 to 9 minutes on two cores.", flush=True)
         start = time.perf_counter()
         train(args.opts, output)
         minutes = (time.perf_counter() - start) / 60
