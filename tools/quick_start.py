@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = Path(build_config(CONFIG_FILE, args.opts).OUTPUT_DIR)
     minutes = None
     if not args.skip_training:
-        print("Three small models are trained: 4 to 9 minutes on two cores.", flush=True)
+        print("Three small models are trained: up to 10 minutes on two cores.", flush=True)
         start = time.perf_counter()
         train(args.opts, output)
         minutes = (time.perf_counter() - start) / 60
