@@ -31,7 +31,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,11 +70,11 @@ def build_thin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
             out_channels=channels + 4,
             norm="BN",
         )
-        for channels, num_blocks in ((16, 1), (20, 1), (24, 2), (28, 1))
+        for channels, num_blocks in ((16, 1), (20, 1), (24, 2))
     ]
     stem = BasicStem(input_shape.channels, 16, "BN")
     resnet = ResNet(stem, stages, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
-    return FPN(resnet, cfg.MODEL.FPN.IN_FEATURES, 16, top_block=LastLevelMaxPool())
+    return FPN(resnet, cfg.MODEL.FPN.IN_FEATURES, 16)
 
 
 class PlainTrainer(DefaultTrainer):

@@ -21,11 +21,11 @@ def image(size):
 
 @pytest.fixture(scope="module")
 def backbone():
+    stages = "['res2','res3','res4','res5']"
     overrides = [
-        "MODEL.DEVICE",
-        "cpu",
-        "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE",
-        "[[],[0],[0,1],[]]",
+        *("MODEL.DEVICE", "cpu", "MODEL.NONLOCAL.BACKBONE", "build_resnet_fpn_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", stages, "MODEL.FPN.IN_FEATURES", stages),
+        *("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[],[0],[0,1],[]]"),
     ]
     cfg = build_config(QUICK_START, overrides)
     torch.manual_seed(1)

@@ -77,7 +77,7 @@ def test_errors_of_the_user(folder, tmp_path, capsys):
     gaussian = ["MODEL.NONLOCAL.PAIRWISE", "gaussian"]
     assert "embedded_gaussian (or dot_product)" in fail(capsys, weights, *image, *gaussian)
     no_blocks = [
-        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_no_top_block_backbone"),
         *("MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY", "0"),
     ]
     (tmp_path / "plain").mkdir()
