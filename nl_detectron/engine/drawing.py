@@ -101,21 +101,15 @@ def draw_ground_truth(
     Returns:
         (scale H, scale W, 3), uint8.
     """
-    objects = [
-        _Object(
-            annotation["category_id"],
-            _class_name(annotation["category_id"], metadata)
-            + (" (crowd)" if annotation.get("iscrowd") else ""),
-            np.array(
-                BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
-            ),
-            annotation.get("segmentation") or None if "segmentation" in parts else None,
-            np.reshape(annotation["keypoints"], (-1, 3))
-            if "keypoints" in annotation and "keypoints" in parts
-            else None,
-        )
-        for annotation in record["annotations"]
-    ]
+    objects = []
+    for annotation in record["annotations"]:
+        category, box = annotation["category_id"], annotation["bbox"]
+        label = _class_name(category, metadata) + (" (crowd)" if annotation.get("iscrowd") else "")
+        box = BoxMode.convert(box, annotation["bbox_mode"], BoxMode.XYXY_ABS)
+        shown = {key: annotation[key] for key in parts if key in annotation}
+        mask = shown.get("segmentation") or None
+        keypoints = np.reshape(shown["keypoints"], (-1, 3)) if "keypoints" in shown else None
+        objects.append(_Object(category, label, np.array(box), mask, keypoints))
     return _draw(image, objects, metadata, scale)
 
 

@@ -173,14 +173,10 @@ class NonLocalBlock(AttentionBlock):
             ValueError: x or keys have another number of dimensions or channels than the block.
         """
         keys = x if keys is None else keys
+        if not torch.jit.is_scripting():
+            self._check_input(x)
+            self._check_keys(x, keys)
         # No name is kept for what is in between: in inference it is freed as soon as it is used.
-        if torch.jit.is_scripting():
-            return x + saturated(self._normalize(self._transform(x, keys)), x.dtype)
-        self._check_input(x)
-        self._check_keys(x, keys)
-        if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
-            z = checkpoint(self._transform, x, keys, use_reentrant=False)
-            return x + saturated(self._normalize(z), x.dtype)
         return x + saturated(self._normalize(self._transform(x, keys)), x.dtype)
 
     def attention(
@@ -271,6 +267,13 @@ class NonLocalBlock(AttentionBlock):
 
     def _transform(self, x: Tensor, keys: Tensor) -> Tensor:
         """W_z y before the norm, (B, C, *grid)."""
+        if torch.jit.is_scripting():
+            return self._project(x, keys)
+        if self.use_act_checkpoint and self.training and torch.is_grad_enabled():
+            return checkpoint(self._project, x, keys, use_reentrant=False)
+        return self._project(x, keys)
+
+    def _project(self, x: Tensor, keys: Tensor) -> Tensor:
         y = self._average(x, keys)
         if torch.jit.is_scripting():
             return self.out(y)
