@@ -1,6 +1,5 @@
 import json
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -119,22 +118,22 @@ def test_bad_command_lines(words, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
-def test_failed_training_ends_it(tmp_path, monkeypatch):
-    commands = []
-
-    def fail(command):
-        commands.append(command)
-        return SimpleNamespace(returncode=3 if "train_net.py" in command[1] else 0)
-
-    monkeypatch.setattr(quick_start.subprocess, "run", fail)
-    overrides = ["OUTPUT_DIR", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("train_net", "study"), [("sys.exit(3)", "time.sleep(600)"), ("pass", "sys.exit(3)")]
+)
+def test_failed_training_ends_it(train_net, study, tmp_path, monkeypatch):
+    """The detector's failure ends the models of the proof, too."""
+    keep_words = "import pathlib, sys, time; pathlib.Path(sys.argv[0] + '.txt').write_text"
+    (tmp_path / "tools").mkdir()
+    for script, then in (("train_net.py", train_net), ("tools/study.py", study)):
+        (tmp_path / script).write_text(f"{keep_words}(' '.join(sys.argv[1:])); {then}")
+    monkeypatch.setattr(quick_start, "ROOT", tmp_path)
+    overrides = ["OUTPUT_DIR", str(tmp_path / "output")]
     with pytest.raises(SystemExit) as exit_info:
         quick_start.main(overrides)
     assert exit_info.value.code == 3
-    study, command = commands
-    assert study[-1] == str(tmp_path / "proof")
-    assert command[-2:] == overrides
-    assert "quick_start.yaml" in command[-3]
+    words = (tmp_path / "train_net.py.txt").read_text()
+    assert words.endswith(f"quick_start.yaml {' '.join(overrides)}")
 
 
 @pytest.mark.parametrize(
