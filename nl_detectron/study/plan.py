@@ -58,7 +58,8 @@ class Plan:
             seeds: to take in the place of the plan's own.
 
         Returns:
-            The plan of these alone, with the groups that have any of them.
+            The plan of these alone, with the groups that have any of them; where settings are
+            named, without groups that compare no more than another does.
 
         Raises:
             ValueError: there is no such setting, or these are no seeds.
@@ -69,12 +70,10 @@ class Plan:
             _check_seeds(seeds)
         chosen = {k: v for k, v in self.settings.items() if settings is None or k in settings}
         groups = {title: [n for n in names if n in chosen] for title, names in self.groups.items()}
-        return replace(
-            self,
-            seeds=self.seeds if seeds is None else seeds,
-            settings=chosen,
-            groups={title: names for title, names in groups.items() if names},
-        )
+        if settings is not None:
+            groups = _largest(groups)
+        seeds = self.seeds if seeds is None else seeds
+        return replace(self, seeds=seeds, settings=chosen, groups=groups)
 
     def runs(self, output: Path, overrides: Sequence[str] = ()) -> list[Run]:
         """
@@ -110,6 +109,15 @@ class Plan:
         cfg.SEED = seed
         cfg.OUTPUT_DIR = ""
         return cfg.dump()
+
+
+def _largest(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Without those that are empty, or a part of another; of equal ones the first."""
+    kept: list[str] = []
+    for title in sorted(groups, key=lambda title: -len(groups[title])):
+        if groups[title] and not any(set(groups[title]) <= set(groups[k]) for k in kept):
+            kept.append(title)
+    return {title: names for title, names in groups.items() if title in kept}
 
 
 def run_name(folder: Path) -> str:

@@ -80,6 +80,23 @@ def test_a_part_of_a_plan(load, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("chosen", "titles"),
+    [
+        (["a"], ["First"]),
+        (["a", "b"], ["Second"]),
+        (["b", "c"], ["Second", "Third"]),
+        (["a", "b", "c"], ["Second", "Third"]),
+        (["d"], []),
+        (None, ["First", "Second", "Again", "Third"]),
+    ],
+)
+def test_groups_that_compare_no_more_than_another_are_left_out(load, chosen, titles):
+    groups = {"First": ["a"], "Second": ["a", "b"], "Again": ["b", "a"], "Third": ["a", "c"]}
+    plan = load(settings=dict.fromkeys("abcd"), groups=groups)
+    assert list(plan.part(chosen).groups) == titles
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"settings": {"nl": {"config": 3}}}, "settings: nl: config is 3, not the path"),
