@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -87,11 +88,15 @@ def train(overrides: Sequence[str], output: Path) -> None:
     train_net = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(CONFIG_FILE)]
     threads = max(1, (os.cpu_count() or 1) // 2)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
-    with subprocess.Popen([*study, "--workers", "1"], env=environment) as proof:
-        status = subprocess.run([*train_net, *overrides], env=environment).returncode
-        if status:
+    with (
+        subprocess.Popen([*study, "--workers", "1"], env=environment) as proof,
+        subprocess.Popen([*train_net, *overrides], env=environment) as detector,
+    ):
+        with suppress(KeyboardInterrupt):  # which ends them, too, the detector with a checkpoint
+            detector.wait()
+        if detector.wait():
             proof.terminate()
-    if status := status or proof.returncode:
+    if status := detector.returncode or proof.returncode:
         sys.exit(status)
 
 
