@@ -177,7 +177,7 @@ def _wrong_type(error: Exception) -> str | None:
     if match is None:
         return None
     legal, wrong, example, value, key = match.groups()
-    return f"{key} is {value!r}, a {wrong}, but must be a {legal}, such as {example}"
+    return f"{key} is {value!r}, of type {wrong}, but must be of type {legal}, such as {example}"
 
 
 def _keys(node: CfgNode, prefix: str = "") -> list[str]:

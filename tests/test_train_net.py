@@ -113,7 +113,11 @@ def test_errors_of_the_user(words, message, is_logged, tmp_path):
         (["--num-gpus", "-1"], "--num-gpus is -1, but must be ", False),
         (["--num-machines", "0"], "--num-machines is 0, but must be at least 1", False),
         (["--machine-rank", "1"], "--machine-rank is 1, but must be from 0 to 0", False),
-        (["SOLVER.BASE_LR", "high"], "SOLVER.BASE_LR is 'high', a str, but must be a float", False),
+        (
+            ["SOLVER.BASE_LR", "high"],
+            "SOLVER.BASE_LR is 'high', of type str, but must be of",
+            False,
+        ),
         (["OUTPUT_DIR", "bad.yaml"], "OUTPUT_DIR is bad.yaml, which is no folder", False),
         (["OUTPUT_DIR", "bad.yaml/x"], "OUTPUT_DIR is bad.yaml/x, which is no folder", False),
         (["OUTPUT_DIR", "''"], "OUTPUT_DIR is empty, but must be a folder", False),
