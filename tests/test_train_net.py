@@ -115,7 +115,7 @@ def test_errors_of_the_user(words, message, is_logged, tmp_path):
         (["--machine-rank", "1"], "--machine-rank is 1, but must be from 0 to 0", False),
         (
             ["SOLVER.BASE_LR", "high"],
-            "SOLVER.BASE_LR is 'high', of type str, but must be of",
+            "SOLVER.BASE_LR is 'high', of type str, but must be of type float",
             False,
         ),
         (["OUTPUT_DIR", "bad.yaml"], "OUTPUT_DIR is bad.yaml, which is no folder", False),

@@ -11,7 +11,6 @@ at the other end of the picture (studies/long_range_match.yaml), one of them wit
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -41,6 +40,7 @@ from nl_detectron.engine.drawing import (
 )
 from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.modeling import nonlocal_blocks
+from nl_detectron.study.runner import worker_environment
 from quick_start_proof import NUM_INSPECTED, PROOF_SETTINGS, SCALE, attention_of, draw_proof
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,11 +86,9 @@ def train(overrides: Sequence[str], output: Path) -> None:
     study = [sys.executable, str(ROOT / "tools" / "study.py"), str(PROOF), "--seeds", "1"]
     study += ["--settings", ",".join(PROOF_SETTINGS), "--output", str(output / "proof")]
     train_net = [sys.executable, str(ROOT / "train_net.py"), "--config-file", str(CONFIG_FILE)]
-    threads = max(1, (os.cpu_count() or 1) // 2)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     with (
-        subprocess.Popen([*study, "--workers", "1"], env=environment) as proof,
-        subprocess.Popen([*train_net, *overrides], env=environment) as detector,
+        subprocess.Popen([*study, "--workers", "1"], env=worker_environment(1, 2)) as proof,
+        subprocess.Popen([*train_net, *overrides], env=worker_environment(0, 2)) as detector,
     ):
         with suppress(KeyboardInterrupt):  # which ends them, too, the detector with a checkpoint
             detector.wait()

@@ -266,7 +266,7 @@ class NonLocalBlock(AttentionBlock):
             )
 
     def _transform(self, x: Tensor, keys: Tensor) -> Tensor:
-        """W_z y before the norm, (B, C, *grid)."""
+        """W_z y before the norm, (B, C, *grid); computed again in the backward pass if asked to."""
         if torch.jit.is_scripting():
             return self._project(x, keys)
         if self.use_act_checkpoint and self.training and torch.is_grad_enabled():

@@ -145,7 +145,8 @@ async def _run_all(
 
         async def run_one(run: Run) -> None:
             worker = await idle.get()
-            problem = await _run(run, train, _environment(worker, workers, gpus_per_run))
+            environment = worker_environment(worker, workers, gpus_per_run)
+            problem = await _run(run, train, environment)
             idle.put_nowait(worker)
             if problem:
                 failed.append(run)
@@ -162,7 +163,17 @@ async def _run_all(
     return failed
 
 
-def _environment(worker: int, workers: int, gpus_per_run: int) -> dict[str, str]:
+def worker_environment(worker: int, workers: int, gpus_per_run: int = 1) -> dict[str, str]:
+    """
+    Args:
+        worker: which of them, from 0.
+        workers: how many processes are to share this machine.
+        gpus_per_run: how many GPUs each has, or how many processes where there is none.
+
+    Returns:
+        The environment variables for its process: GPUs of its own if there are any, and its share
+        of the cores (unless OMP_NUM_THREADS is set).
+    """
     threads = max(1, (os.cpu_count() or 1) // (workers * gpus_per_run))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if num_gpus := torch.cuda.device_count():

@@ -119,14 +119,25 @@ def test_bad_command_lines(words, message, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("train_net", "study"), [("sys.exit(3)", "time.sleep(600)"), ("pass", "sys.exit(3)")]
+    ("train_net", "study"),
+    [
+        (
+            "while not (study.exists() and study.read_text()): time.sleep(0.01)\nsys.exit(3)",
+            "time.sleep(600)",
+        ),
+        ("pass", "sys.exit(3)"),
+    ],
 )
 def test_failed_training_ends_it(train_net, study, tmp_path, monkeypatch):
     """The detector's failure ends the models of the proof, too."""
-    keep_words = "import pathlib, sys, time; pathlib.Path(sys.argv[0] + '.txt').write_text"
     (tmp_path / "tools").mkdir()
     for script, then in (("train_net.py", train_net), ("tools/study.py", study)):
-        (tmp_path / script).write_text(f"{keep_words}(' '.join(sys.argv[1:])); {then}")
+        (tmp_path / script).write_text(
+            "import pathlib, sys, time\n"
+            "words = pathlib.Path(sys.argv[0] + '.txt')\n"
+            "words.write_text(' '.join(sys.argv[1:]))\n"
+            f"study = pathlib.Path({str(tmp_path)!r}, 'tools', 'study.py.txt')\n{then}\n"
+        )
     monkeypatch.setattr(quick_start, "ROOT", tmp_path)
     overrides = ["OUTPUT_DIR", str(tmp_path / "output")]
     with pytest.raises(SystemExit) as exit_info:
@@ -134,6 +145,8 @@ def test_failed_training_ends_it(train_net, study, tmp_path, monkeypatch):
     assert exit_info.value.code == 3
     words = (tmp_path / "train_net.py.txt").read_text()
     assert words.endswith(f"quick_start.yaml {' '.join(overrides)}")
+    words = (tmp_path / "tools" / "study.py.txt").read_text()
+    assert f"--output {tmp_path / 'output' / 'proof'}" in words
 
 
 @pytest.mark.parametrize(
