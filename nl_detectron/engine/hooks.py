@@ -61,16 +61,15 @@ class BlockWeightsHook(HookBase):
         for name, block in self._blocks.items():
             gamma = mean_abs_gamma(block)
             if out_weight_norm(block) == 0:
-                logger.warning(
-                    f"{name} is still the identity {when}: W_z is 0. Is it in a frozen stage "
-                    "(MODEL.BACKBONE.FREEZE_AT)?"
-                )
+                cause, key = "W_z is 0", "LR_FACTOR"
             elif gamma is not None and gamma < NEARLY_ZERO_GAMMA:
-                logger.warning(
-                    f"{name} is still nearly the identity {when}: the mean of |gamma| is "
-                    f"{gamma:.2g}. MODEL.NONLOCAL.GAMMA_LR_FACTOR 100.0 lets gamma learn sooner; "
-                    "see docs/STUDY.md"
-                )
+                cause, key = f"the mean of |gamma| is {gamma:.2g}", "GAMMA_LR_FACTOR (such as 100.0)"
+            else:
+                continue
+            advice = f"a higher MODEL.NONLOCAL.{key} lets it learn sooner; see docs/STUDY.md"
+            if not any(parameter.requires_grad for parameter in block.parameters()):
+                advice = "it is frozen, as its stage is (MODEL.BACKBONE.FREEZE_AT)"
+            logger.warning(f"{name} is still nearly the identity {when}, as {cause}: {advice}")
 
 
 class NoEvaluationAfterFailureHook(HookBase):

@@ -39,9 +39,8 @@ def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
         return insert_blocks(backbone, node.AFTER_BLOCKS_PER_STAGE, partial(build_block, cfg))
     except PlacementError as error:
         raise ValueError(
-            f"MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE is {node.AFTER_BLOCKS_PER_STAGE}, but must be "
-            "a list with a list of block indices for each stage, such as [[], [], [-2], []]: "
-            f"{error} ({node.BACKBONE})"
+            f"MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE is {node.AFTER_BLOCKS_PER_STAGE}, a list of "
+            f"block indices for each stage of {node.BACKBONE}: {error}"
         ) from error
 
 

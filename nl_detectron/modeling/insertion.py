@@ -168,7 +168,7 @@ def _places(backbone: nn.Module, after_blocks: AfterBlocks) -> list[tuple[str, n
 def _check_indices(stage_name: str, stage: nn.Module, indices: Sequence[int]) -> list[int]:
     if not isinstance(indices, Sequence) or isinstance(indices, str):
         raise PlacementError(
-            f"{stage_name} is given {indices!r}, but needs a list of block indices"
+            f"{stage_name} is given {indices!r}, but needs a list of block indices, such as [-2]"
         )
     count = len(_residual_block_names(stage))
     checked: list[int] = []

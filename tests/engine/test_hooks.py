@@ -56,17 +56,28 @@ def warnings_of(caplog, model, iterations):
     return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
-def test_warns_once_of_a_block_that_is_still_the_identity(caplog):
+@pytest.mark.parametrize(
+    ("gamma", "w_z", "is_frozen", "ending"),
+    [
+        (0.0, 1.0, False, "|gamma| is 0: a higher MODEL.NONLOCAL.GAMMA_LR_FACTOR (such as 100.0)"),
+        (0.009, 1.0, False, "|gamma| is 0.009: a higher MODEL.NONLOCAL.GAMMA_LR_FACTOR"),
+        (0.0, 1.0, True, "|gamma| is 0: it is frozen, as its stage is"),
+        (1.0, 0.0, False, "as W_z is 0: a higher MODEL.NONLOCAL.LR_FACTOR"),
+        (1.0, 0.0, True, "as W_z is 0: it is frozen, as its stage is"),
+        (0.02, 1.0, False, None),
+        (0.02, 1.0, True, None),
+    ],
+)
+def test_warns_once_of_a_block_that_is_still_the_identity(gamma, w_z, is_frozen, ending, caplog):
     block = NonLocalBlock(8)
-    model = nn.ModuleDict({"res4": block})
-    (warning,) = warnings_of(caplog, model, 40)
-    assert warning.startswith("res4 is still nearly the identity after 4 of 40 iterations")
-    assert "MODEL.NONLOCAL.GAMMA_LR_FACTOR 100.0" in warning
-    nn.init.constant_(block.norm.weight, 0.02)
-    assert not warnings_of(caplog, model, 40)
-    nn.init.zeros_(block.out.weight)
-    (warning,) = warnings_of(caplog, model, 40)
-    assert "W_z is 0. Is it in a frozen stage" in warning
+    nn.init.constant_(block.norm.weight, gamma)
+    nn.init.constant_(block.out.weight, w_z)
+    block.requires_grad_(not is_frozen)
+    warnings = warnings_of(caplog, nn.ModuleDict({"res4": block}), 40)
+    assert len(warnings) == (ending is not None)
+    for warning in warnings:
+        assert warning.startswith("res4 is still nearly the identity after 4 of 40 iterations")
+        assert ending in warning
 
 
 def test_model_without_blocks_writes_nothing():

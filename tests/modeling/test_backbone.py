@@ -3,6 +3,7 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 
@@ -167,7 +168,7 @@ def test_no_blocks_is_the_wrapped_backbone():
         ("AFTER_BLOCKS_PER_STAGE", [[], [], [6], []], "AFTER_BLOCKS_PER_STAGE.*6 in res4.*-6 to 5"),
         ("AFTER_BLOCKS_PER_STAGE", [[], [], [0, 0], []], "AFTER_BLOCKS_PER_STAGE.*already"),
         ("AFTER_BLOCKS_PER_STAGE", [[], [], [], [], [0]], "stage number 5.*res2, res3, res4, res5"),
-        ("AFTER_BLOCKS_PER_STAGE", [-2], r"such as \[\[\], \[\], \[-2\], \[\]\]"),
+        ("AFTER_BLOCKS_PER_STAGE", [-2], r"res2 is given -2, .* list .* indices, such as \[-2\]"),
     ],
 )
 def test_refuses(key, value, message):
@@ -175,6 +176,17 @@ def test_refuses(key, value, message):
     cfg.MODEL.NONLOCAL[key] = value
     with pytest.raises(ValueError, match=message):
         build_model(cfg)
+
+
+def test_refuses_the_default_place_in_a_trident_net(monkeypatch):
+    monkeypatch.setattr(BottleneckBlock, "concat_output", False, raising=False)
+    place = (
+        r"AFTER_BLOCKS_PER_STAGE is \[\[\], \[\], \[-2\], \[\]\], a list of .* of "
+        "build_resnet_fpn_backbone: block index -2 in res4: a BottleneckBlock gives a list of "
+        r"tensors.*; put the block after the last one of res4 \(index -1\), or into another stage$"
+    )
+    with pytest.raises(ValueError, match=place):
+        build_model(with_blocks(zoo_config(MASK)))
 
 
 def test_refuses_a_stage_that_c4_does_not_have():
