@@ -16,13 +16,13 @@ For each block, on some images:
     dependence    on the query: (1 - cos) / 2 between the attention maps of two queries, mean of
                   many; 0 is the same map for all (Table 1 of GCNet, https://arxiv.org/abs/1904.11492)
 
-and a sentence on what they mean. "-" is what the block has not. KEY VALUE pairs override the
-config.
+and a sentence on what they mean. "-" is what the block has not. On long_range_match* there is also
+what squares attend to, and whether that is the disc that tells their class. KEY VALUE pairs
+override the config.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -35,6 +35,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from tabulate import tabulate
 
 from nl_detectron.analysis.block_report import BlockReport, inspect_blocks
+from nl_detectron.analysis.partner import describe_squares, inspect_squares
+from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
 
@@ -53,8 +55,20 @@ HEADERS = (
 @exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_with_overrides(arguments)
-    reports = run(args)
+    config_file = args.config_file or Path(args.checkpoint).with_name("config.yaml")
+    if not Path(config_file).is_file():
+        raise FileNotFoundError(f"{config_file} does not exist: name the config with --config-file")
+    cfg = trained_config(str(config_file), args.checkpoint, args.opts)
+    records = load_records(cfg, args.image, args.num_images)
+    mapper = DatasetMapper(cfg, is_train=False)
+    images = [mapper(record) for record in records]
+    predictor = Predictor(cfg)
+    reports = inspect_blocks(predictor.model, ([image] for image in images))
+    if not reports:
+        raise ValueError(f"the model of {config_file} has no non-local blocks")
     print(table(reports))
+    for block, squares in inspect_squares(predictor, records).items():
+        print(f"{block}: {describe_squares(squares)}")
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=2))
 
@@ -82,25 +96,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> list[BlockReport]:
-    config_file = args.config_file or Path(args.checkpoint).with_name("config.yaml")
-    if not Path(config_file).is_file():
-        raise FileNotFoundError(f"{config_file} does not exist: name the config with --config-file")
-    cfg = trained_config(str(config_file), args.checkpoint, args.opts)
-    images = load_images(cfg, args.image, args.num_images)
-    reports = inspect_blocks(Predictor(cfg).model, ([image] for image in images))
-    if not reports:
-        raise ValueError(f"the model of {config_file} has no non-local blocks")
-    return reports
-
-
-def load_images(cfg: CfgNode, files: list[str] | None, count: int) -> list[dict]:
-    """The images, or the first of the test dataset, as Detectron2's models take them."""
-    mapper = DatasetMapper(cfg, is_train=False)
+def load_records(cfg: CfgNode, files: list[str] | None, count: int) -> list[Record]:
+    """Of the images, or the first of the test dataset."""
     if files:
-        return [mapper({"file_name": file}) for file in files]
+        return [{"file_name": file} for file in files]
     try:
-        return [mapper(record) for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]]
+        return DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]
     except (OSError, LookupError) as error:
         raise ValueError(
             f"the test dataset of the config, {cfg.DATASETS.TEST}, is not here: name images with "

@@ -26,6 +26,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
 
+from nl_detectron.analysis.attention import attention_of
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.block_report import inspect_blocks
@@ -41,12 +42,13 @@ from nl_detectron.engine.drawing import (
 from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.study.runner import worker_environment
-from quick_start_proof import NUM_INSPECTED, PROOF_SETTINGS, SCALE, attention_of, draw_proof
+from quick_start_proof import PROOF_SETTINGS, SCALE, draw_proof
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
 NUM_PICTURES = 6
 NUM_ATTENTION = 2  # pictures, and points in each
+NUM_INSPECTED = 16
 MIN_SCORE = 0.5
 PROOF = ROOT / "studies" / "long_range_match.yaml"
 ATTENTION_TEXT = """<h2>What counts in its blocks</h2>

@@ -3,13 +3,14 @@ that adds to them, and what it does to the scores of objects."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data import transforms as T
+from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import inference_context
 from torch import Tensor, nn
 
@@ -20,11 +21,11 @@ from nl_detectron.analysis.contribution import (
     effect_on_grid,
     weights_on_grid,
 )
-from nl_detectron.analysis.placement import Box, PlacedFeatures, Point, grid_stride, place
+from nl_detectron.analysis.placement import Box, PlacedFeatures, Point, place
 from nl_detectron.analysis.recording import (
     choose_blocks,
     detection_heads,
-    head_of,
+    input_and_boxes,
     record_calls,
     record_outputs,
     scoring_blocks,
@@ -223,7 +224,7 @@ def record_attention(
 
     features = {}
     for name in chosen:
-        x, boxes = _input_and_boxes(name, calls, heads, min_score)
+        x, boxes = input_and_boxes(name, calls, heads, min_score)
         features[name] = [place(x[i : i + 1], box) for i, box in enumerate(in_image(boxes))]
     objects, scores = torch.empty(0, 4), torch.empty(0)
     if "instances" in output:  # a model for semantic segmentation has none
@@ -237,6 +238,29 @@ def record_attention(
         features,
         scores if effects else None,
         outputs,
+    )
+
+
+def attention_of(predictor: DefaultPredictor, image: np.ndarray, **options: Any) -> AttentionRecord:
+    """
+    :func:`record_attention` with a predictor's model, resizing and input format.
+
+    Args:
+        predictor: Detectron2's, or ours.
+        image, **options: as for :func:`record_attention`.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: as there.
+    """
+    return record_attention(
+        predictor.model,
+        image,
+        augmentation=predictor.aug,
+        input_format=predictor.input_format,
+        **options,
     )
 
 
@@ -283,37 +307,3 @@ def _check_image(image: np.ndarray) -> None:
             f"the image is {image.dtype} of shape {image.shape}, but must be uint8 of shape "
             "(height, width, 3)"
         )
-
-
-def _input_and_boxes(
-    name: str, calls: dict[str, list[tuple]], heads: Iterable[str], min_score: float
-) -> tuple[Tensor, Tensor]:
-    """A block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input."""
-    x = _only_input(name, calls[name])
-    head = head_of(name, heads)
-    if head is None:
-        return x, _box_of_grid(name, x, calls["backbone"][0][0].shape[-2:])
-    ((_, (instances,)),) = calls[head]
-    confident = instances.scores >= min_score
-    return x[confident], instances.pred_boxes.tensor[confident]
-
-
-def _only_input(name: str, calls: list[tuple]) -> Tensor:
-    if len(calls) != 1:
-        raise ValueError(
-            f"the block {name} runs {len(calls)} times for an image; attention is shown for blocks "
-            "that run once"
-        )
-    return calls[0][0].detach()
-
-
-def _box_of_grid(name: str, x: Tensor, input_size: tuple[int, int]) -> Tensor:
-    """(1, 4): what the grid of a feature map covers of the model's input, in pixels."""
-    if x.dim() != 4 or x.shape[0] != 1:
-        raise ValueError(
-            f"the block {name} is given features of shape {tuple(x.shape)}; attention is shown "
-            "for blocks of the backbone and of mask and keypoint heads"
-        )
-    rows, columns = x.shape[2:]
-    stride = grid_stride(input_size, (rows, columns))
-    return torch.tensor([[0, 0, columns * stride, rows * stride]])

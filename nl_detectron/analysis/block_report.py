@@ -73,7 +73,7 @@ class BlockReport:
         elif self.attention_entropy > MAX_ENTROPY:
             parts.append("it attends to everything nearly alike")
         else:
-            parts.append(f"it attends to 1 place in {1 / (self.attended_share or 1):.2g}")
+            parts.append(f"it attends to {in_places(self.attended_share or 1)}")
         if self.pairwise == "global_context":
             parts.append("all queries attend to the same places, as it is made to")
         elif self.query_dependence is not None and self.query_dependence < MIN_QUERY_DEPENDENCE:
@@ -83,6 +83,17 @@ class BlockReport:
         elif self.query_dependence is not None:
             parts.append("different queries attend to different places")
         return "; ".join(parts) + "."
+
+
+def in_places(attended_share: float) -> str:
+    """
+    Args:
+        attended_share: above 0.
+
+    Returns:
+        It in words: "1 place in 63".
+    """
+    return f"1 place in {float(f'{1 / attended_share:.2g}'):g}"
 
 
 def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport]:

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from detectron2.modeling.roi_heads import BaseKeypointRCNNHead, BaseMaskRCNNHead
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nl_detectron.analysis.placement import grid_stride
 from nl_detectron.layers import AttentionBlock
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.validation import did_you_mean
@@ -132,6 +134,32 @@ def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tenso
         yield outputs
 
 
+def input_and_boxes(
+    name: str, calls: Mapping[str, list[tuple]], heads: Iterable[str], min_score: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Args:
+        name: the full name of a block.
+        calls: those of "backbone", the heads and the block, as :func:`record_calls` keeps them.
+        heads: full names.
+        min_score: objects with a lower score are left out.
+
+    Returns:
+        The block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input, in
+        pixels: in a head, the N objects' boxes.
+
+    Raises:
+        ValueError: the block does not run once, or its input has no place in the image.
+    """
+    x = _only_input(name, calls[name])
+    head = head_of(name, heads)
+    if head is None:
+        return x, _box_of_grid(name, x, calls["backbone"][0][0].shape[-2:])
+    ((_, (instances,)),) = calls[head]
+    confident = instances.scores >= min_score
+    return x[confident], instances.pred_boxes.tensor[confident]
+
+
 @contextmanager
 def _removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """Within the ``with``, these hooks are there."""
@@ -139,6 +167,27 @@ def _removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
         for hook in hooks:
             stack.enter_context(hook)
         yield
+
+
+def _only_input(name: str, calls: list[tuple]) -> Tensor:
+    if len(calls) != 1:
+        raise ValueError(
+            f"the block {name} runs {len(calls)} times for an image; attention is shown for blocks "
+            "that run once"
+        )
+    return calls[0][0].detach()
+
+
+def _box_of_grid(name: str, x: Tensor, input_size: tuple[int, int]) -> Tensor:
+    """(1, 4): what the grid of a feature map covers of the model's input, in pixels."""
+    if x.dim() != 4 or x.shape[0] != 1:
+        raise ValueError(
+            f"the block {name} is given features of shape {tuple(x.shape)}; attention is shown "
+            "for blocks of the backbone and of mask and keypoint heads"
+        )
+    rows, columns = x.shape[2:]
+    stride = grid_stride(input_size, (rows, columns))
+    return torch.tensor([[0, 0, columns * stride, rows * stride]])
 
 
 def _ends_in(full_name: str, name: str) -> bool:

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,13 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
             path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
 
 
-def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **metadata: Any) -> None:
+def register_dataset(
+    name: str,
+    root: Path,
+    make: Callable[[Path], Path],
+    annotation_keys: Sequence[str] = (),
+    **metadata: Any,
+) -> None:
     """
     Register the splits ``{name}_train`` and ``{name}_val``, to be made on first use. Registering
     again replaces what was registered.
@@ -115,10 +121,11 @@ def register_dataset(name: str, root: Path, make: Callable[[Path], Path], **meta
         name: the dataset's.
         root: its folder.
         make: makes it in a folder, unless it is there.
+        annotation_keys: what its annotations have beside COCO's keys.
         **metadata: for Detectron2's ``MetadataCatalog``; ``thing_classes`` is needed.
     """
     for split in ("train", "val"):
-        _register_split(f"{name}_{split}", root, split, make, metadata)
+        _register_split(f"{name}_{split}", root, split, make, annotation_keys, metadata)
 
 
 def cache_folder(name: str) -> Path:
@@ -151,13 +158,18 @@ def _make_split(folder: Path, seed: int, num_images: int, draw: Draw) -> Record:
 
 
 def _register_split(
-    name: str, root: Path, split: str, make: Callable[[Path], Path], metadata: dict[str, Any]
+    name: str,
+    root: Path,
+    split: str,
+    make: Callable[[Path], Path],
+    annotation_keys: Sequence[str],
+    metadata: dict[str, Any],
 ) -> None:
     json_file, image_root = str(root / f"{split}.json"), str(root / split)
 
     def load() -> list[Record]:
         make(root)
-        return load_coco_json(json_file, image_root, name)
+        return load_coco_json(json_file, image_root, name, annotation_keys)
 
     DatasetCatalog.pop(name, None)
     DatasetCatalog.register(name, load)

@@ -11,7 +11,7 @@ looks the same for both. There are three sets of the same squares:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -151,6 +151,7 @@ def register_square_sets(
     root: Path,
     makers: Mapping[str, Callable[[Path], Path]],
     classes: Mapping[str, Color],
+    annotation_keys: Sequence[str] = (),
 ) -> None:
     """
     Register sets of squares with one keypoint, to be made on first use.
@@ -160,12 +161,14 @@ def register_square_sets(
         root: the folder that a folder for each kind is made in.
         makers: kind to what makes its set in a folder.
         classes: names to the colours for drawing annotations and predictions.
+        annotation_keys: as for :func:`register_dataset`.
     """
     for kind, make in makers.items():
         register_dataset(
             name if kind == "far" else f"{name}_{kind}",
             root / kind,
             make,
+            annotation_keys,
             thing_classes=list(classes),
             thing_colors=list(classes.values()),
             keypoint_names=KEYPOINT_NAMES,

@@ -18,8 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json
 from PIL import Image
 from shapely.geometry import Point
 
@@ -121,27 +119,14 @@ def make_long_range_match(
 def register_long_range_match(root: str | Path) -> None:
     """
     Register ``long_range_match_train`` and ``_val``, and ``long_range_match_near_train`` and
-    ``_val``, to be made in folders of ``root`` on first use. Registering again replaces what was
-    registered.
+    ``_val``, to be made in folders of ``root`` on first use. Their annotations have "partner", as
+    :func:`make_long_range_match` says. Registering again replaces what was registered.
 
     Args:
         root: the folder that these folders are made in.
     """
     makers = {partner: partial(make_long_range_match, partner=partner) for partner in PARTNERS}
-    register_square_sets("long_range_match", Path(root), makers, CLASS_COLORS)
-
-
-def load_with_partners(name: str) -> list[Record]:
-    """
-    Args:
-        name: of a registered split of these datasets.
-
-    Returns:
-        Its records as ``DatasetCatalog`` has them, whose annotations have "partner", too.
-    """
-    DatasetCatalog.get(name)  # makes it
-    data = MetadataCatalog.get(name)
-    return load_coco_json(data.json_file, data.image_root, name, ["partner"])
+    register_square_sets("long_range_match", Path(root), makers, CLASS_COLORS, ["partner"])
 
 
 def default_long_range_match_root() -> Path:

@@ -63,7 +63,10 @@ class BlockWeightsHook(HookBase):
             if out_weight_norm(block) == 0:
                 cause, key = "W_z is 0", "LR_FACTOR"
             elif gamma is not None and gamma < NEARLY_ZERO_GAMMA:
-                cause, key = f"the mean of |gamma| is {gamma:.2g}", "GAMMA_LR_FACTOR (such as 100.0)"
+                cause, key = (
+                    f"the mean of |gamma| is {gamma:.2g}",
+                    "GAMMA_LR_FACTOR (such as 100.0)",
+                )
             else:
                 continue
             advice = f"a higher MODEL.NONLOCAL.{key} lets it learn sooner; see docs/STUDY.md"

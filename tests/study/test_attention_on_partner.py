@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,6 @@ from detectron2.modeling import build_model
 
 import attention_on_partner
 from nl_detectron import model_zoo
-from nl_detectron.analysis.attention_map import AttentionMap
 from nl_detectron.data import make_long_range_match, register_long_range_match
 from nl_detectron.data.long_range_match import default_long_range_match_root
 from nl_detectron.modeling import nonlocal_blocks
@@ -23,35 +23,23 @@ def data(tmp_path_factory):
     register_long_range_match(default_long_range_match_root())
 
 
-def model_with(*overrides):
+def predictor_with(*overrides):
+    """Of a model with random weights."""
     cfg = model_zoo.get_config("long_range_match")
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", *overrides])
     torch.manual_seed(0)
-    return build_model(cfg)
+    return SimpleNamespace(cfg=cfg, model=build_model(cfg), aug=None, input_format="BGR")
 
 
-def measure(model):
-    return attention_on_partner.measure(model, "long_range_match_val", 3)
-
-
-def test_keys_of_a_disc():
-    attention = AttentionMap(
-        np.zeros((4, 32), np.float32), (0, 0, 256, 32), query=(0, 0, 8, 8), outside=0, keys=128
-    )
-    found = attention_on_partner.keys_of((231, 8.5, 7.5), attention)
-    assert np.argwhere(found).tolist() == [[0, 28], [0, 29], [1, 28], [1, 29]]
-    # A grid so coarse that no centre is in the disc: the nearest key.
-    coarse = AttentionMap(
-        np.zeros((1, 8), np.float32), (0, 0, 256, 32), query=(0, 0, 32, 32), outside=0, keys=8
-    )
-    assert np.argwhere(attention_on_partner.keys_of((231, 5, 7.5), coarse)).tolist() == [[0, 7]]
+def measure(predictor):
+    return attention_on_partner.measure(predictor, "long_range_match_val", 3)
 
 
 def test_even_attention_has_an_even_share():
-    model = model_with("MODEL.NONLOCAL.PAIRWISE", "embedded_gaussian")
-    (block,) = nonlocal_blocks(model).values()
+    predictor = predictor_with("MODEL.NONLOCAL.PAIRWISE", "embedded_gaussian")
+    (block,) = nonlocal_blocks(predictor.model).values()
     torch.nn.init.zeros_(block.theta.weight)
-    (numbers,) = measure(model).values()
+    (numbers,) = measure(predictor).values()
     assert numbers["entropy"] == pytest.approx([1])
     assert numbers["bright"] + numbers["dark"] == pytest.approx([4 / 128] * 6)
     assert numbers["even"] == pytest.approx([4 / 128] * 12)
@@ -59,8 +47,8 @@ def test_even_attention_has_an_even_share():
 
 def test_planted_attention_is_found():
     """All weight on the upper row's half of the far end's two columns of places."""
-    model = model_with()
-    (block,) = nonlocal_blocks(model).values()
+    predictor = predictor_with()
+    (block,) = nonlocal_blocks(predictor.model).values()
 
     def planted(x, positions):
         weights = torch.zeros(1, len(positions), *x.shape[2:])
@@ -68,7 +56,7 @@ def test_planted_attention_is_found():
         return weights
 
     block.attention = planted
-    (numbers,) = measure(model).values()
+    (numbers,) = measure(predictor).values()
     shares = numbers["bright"] + numbers["dark"]
     assert len(shares) == 6
     assert set(np.round(shares, 3)) == {0, 0.25}
@@ -77,7 +65,7 @@ def test_planted_attention_is_found():
 
 
 def test_models_without_attention_have_nothing_to_measure():
-    assert measure(model_with("MODEL.NONLOCAL.BLOCK", "LocalBlock")) == {}
+    assert measure(predictor_with("MODEL.NONLOCAL.BLOCK", "LocalBlock")) == {}
 
 
 def test_every_setting_of_the_study_fits_the_config():

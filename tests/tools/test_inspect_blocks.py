@@ -51,6 +51,15 @@ def test_report_on_an_image_and_json(folder, tmp_path):
     assert all(report["relative_change"] == 0 for report in reports)
 
 
+def test_squares_are_told_of_where_they_have_partners(tmp_path, capsys):
+    match = ["DATASETS.TEST", "('long_range_match_val',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+    save_random_model(tmp_path, *match, "MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY", "0")
+    inspect_blocks.main([str(tmp_path / "model_final.pth"), "--num-images", "2"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{BLOCKS[0]}: A square attends to 1 place in ")
+    assert "% of 4 cases" in last
+
+
 def test_head_without_detections(folder, capsys):
     image = ["--image", str(folder / "image.png")]
     overrides = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.1"]

@@ -2,7 +2,6 @@ import json
 from html.parser import HTMLParser
 
 import cv2
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -10,7 +9,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 import quick_start
 import quick_start_proof
-from nl_detectron.analysis.attention_map import AttentionMap
+from nl_detectron.analysis.partner import SquareAttention
 from nl_detectron.modeling import nonlocal_blocks
 from tests.random_model import save_random_model
 
@@ -187,7 +186,7 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
                 "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
                 "0.0",
             ),
-            *(NO_BLOCKS if setting == "baseline" else []),
+            *(NO_BLOCKS if setting == "baseline" else NO_BLOCKS[2:]),  # none in the head
         )
         record = {"iteration": 2, **{f"bbox/{k}": v for k, v in APS.items()}}
         (folder / "metrics.json").write_text(json.dumps(record) + "\n")
@@ -198,23 +197,24 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
             [] if list(nonlocal_blocks(predictor.model)) else record["annotations"]
         ),
     )
-    monkeypatch.setattr(quick_start_proof, "is_on_partner", lambda *_: True)
+    is_right = True
+
+    def planted(_, squares):
+        end = (1, 30)
+        return {"block": [SquareAttention(0, 1, 0.1, end, is_right, 0.1)] * len(squares)}
+
+    monkeypatch.setattr(quick_start_proof, "attention_at", planted)
     html = quick_start_proof.draw_proof(tmp_path)
     assert "98 without a block and 98 with a non-local block" in html
-    assert "the strongest on the right disc in 100% of the cases" in html
+    assert "% of 200 cases" in html
     picture = cv2.imread(str(tmp_path / "proof.png"))
-    assert picture.shape[0] > 4 * 96  # truth, both models and attention
+    assert picture.shape[0] > 3 * 96  # truth and both models
+    assert picture[-7:-4, 3].min() == 255  # the arrow's tip, in a picture three times as large
+    is_right = False
+    assert "No picture was found" in quick_start_proof.draw_proof(tmp_path)
+    is_right = True
     monkeypatch.setattr(quick_start_proof, "wrong_objects", lambda *_: [])
     assert "No picture was found" in quick_start_proof.draw_proof(tmp_path)
-
-
-@pytest.mark.parametrize(("column", "expected"), [(0, True), (16, False), (31, False)])
-def test_the_strongest_place_is_on_the_partner(column, expected):
-    """On the disc, on nothing, or on the square itself."""
-    weights = np.zeros((4, 32), np.float32)
-    weights[1, column] = 1
-    attended = AttentionMap(weights, (0, 0, 256, 32), query=(248, 8, 256, 16), outside=0, keys=128)
-    assert quick_start_proof.is_on_partner(attended, {"partner": (8, 9, 7.5)}) == expected
 
 
 @pytest.mark.slow

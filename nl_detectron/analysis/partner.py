@@ -1,0 +1,143 @@
+"""Whether the squares of ``long_range_match`` attend to the discs that tell their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from detectron2.data.detection_utils import read_image
+from detectron2.engine import DefaultPredictor
+
+from nl_detectron.analysis.attention import AttentionRecord, attention_of
+from nl_detectron.analysis.attention_map import AttentionMap
+from nl_detectron.analysis.block_report import in_places
+from nl_detectron.analysis.placement import Point
+from nl_detectron.data.coco_format import Record
+
+
+@dataclass(frozen=True)
+class SquareAttention:
+    """
+    What counts for the centre of a square in one block. Weights are taken by magnitude; shares of
+    weights that are all 0, as those of the concatenation may be, are NaN.
+
+    Attributes:
+        category_id: the square's.
+        on_partner: the share of the weights, 0 to 1, on its partner: on the keys whose centres lie
+            in the disc, and the nearest to the disc's centre.
+        even: the share that would be there if all keys counted alike.
+        strongest: x and y of the centre of the strongest of all keys, its own included, in pixels.
+        is_strongest_on_partner: whether that, and any as strong, is one of the partner's.
+        attended_share: exp(-sum_j p_j log p_j) / N_k of the shares p of the N_k keys: the share of
+            the keys that it attends to, counted as if it did so evenly.
+    """
+
+    category_id: int
+    on_partner: float
+    even: float
+    strongest: Point
+    is_strongest_on_partner: bool
+    attended_share: float
+
+
+def inspect_squares(
+    predictor: DefaultPredictor, records: Iterable[Record], what: str = "weights"
+) -> dict[str, list[SquareAttention]]:
+    """
+    Args:
+        predictor: of a model with non-local blocks.
+        records: of Detectron2's ``DatasetCatalog``; annotations without "partner" are left out.
+        what: "weights" or "contributions", as for :meth:`AttentionRecord.maps`.
+
+    Returns:
+        Block to what counts for each square that it sees; no blocks if there are no squares.
+    """
+    found: dict[str, list[SquareAttention]] = {}
+    for record in records:
+        if squares := [a for a in record.get("annotations", ()) if "partner" in a]:
+            attention = attention_of(predictor, read_image(record["file_name"], "BGR"))
+            for block, of_squares in attention_at(attention, squares, what).items():
+                found.setdefault(block, []).extend(of_squares)
+    return found
+
+
+def attention_at(
+    attention: AttentionRecord, squares: Sequence[Record], what: str = "weights"
+) -> dict[str, list[SquareAttention]]:
+    """
+    Args:
+        attention: of an image.
+        squares: annotations of it, with "partner".
+        what: as for :func:`inspect_squares`.
+
+    Returns:
+        Block to what counts for each of the squares that it sees.
+    """
+    maps = attention.maps([center_of(square) for square in squares], what)
+    return {
+        block.name: [_measure(m, square) for m, square in zip(block.maps, squares) if m is not None]
+        for block in maps.blocks
+    }
+
+
+def center_of(square: Record) -> Point:
+    """
+    Args:
+        square: an annotation in COCO's format.
+
+    Returns:
+        x and y of the centre of its box, in pixels.
+    """
+    x, y, width, height = square["bbox"]
+    return x + width / 2, y + height / 2
+
+
+def describe_squares(squares: Sequence[SquareAttention]) -> str:
+    """
+    Args:
+        squares: what counts for each, in one block; at least one.
+
+    Returns:
+        What that means, in plain words.
+    """
+    weighted = [square for square in squares if square.attended_share > 0]
+    if not weighted:
+        return "A square attends to nothing."
+    attended = in_places(float(np.mean([square.attended_share for square in weighted])))
+    share = np.mean([square.on_partner for square in weighted])
+    is_right = np.mean([square.is_strongest_on_partner for square in squares])
+    return (
+        f"A square attends to {attended}, the strongest on the disc that tells its "
+        f"class in {is_right:.0%} of {len(squares)} cases; on that disc is {share:.0%} of the "
+        "attention."
+    )
+
+
+def _measure(attention_map: AttentionMap, square: Record) -> SquareAttention:
+    magnitudes = torch.from_numpy(attention_map.weights).abs().double()
+    shares = magnitudes / magnitudes.sum()
+    centers = _key_centers(attention_map)
+    *partner, radius = square["partner"]
+    distance = (centers - torch.tensor(partner)).norm(dim=2)
+    is_partner = (distance <= radius) | (distance == distance.min())
+    is_strongest = (magnitudes == magnitudes.max()) & (magnitudes > 0)
+    x, y = centers.flatten(0, 1)[magnitudes.argmax()].tolist()
+    return SquareAttention(
+        category_id=square["category_id"],
+        on_partner=shares[is_partner].sum().item(),
+        even=is_partner.double().mean().item(),
+        strongest=(x, y),
+        is_strongest_on_partner=bool(is_strongest.any() and is_partner[is_strongest].all()),
+        attended_share=torch.special.entr(shares).sum().exp().item() / shares.numel(),
+    )
+
+
+def _key_centers(attention_map: AttentionMap) -> torch.Tensor:
+    """(rows, columns, 2): x and y of each in the image."""
+    left, top, right, bottom = attention_map.extent
+    rows, columns = attention_map.weights.shape
+    x = left + (torch.arange(columns) + 0.5) * (right - left) / columns
+    y = top + (torch.arange(rows) + 0.5) * (bottom - top) / rows
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)
