@@ -165,7 +165,7 @@ def heat_colors(what: str) -> Colormap:
         0, so that the image can be seen in its own colours.
     """
     steps = np.linspace(-1, 1, 256)
-    low = (*to_rgb("#2377e4"), 0.7) if what == "effect" else (*to_rgb("#060b2b"), 0.55)
+    low = (*to_rgb("#2377e4"), 0.7) if what == "effect" else (*to_rgb("#060b2b"), 0.4)
     rgba = np.where(steps[:, None] < 0, low, (*to_rgb("#ffae00"), 0.7))
     rgba[:, 3] *= np.abs(steps) ** 0.8
     return ListedColormap(rgba)
@@ -211,9 +211,10 @@ def _add_scale(
     bar = figure.colorbar(
         heat, ax=panels, location="bottom", extend="both", shrink=0.6, aspect=40, pad=0.02
     )
-    signed = ["-16", "-4", "±1", "4", "16"]
-    bar.set_ticks([-1, -0.5, 0, 0.5, 1])
-    bar.set_ticklabels(signed if what == "effect" else ["1/16", "1/4", "1", "4", "16"])
+    middle = math.isqrt(HIGHEST_MULTIPLE)
+    low = ("-{}", "-{}", "±1") if what == "effect" else ("1/{}", "1/{}", "1")
+    labels = [text.format(n) for text, n in zip(low, (HIGHEST_MULTIPLE, middle, 1))]
+    bar.set_ticks([-1, -0.5, 0, 0.5, 1], labels=[*labels, str(middle), str(HIGHEST_MULTIPLE)])
     bar.ax.tick_params(labelsize=_FONT)
     bar.set_label(f"times {of_what}", fontsize=_FONT)
 

@@ -14,7 +14,13 @@ import cv2
 import numpy as np
 
 from nl_detectron.analysis.attention import AttentionRecord
-from nl_detectron.analysis.attention_figure import heat_colors, on_scale, unit
+from nl_detectron.analysis.attention_figure import (
+    HIGHEST_MULTIPLE,
+    NEARLY_EVEN,
+    heat_colors,
+    on_scale,
+    unit,
+)
 from nl_detectron.analysis.placement import PlacedFeatures
 
 _TEMPLATE = Path(__file__).with_name("attention_page.html")
@@ -47,6 +53,8 @@ def write_attention_page(
         "height": height,
         "image": data_url(record.image),
         "start": [(left + right) / 2, (top + bottom) / 2],
+        "highest": HIGHEST_MULTIPLE,
+        "nearlyEven": NEARLY_EVEN,
         "colors": _base64(palette.tobytes()),
         "kinds": {
             what: [_block(record, name, what, share) for name in record.blocks] for what in _KINDS

@@ -107,6 +107,7 @@ class Plan:
         except (ValueError, KeyError) as error:
             raise ValueError(f"settings: {setting}: {error.args[0]}") from error
         cfg.SEED = seed
+        cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS.replace("{seed}", str(seed))
         cfg.OUTPUT_DIR = ""
         return cfg.dump()
 
@@ -147,6 +148,9 @@ def load_plan(path: Path) -> Plan:
               shapes: {config: ../configs/quick_start.yaml, paper: {bbox/AP: 38.0}}
             groups:  # a title to the settings that are compared below it
               Pairwise functions: [nl, nl_dot_product]
+
+            ``{seed}`` in ``MODEL.WEIGHTS`` stands for the seed of a run, as in
+            ``output/studies/long_range/baseline/seed_{seed}/model_final.pth``.
 
     Returns:
         The plan; an empty setting (``nl:``) is the config as it is.

@@ -45,6 +45,13 @@ def test_configs_have_the_overrides_and_the_seed(load, tmp_path):
     assert configs[0].DATASETS.TRAIN == ["shapes_train"]
 
 
+def test_weights_of_the_same_seed(load, tmp_path):
+    weights = {"MODEL.WEIGHTS": "base/seed_{seed}/model_final.pth"}
+    runs = load(settings={"nl": weights}, groups={"All": ["nl"]}, seeds=[3, 10]).runs(tmp_path)
+    found = [CfgNode.load_cfg(run.config).MODEL.WEIGHTS for run in runs]
+    assert found == ["base/seed_3/model_final.pth", "base/seed_10/model_final.pth"]
+
+
 def test_config_is_relative_to_the_plan(load, tmp_path):
     (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
     run = load(config="own.yaml").runs(tmp_path)[0]
