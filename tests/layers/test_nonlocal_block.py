@@ -48,9 +48,8 @@ def test_equals_the_equations(pairwise, dims, subsample, scale):
         torch.autograd.grad(actual, wanted, grad), torch.autograd.grad(expected, wanted, grad)
     ):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
-    # One of the batch suffices where there are hundreds of keys.
-    one = x.detach()[: 1 if subsample == "pyramid" else 2].requires_grad_()
-    assert torch.autograd.gradcheck(block, (one,))
+    # By differences along random directions, as autograd is on both sides above.
+    assert torch.autograd.gradcheck(block, (x,), fast_mode=True)
 
     single = block.float()(x.detach().float())
     torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-4, atol=1e-4)
@@ -304,7 +303,7 @@ def test_thin_and_odd_grids(pairwise, subsample, grid):
     x = make_input(grid=grid, dtype=torch.float64).requires_grad_()
     expected = reference.block(x, dict(block.named_parameters()), pairwise, subsample, True)
     torch.testing.assert_close(block(x), expected)
-    assert torch.autograd.gradcheck(block, (x,))
+    assert torch.autograd.gradcheck(block, (x,), fast_mode=True)
 
 
 @pytest.mark.parametrize("pairwise", PAIRWISE)
