@@ -29,6 +29,13 @@ def make_input(dims=2, batch=2, channels=8, dtype=torch.float32, grid=None):
     return torch.randn(batch, channels, *(grid or GRID[dims]), dtype=dtype)
 
 
+def assert_same_with_gradients(actual, expected, inputs):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(expected)
+    gradients = (torch.autograd.grad(z, inputs, grad) for z in (actual, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("pairwise", "dims", "subsample", "scale"),
     itertools.product(PAIRWISE, (1, 2, 3), SUBSAMPLE, (True, False)),
@@ -38,16 +45,8 @@ def test_equals_the_equations(pairwise, dims, subsample, scale):
     block.double()
     x = make_input(dims, dtype=torch.float64).requires_grad_()
     tensors = dict(block.named_parameters())
-    actual = block(x)
     expected = reference.block(x, tensors, pairwise, subsample, scale)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-    wanted = [x, *tensors.values()]
-    grad = torch.randn_like(x)
-    for a, e in zip(
-        torch.autograd.grad(actual, wanted, grad), torch.autograd.grad(expected, wanted, grad)
-    ):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
+    assert_same_with_gradients(block(x), expected, [x, *tensors.values()])
     # By differences along random directions, as autograd is on both sides above.
     assert torch.autograd.gradcheck(block, (x,), fast_mode=True)
 
@@ -301,8 +300,9 @@ def test_empty_batch(pairwise, subsample, training):
 def test_thin_and_odd_grids(pairwise, subsample, grid):
     block = make_block(pairwise=pairwise, subsample=subsample, norm="").double()
     x = make_input(grid=grid, dtype=torch.float64).requires_grad_()
-    expected = reference.block(x, dict(block.named_parameters()), pairwise, subsample, True)
-    torch.testing.assert_close(block(x), expected)
+    tensors = dict(block.named_parameters())
+    expected = reference.block(x, tensors, pairwise, subsample, True)
+    assert_same_with_gradients(block(x), expected, [x, *tensors.values()])
     assert torch.autograd.gradcheck(block, (x,), fast_mode=True)
 
 
