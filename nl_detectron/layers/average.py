@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from nl_detectron.layers.first_order import first_order
 from nl_detectron.layers.numerics import MAX_SUMMED, accumulable, no_autocast
 
 
@@ -43,7 +43,7 @@ class _ChunkedAverage(torch.autograd.Function):
         return y.squeeze(1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
         logits, g, weights, y = ctx.saved_tensors
         grad_g, product = torch.empty_like(g), torch.empty_like(weights)

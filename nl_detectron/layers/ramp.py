@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from nl_detectron.layers.first_order import first_order
 from nl_detectron.layers.recorded import is_recorded
 
 
@@ -39,7 +39,7 @@ class _RampSum(torch.autograd.Function):
         return sums_over_active(a, b, g)[1]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
         a, b, g = ctx.saved_tensors
         grad_a = (sums_over_active(a, b, g)[0] * grad_y).sum(2)

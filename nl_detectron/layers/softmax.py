@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from nl_detectron.layers.first_order import first_order
 from nl_detectron.layers.numerics import (
     accumulable,
     no_autocast,
@@ -182,7 +182,7 @@ class _TiledSoftmax(torch.autograd.Function):
         return y.to(g.dtype)  # of float32 what is kept itself
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         theta, phi, g, y, total, kept = ctx.saved_tensors
         with no_autocast(theta):

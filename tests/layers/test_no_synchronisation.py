@@ -101,7 +101,7 @@ def test_our_own_backward_passes_on_cuda(name, dtype):
             function, inputs = _TiledSoftmax, [theta, phi, g]
         others = (0.1, CANDIDATES[name]) if name in CANDIDATES else ()
         context = Context()
-        with OneDevice("cuda"):
+        with OneDevice("cuda"), torch.no_grad():  # as autograd calls them
             y = function.forward(context, *inputs, *others)
             gradients = function.backward(context, torch.randn_like(y))[: len(inputs)]
         assert [(t.shape, t.dtype) for t in gradients] == [(t.shape, t.dtype) for t in inputs]

@@ -93,6 +93,29 @@ def test_gradcheck(kind):
     )
 
 
+def second_derivatives(pairwise, kind, arguments):
+    """Of y's square."""
+    y = pairwise(kind, *arguments)
+    gradients = torch.autograd.grad(y.square().sum(), arguments[:3], create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in gradients), arguments[:3])
+
+
+def test_the_dot_product_has_second_derivatives():
+    arguments = inputs()
+    torch.testing.assert_close(
+        second_derivatives(fast, "dot_product", arguments),
+        second_derivatives(exact, "dot_product", arguments),
+    )
+
+
+@pytest.mark.parametrize("kind", ["softmax", "concatenation", "disentangled"])
+def test_second_derivatives_are_refused(kind):
+    """And not silently without a part, as PyTorch's once_differentiable lets it pass."""
+    arguments = inputs(1, 3000, 3000)  # so many that the softmax goes by tiles
+    with pytest.raises(RuntimeError, match="this non-local block has no second derivative"):
+        second_derivatives(fast, kind, arguments)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dot_products_other_order(kind):
     # More channels than positions: the dot product multiplies theta phi^T first.
