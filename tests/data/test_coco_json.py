@@ -160,8 +160,11 @@ def test_fills_in_what_evaluation_reads(register, tmp_path, caplog):
 
 
 def test_complete_file_is_used_as_it_is(register, tmp_path, caplog):
-    register(hand_made_coco())  # logs nothing: the level is that of warnings
+    caplog.set_level("INFO", "nl_detectron")
+    register(hand_made_coco())
+    assert "lacks" in caplog.text
     completed = evaluated("mine")
+    caplog.clear()
     register(completed)
     assert MetadataCatalog.get("mine").json_file == str(tmp_path / "mine.json")
     assert "lacks" not in caplog.text

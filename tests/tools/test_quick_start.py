@@ -203,10 +203,12 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
         end = (1, 30)
         return {"block": [SquareAttention(0, 1, 0.1, end, is_right, 0.1)] * len(squares)}
 
+    monkeypatch.setattr(quick_start_proof, "attention_of", lambda *_: None)
     monkeypatch.setattr(quick_start_proof, "attention_at", planted)
+    monkeypatch.setattr(quick_start_proof, "NUM_INSPECTED", 2)
     html = quick_start_proof.draw_proof(tmp_path)
     assert "98 without a block and 98 with a non-local block" in html
-    assert "% of 200 cases" in html
+    assert "% of 4 cases" in html
     picture = cv2.imread(str(tmp_path / "proof.png"))
     assert picture.shape[0] > 3 * 96  # truth and both models
     assert picture[-7:-4, 3].min() == 255  # the arrow's tip, in a picture three times as large
