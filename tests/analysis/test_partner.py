@@ -64,8 +64,22 @@ def test_even_weights():
     assert not square.is_strongest_on_partner
 
 
-def test_a_disc_smaller_than_a_key_has_the_nearest_one():
-    assert measured(np.full((1, 8), 1 / 8, np.float32)).even == 1 / 8
+@pytest.mark.parametrize(
+    ("grid", "partner", "expected"),
+    [
+        ((4, 32), (231, 8.5, 7.5), [(0, 28), (0, 29), (1, 28), (1, 29)]),
+        # A grid so coarse that no centre is in the disc: the nearest key.
+        ((1, 8), (231, 5, 7.5), [(0, 7)]),
+    ],
+)
+def test_keys_of_a_disc(grid, partner, expected):
+    found = []
+    for cell in np.ndindex(grid):
+        weights = np.zeros(grid, np.float32)
+        weights[cell] = 1
+        ((square,),) = attention_at(Planted(weights), [{**SQUARE, "partner": partner}]).values()
+        found += [cell] * round(square.on_partner)
+    assert found == expected
 
 
 def test_sentence():
