@@ -26,11 +26,11 @@ demo: $(READY) ## Train a small model with non-local blocks; show what it learnt
 	$(VENV)/bin/python tools/quick_start.py $(ARGS)
 
 study-quick: $(READY) ## Compare the block with a baseline and a local control, in minutes
-	$(VENV)/bin/python tools/study.py studies/quick.yaml $(ARGS)
+	$(VENV)/bin/python tools/study.py lab/studies/quick.yaml $(ARGS)
 
 # Where there is a GPU there may be no network: what is not installed is left out of the report.
 gpu-check: ## Test and measure all on this machine's GPU, and write docs/gpu/<device>.md
-	$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
+	$(if $(wildcard $(READY)),$(VENV)/bin/python,$(PYTHON)) -m lab.benchmarks.gpu $(ARGS)
 
 gpu-wheels: $(READY) ## Gather in build/wheels what gpu-check needs besides PyTorch
 	$(VENV)/bin/python tools/build_detectron2.py --output build/wheels

@@ -27,7 +27,7 @@ from nl_detectron.data import register_coco_json
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
 from nl_detectron.engine.drawing import legible_scale, side_by_side
 from nl_detectron.engine.predictor import Predictor, dataset_metadata, trained_config
-from nl_detectron.study.plan import run_name
+from nl_detectron.files import run_name
 
 EPILOG = """
 Examples:

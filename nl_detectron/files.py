@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -128,3 +129,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def run_name(folder: Path) -> str:
+    """
+    Args:
+        folder: what a run has written to.
+
+    Returns:
+        Its name; for a run of a study that of the setting, too, such as ``baseline/seed_1``.
+    """
+    folder = folder.resolve()
+    is_of_study = re.fullmatch(r"seed_\d+", folder.name) is not None
+    return f"{folder.parent.name}/{folder.name}" if is_of_study else folder.name

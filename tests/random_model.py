@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from detectron2.modeling import build_model
 
-from nl_detectron.checkpoint_io import save_checkpoint
 from nl_detectron.config import build_config
+from nl_detectron.weights.checkpoint_io import save_checkpoint
 
 QUICK_START = Path(__file__).resolve().parents[1] / "configs" / "quick_start.yaml"
 SMALL = [

@@ -23,7 +23,7 @@ from nl_detectron import add_nonlocal_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
-FOLDERS = "benchmarks|configs|demo|docs|studies|tests|tools"
+FOLDERS = "configs|demo|docs|lab|tests|tools"
 DETECTRON2S = {"tools/lazyconfig_train_net.py"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -130,7 +130,7 @@ def test_config_keys(page: Path) -> None:
 def messages() -> list[str]:
     """All strings in the code, with … in the place of values."""
     found = []
-    files = [f for folder in ("nl_detectron", "tools") for f in (ROOT / folder).rglob("*.py")]
+    files = [f for folder in ("lab", "nl_detectron", "tools") for f in (ROOT / folder).rglob("*.py")]
     for file in [ROOT / "train_net.py", *files]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):

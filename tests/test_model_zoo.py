@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from nl_detectron import NonLocalBlock, model_zoo
-from nl_detectron.checkpoint_io import CheckpointError, save_checkpoint
+from nl_detectron.weights.checkpoint_io import CheckpointError, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x"

@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
@@ -42,19 +43,22 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import Tensor
 
-from nl_detectron.analysis.cost import (
-    Cost,
-    CostReport,
-    TrainingCost,
-    measure_cost,
-    measure_training,
-)
 from nl_detectron.config import build_config
 from nl_detectron.data import build_train_loader
 from nl_detectron.engine import Trainer
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.engine.setup import check_datasets, use_cpu_without_cuda
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where lab is
+
+from lab.cost import (
+    Cost,
+    CostReport,
+    TrainingCost,
+    measure_cost,
+    measure_training,
+)
 
 COST_HEADERS = ("parameters (M)", "GMACs", "time (ms)", "peak memory (MiB)")
 # Regions that are nothing likely would be dropped.

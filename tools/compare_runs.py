@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import io
 import json
+import sys
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -41,16 +42,6 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from tabulate import tabulate
 
 from nl_detectron.analysis.attention_page import data_url
-from nl_detectron.analysis.comparison import (
-    FIELDS,
-    KINDS,
-    AveragePrecisions,
-    Difference,
-    Errors,
-    compare_aps,
-    kinds_of_errors,
-    match_predictions,
-)
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.data.coco_records import CompletedCOCO
@@ -62,6 +53,19 @@ from nl_detectron.engine.drawing import (
     side_by_side,
 )
 from nl_detectron.engine.setup import check_datasets
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where lab is
+
+from lab.comparison import (
+    FIELDS,
+    KINDS,
+    AveragePrecisions,
+    Difference,
+    Errors,
+    compare_aps,
+    kinds_of_errors,
+    match_predictions,
+)
 
 PREDICTIONS = "inference/coco_instances_results.json"
 NUM_PICTURES = 8  # that B wins, and that B loses

@@ -29,12 +29,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from nl_detectron.checkpoint_io import load_checkpoint, save_checkpoint
 from nl_detectron.config import build_config
-from nl_detectron.conversion import SOURCES, TARGETS, Options, convert
 from nl_detectron.engine.block_settings import block_of
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.layers import PAIRWISE, SUBSAMPLE
+from nl_detectron.weights import SOURCES, TARGETS, Options, convert
+from nl_detectron.weights.checkpoint_io import load_checkpoint, save_checkpoint
 
 
 @exit_on_user_error()

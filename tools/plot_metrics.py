@@ -17,7 +17,7 @@ from pathlib import Path
 
 from nl_detectron.analysis.curves import plot_metrics
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.study.plan import run_name
+from nl_detectron.files import run_name
 
 
 @exit_on_user_error()

@@ -6,7 +6,7 @@
 
 That is the detector of configs/quick_start.yaml; KEY VALUE pairs override its config, as for
 train_net.py. Beside it, on half of the cores, two are trained that have to find one disc among four
-at the other end of the picture (studies/long_range_match.yaml), one of them with a block.
+at the other end of the picture (lab/studies/long_range_match.yaml), one of them with a block.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ from nl_detectron.engine.drawing import (
 )
 from nl_detectron.engine.predictor import Predictor, trained_config
 from nl_detectron.modeling import nonlocal_blocks
-from nl_detectron.study.runner import worker_environment
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where lab is
+
+from lab.study.runner import worker_environment
 from quick_start_proof import PROOF_SETTINGS, SCALE, draw_proof
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +53,7 @@ NUM_PICTURES = 6
 NUM_ATTENTION = 2  # pictures, and points in each
 NUM_INSPECTED = 16
 MIN_SCORE = 0.5
-PROOF = ROOT / "studies" / "long_range_match.yaml"
+PROOF = ROOT / "lab" / "studies" / "long_range_match.yaml"
 ATTENTION_TEXT = """<h2>What counts in its blocks</h2>
 <p>The centre of an object, and arrows to the places that contribute most to what a block adds
 there. The block in the backbone sees the whole image; one in the keypoint head sees the box of an

@@ -27,7 +27,7 @@ from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, sta
 from nl_detectron.engine.predictor import Predictor, trained_config
 
 PROOF_SETTINGS = {"baseline": "without a block", "nl": "with a non-local block"}
-"""Settings of studies/long_range_match.yaml, and what they are called."""
+"""Settings of lab/studies/long_range_match.yaml, and what they are called."""
 
 SCALE = 3  # the images are small
 NUM_INSPECTED = 100

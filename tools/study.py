@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Train and evaluate several settings with several seeds, side by side, and compare them.
 
-    $ tools/study.py studies/quick.yaml
-    $ tools/study.py studies/long_range.yaml --workers 2
-    $ tools/study.py studies/long_range.yaml --report-only    # of what is finished so far
-    $ tools/study.py studies/coco.yaml --launcher slurm --gpus-per-run 8 --slurm partition=gpu
-    $ tools/study.py studies/coco.yaml --status               # what waits, runs, failed
+    $ tools/study.py lab/studies/quick.yaml
+    $ tools/study.py lab/studies/long_range.yaml --workers 2
+    $ tools/study.py lab/studies/long_range.yaml --report-only    # of what is finished so far
+    $ tools/study.py lab/studies/coco.yaml --launcher slurm --gpus-per-run 8 --slurm partition=gpu
+    $ tools/study.py lab/studies/coco.yaml --status               # what waits, runs, failed
 
 The plan names a config of train_net.py, the seeds, the settings (each a name and its overrides of
 the config), and which settings to compare. Each run is a train_net.py of its own, on a GPU of its
@@ -23,12 +23,15 @@ from pathlib import Path
 
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.files import sole_user
-from nl_detectron.study.inputs import check_inputs
-from nl_detectron.study.plan import Plan, Run, load_plan
-from nl_detectron.study.report import write_report
-from nl_detectron.study.runner import default_workers, prepare_runs, run_all
-from nl_detectron.study.slurm import read_parameters, submit
-from nl_detectron.study.status import read_states, state_table
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where lab is
+
+from lab.study.inputs import check_inputs
+from lab.study.plan import Plan, Run, load_plan
+from lab.study.report import write_report
+from lab.study.runner import default_workers, prepare_runs, run_all
+from lab.study.slurm import read_parameters, submit
+from lab.study.status import read_states, state_table
 
 TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train_net.py")]
 

@@ -3,7 +3,7 @@ What fvcore's FLOP counter has to know to be right for non-local blocks.
 
 fvcore counts a multiply-add as one flop, and only products of matrices and the like: of what the
 blocks call, it does not know ``scaled_dot_product_attention``, and without a handle counts it as
-nothing. :mod:`nl_detectron.analysis.cost` passes the handles on itself; for a
+nothing. :mod:`lab.cost` passes the handles on itself; for a
 ``FlopCountAnalysis`` of your own call :func:`register_flop_handles` once, or give it
 :func:`flop_handles`. Work on single elements (the softmax, the sorting and the prefix sums of the
 concatenation) is left out, as it is for all that fvcore knows.

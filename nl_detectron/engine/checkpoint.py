@@ -14,9 +14,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from nl_detectron.checkpoint_io import CheckpointError, load_checkpoint
 from nl_detectron.engine.load_report import LoadReport
 from nl_detectron.files import whole_file
+from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import torch
 from detectron2.engine import default_argument_parser
 
 import train_net
-from nl_detectron.data import default_root, make_shapes
+from nl_detectron.data.toy import default_root, make_shapes
 from nl_detectron.engine import parse_arguments
 from tests.corruption import read_corrupted
 

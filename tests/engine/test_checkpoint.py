@@ -11,8 +11,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, build_model
 
 import train_net
 from nl_detectron import add_nonlocal_config, model_zoo
-from nl_detectron.checkpoint_io import CheckpointError, save_checkpoint
 from nl_detectron.engine import NonLocalCheckpointer, parse_arguments
+from nl_detectron.weights.checkpoint_io import CheckpointError, save_checkpoint
 
 KEYPOINTS = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [16] * 4)
 

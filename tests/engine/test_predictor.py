@@ -7,10 +7,10 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import BitMasks, Boxes, Instances
 from PIL import ImageDraw
 
-from nl_detectron.checkpoint_io import CheckpointError
 from nl_detectron.config import build_config
 from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, side_by_side
 from nl_detectron.engine.predictor import Predictor, dataset_metadata
+from nl_detectron.weights.checkpoint_io import CheckpointError
 from tests.random_model import QUICK_START, save_random_model
 
 SIZE = (60, 80)

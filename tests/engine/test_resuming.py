@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from nl_detectron.checkpoint_io import CheckpointError, load_checkpoint
 from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.files import sole_user, whole_file
+from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint
 
 LOGGER = "nl_detectron.engine.checkpoint"
 

@@ -6,11 +6,11 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import peers
+from lab.benchmarks import peers
 
 
 def mmsegmentation() -> tuple[ModuleType, ModuleType]:
-    """As :func:`benchmarks.peers.mmsegmentation`; without the package the test is skipped."""
+    """As :func:`lab.benchmarks.peers.mmsegmentation`; without the package the test is skipped."""
     try:
         return peers.mmsegmentation()
     except ImportError as error:

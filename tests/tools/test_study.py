@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import study
-from nl_detectron.data import make_long_range
+from nl_detectron.data.toy import make_long_range
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {

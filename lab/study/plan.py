@@ -1,0 +1,216 @@
+"""What a study compares, read from a YAML file, and the training runs that this takes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nl_detectron.config import build_config
+from nl_detectron.validation import check_choice
+
+_KEYS = {
+    "config": (str, "the path of a file"),
+    "seeds": (list, "a list of different integers from 0"),
+    "settings": (dict, "a mapping of names to overrides"),
+    "groups": (dict, "a mapping of titles to settings"),
+}
+_OWN_KEYS = {"SEED", "OUTPUT_DIR"}  # set for each run
+# What a setting may have beside its overrides.
+_SETTING_KEYS = {
+    "config": (str, "the path of a file"),
+    "paper": (dict, "a mapping of metrics to numbers"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a setting with a seed."""
+
+    setting: str
+    seed: int
+    folder: Path
+    config: str  # all of it except OUTPUT_DIR, as YAML
+
+    def __str__(self) -> str:
+        return f"{self.setting}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study; see :func:`load_plan`."""
+
+    config: Path
+    seeds: list[int]
+    settings: dict[str, dict[str, Any]]
+    groups: dict[str, list[str]]
+    configs: dict[str, Path] = field(default_factory=dict)
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def part(self, settings: Collection[str] | None = None, seeds: list[int] | None = None) -> Plan:
+        """
+        Args:
+            settings: names of settings; by default all of them.
+            seeds: to take in the place of the plan's own.
+
+        Returns:
+            The plan of these alone, with the groups that have any of them; where settings are
+            named, without groups that compare no more than another does.
+
+        Raises:
+            ValueError: there is no such setting, or these are no seeds.
+        """
+        for name in settings or ():
+            check_choice("a setting", name, list(self.settings))
+        if seeds is not None:
+            _check_seeds(seeds)
+        chosen = {k: v for k, v in self.settings.items() if settings is None or k in settings}
+        groups = {title: [n for n in names if n in chosen] for title, names in self.groups.items()}
+        if settings is not None:
+            groups = _largest(groups)
+        seeds = self.seeds if seeds is None else seeds
+        return replace(self, seeds=seeds, settings=chosen, groups=groups)
+
+    def runs(self, output: Path, overrides: Sequence[str] = ()) -> list[Run]:
+        """
+        Args:
+            output: the study's folder.
+            overrides: config keys and their values in turn, for all settings, over their own.
+
+        Returns:
+            All runs, each with a folder of its own in ``output``: every setting with the first
+            seed, then every setting with the second, so that a study which is stopped early has
+            compared all settings with fewer seeds.
+
+        Raises:
+            ValueError: a setting's overrides do not fit the config; the message names it.
+        """
+        return [
+            Run(
+                setting,
+                seed,
+                output / setting / f"seed_{seed}",
+                self._config(setting, seed, overrides),
+            )
+            for seed in self.seeds
+            for setting in self.settings
+        ]
+
+    def _config(self, setting: str, seed: int, overrides: Sequence[str]) -> str:
+        own = [word for item in self.settings[setting].items() for word in item]
+        try:
+            cfg = build_config(self.configs.get(setting, self.config), [*own, *overrides])
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"settings: {setting}: {error.args[0]}") from error
+        cfg.SEED = seed
+        cfg.MODEL.WEIGHTS = cfg.MODEL.WEIGHTS.replace("{seed}", str(seed))
+        cfg.OUTPUT_DIR = ""
+        return cfg.dump()
+
+
+def _largest(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Without those that are empty, or a part of another; of equal ones the first."""
+    kept: list[str] = []
+    for title in sorted(groups, key=lambda title: -len(groups[title])):
+        if groups[title] and not any(set(groups[title]) <= set(groups[k]) for k in kept):
+            kept.append(title)
+    return {title: names for title, names in groups.items() if title in kept}
+
+
+def load_plan(path: Path) -> Plan:
+    """
+    Args:
+        path: a YAML file such as ::
+
+            config: ../configs/long_range.yaml  # relative to the plan
+            seeds: [1, 2, 3]
+            settings:  # name to overrides of the config
+              nl: {}
+              nl_dot_product: {MODEL.NONLOCAL.PAIRWISE: dot_product}
+              # A setting may have a config of its own, and what a paper reports for it.
+              shapes: {config: ../configs/quick_start.yaml, paper: {bbox/AP: 38.0}}
+            groups:  # a title to the settings that are compared below it
+              Pairwise functions: [nl, nl_dot_product]
+
+            ``{seed}`` in ``MODEL.WEIGHTS`` stands for the seed of a run, as in
+            ``output/studies/long_range/baseline/seed_{seed}/model_final.pth``.
+
+    Returns:
+        The plan; an empty setting (``nl:``) is the config as it is.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a plan; the message names the file and the place in it.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        _check(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    settings = {name: dict(overrides or {}) for name, overrides in content["settings"].items()}
+    own = {
+        name: {k: setting.pop(k, None) for k in _SETTING_KEYS} for name, setting in settings.items()
+    }
+    files = {name: keys["config"] for name, keys in own.items() if keys["config"]}
+    for file in (content["config"], *files.values()):
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{path}: config is {file}, but there is no file {path.parent / file}")
+    return Plan(
+        path.parent / content["config"],
+        content["seeds"],
+        settings,
+        content["groups"],
+        configs={name: path.parent / file for name, file in files.items()},
+        paper={name: keys["paper"] for name, keys in own.items() if keys["paper"]},
+    )
+
+
+def _check(content: Any) -> None:
+    """
+    Raises:
+        ValueError: the content of a plan is not as :func:`load_plan` shows it.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"a plan is a mapping with the keys {', '.join(_KEYS)}")
+    for key in content:
+        check_choice("a key", key, _KEYS)
+    for key, (kind, legal) in _KEYS.items():
+        if not content.get(key):
+            raise ValueError(f"it has no {key}")
+        if not isinstance(content[key], kind):
+            raise ValueError(f"{key} is {content[key]!r}, not {legal}")
+    _check_seeds(content["seeds"])
+    for name, overrides in content["settings"].items():
+        # It becomes the name of a folder.
+        if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+            raise ValueError(
+                f"settings: {name!r} is no name: letters, digits, - and _, not a digit first"
+            )
+        if not isinstance(overrides, (dict, type(None))):
+            raise ValueError(f"settings: {name} is {overrides!r}, not a mapping of config keys")
+        for key in _OWN_KEYS.intersection(overrides or {}):
+            raise ValueError(f"settings: {name}: {key} is for the study itself to set")
+        for key, (kind, legal) in _SETTING_KEYS.items():
+            value = (overrides or {}).get(key)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"settings: {name}: {key} is {value!r}, not {legal}")
+        for metric, value in ((overrides or {}).get("paper") or {}).items():
+            if type(value) not in (int, float):
+                raise ValueError(f"settings: {name}: paper: {metric} is {value!r}, not a number")
+    for title, names in content["groups"].items():
+        if not isinstance(names, list) or not names:
+            raise ValueError(f"groups: {title} is {names!r}, not a list of settings")
+        for name in names:
+            check_choice(f"groups: {title}: a setting", name, list(content["settings"]))
+
+
+def _check_seeds(seeds: list[Any]) -> None:
+    # Detectron2 takes a negative seed for "a random one".
+    if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {seeds!r}, not {_KEYS['seeds'][1]}")

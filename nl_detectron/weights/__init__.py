@@ -1,0 +1,21 @@
+"""
+Weights of other implementations for our models, and our non-local blocks for theirs.
+
+:func:`convert` takes a state dict and returns the converted one, the config under which it
+computes the same, and a row for every tensor; ``tools/convert_weights.py`` does so with files.
+"""
+
+from nl_detectron.weights.convert import SOURCES, TARGETS, convert, recognise
+from nl_detectron.weights.options import Options
+from nl_detectron.weights.report import Conversion, ConversionError, Row
+
+__all__ = [
+    "SOURCES",
+    "TARGETS",
+    "Conversion",
+    "ConversionError",
+    "Options",
+    "Row",
+    "convert",
+    "recognise",
+]

@@ -1,0 +1,227 @@
+"""From a checkpoint of any implementation to a :class:`Conversion`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nl_detectron.validation import check_choice, did_you_mean
+from nl_detectron.weights.block import Block
+from nl_detectron.weights.checkpoint_io import STATE_DICT_KEYS
+from nl_detectron.weights.families import FAMILIES
+from nl_detectron.weights.families.torchvision import convert_torchvision, is_torchvision
+from nl_detectron.weights.family import Family, Target
+from nl_detectron.weights.options import Options
+from nl_detectron.weights.reading import read_block
+from nl_detectron.weights.report import Conversion, ConversionError
+from nl_detectron.weights.resnets import is_detectron2, resnet_config
+from nl_detectron.weights.writing import write_block
+
+# "torchvision" is a ResNet of torchvision or timm, "detectron2" what has its names already.
+SOURCES = (*FAMILIES, "torchvision", "detectron2")
+TARGETS = tuple(name for name, family in FAMILIES.items() if family.target)
+
+# mmdet's plug-ins and timm's attention layers: within a residual block, before its sum.
+_IN_RESIDUAL_BRANCH = re.compile(r"(?:.*\.)?layer\d+\.\d+\..+")
+
+
+def convert(
+    checkpoint: Mapping[str, Any],
+    family: str | None = None,
+    *,
+    to: str = "nl_detectron",
+    **options: Any,
+) -> Conversion:
+    """
+    Convert weights so that they compute what they did. What neither the file nor the
+    implementation's code settles has to be given as an option.
+
+    Args:
+        checkpoint: a state dict of tensors or NumPy arrays, a whole model's or a block's, or a
+            checkpoint that has one under "blobs", "model_state", "state_dict" or "model".
+        family: one of ``SOURCES``; by default recognised from the names.
+        to: one of ``TARGETS``; other ones than "nl_detectron" take only non-local blocks.
+        **options: ``pairwise``, ``scale``, ``subsample``, ``norm``, ``norm_eps``, ``temperature``,
+            ``dims`` and ``rename``, the attributes of :class:`Options`; None is as if not given.
+
+    Returns:
+        The converted tensors, their settings, and what became of each tensor of the source.
+
+    Raises:
+        ConversionError: the weights are unknown or ambiguous, an option is missing, or the target
+            cannot compute the same.
+        ValueError: an argument, or the name of an option, is not among the legal ones.
+    """
+    check_choice("to", to, TARGETS)
+    given = _options_of(options)
+    tensors, others = _tensors_of(checkpoint)
+    if family is None:
+        family = recognise(tensors)
+    check_choice("family", family, SOURCES)
+    result = Conversion(family)
+    for name, value in others.items():
+        result.leave_out(name, value, "not a tensor")
+
+    if to == "nl_detectron" and family in ("nl_detectron", "detectron2"):
+        _copy(tensors, result)
+    elif family in FAMILIES:
+        _convert_blocks(tensors, FAMILIES[family], to, given, result)
+    elif to != "nl_detectron":
+        raise ConversionError(f"to {to!r} only non-local blocks are converted; there are none here")
+    elif family == "torchvision":
+        convert_torchvision(tensors, result)
+    return result
+
+
+def recognise(tensors: Mapping[str, Tensor]) -> str:
+    """
+    Args:
+        tensors: a state dict.
+
+    Returns:
+        Which of ``SOURCES`` has such names.
+
+    Raises:
+        ConversionError: none has, or several have.
+    """
+    candidates = [name for name, family in FAMILIES.items() if family.find(tensors)]
+    if is_torchvision(tensors):
+        candidates.append("torchvision")
+    if is_detectron2(tensors) and "nl_detectron" not in candidates:
+        candidates.append("detectron2")
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        some = ", ".join(list(tensors)[:5]) or "nothing"
+        raise ConversionError(
+            f"neither a non-local block nor a ResNet of {', '.join(SOURCES)} is among the "
+            f"{len(tensors)} tensors ({some}, ...)"
+        )
+    raise ConversionError(
+        f"the names fit {' and '.join(candidates)}: say which is to be converted, with "
+        f"family={' or '.join(map(repr, candidates))} (convert_weights.py: --family)"
+    )
+
+
+def _options_of(keywords: Mapping[str, Any]) -> Options:
+    for name in keywords:
+        check_choice("option", name, [option.name for option in fields(Options)])
+    return Options(**{name: value for name, value in keywords.items() if value is not None})
+
+
+def _tensors_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of the state dict, without "module." of data-parallel training; all the rest."""
+    content: Mapping[str, Any] = checkpoint
+    others: dict[str, Any] = {}
+    for key in STATE_DICT_KEYS:
+        if isinstance(content.get(key), Mapping):
+            others.update({name: value for name, value in content.items() if name != key})
+            content = content[key]
+    tensors = {
+        name: torch.as_tensor(value)
+        for name, value in content.items()
+        if isinstance(value, (Tensor, np.ndarray))
+    }
+    others.update({name: value for name, value in content.items() if name not in tensors})
+    if tensors and all(name.startswith("module.") for name in tensors):
+        tensors = {name[len("module.") :]: tensor for name, tensor in tensors.items()}
+    return tensors, others
+
+
+def _copy(tensors: Mapping[str, Tensor], result: Conversion) -> None:
+    for name, tensor in tensors.items():
+        result.add(name, name, tensor)
+    result.notes.append(
+        "Detectron2's names already: copied as it is. The file does not tell the input "
+        "(INPUT.FORMAT, PIXEL_MEAN, PIXEL_STD), the stride (STRIDE_IN_1X1) and MODEL.NONLOCAL: "
+        "keep those that it was trained with."
+    )
+    # A bare backbone tells its shape; a detector has its config.
+    bare = {n: t for n, t in tensors.items() if n.startswith(("stem.", "res"))}
+    if is_detectron2(bare):
+        result.settings = {"MODEL": {"RESNETS": resnet_config(bare)}}
+
+
+def _convert_blocks(
+    tensors: Mapping[str, Tensor], family: Family, to: str, options: Options, result: Conversion
+) -> None:
+    found = family.find(tensors)
+    if not found:
+        raise ConversionError(f"there is no non-local block in {family.title}'s names")
+    _check_rename(options.rename, found, family.separator)
+    target = FAMILIES[to].target
+    assert target is not None  # TARGETS are those that have one
+    options = replace(options, dims=_dims_of(FAMILIES[to].title, target, options.dims))
+
+    written: dict[str, Block] = {}
+    for where, block in _placed(found.values(), family, options.rename, result):
+        read_block(block, family, options, result.notes)
+        written[where], names = write_block(block, FAMILIES[to], target)
+        _add_block(written[where], names, where, result)
+    if not written:
+        raise ConversionError(f"no block can be converted: {result.rows[-1].note}")
+    result.settings = target.settings(written, result.notes)
+
+    handled = {row.source for row in result.rows}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in handled}
+    for name in [n for n in rest if n.endswith(family.optimizer)]:
+        result.leave_out(name, rest.pop(name), "the optimizer's")
+    if family.convert_rest and to == "nl_detectron":
+        family.convert_rest(rest, result)
+    else:
+        for name, tensor in rest.items():
+            result.leave_out(name, tensor, "not a non-local block's")
+
+
+def _dims_of(title: str, target: Target, dims: int | None) -> int | None:
+    if dims is None:
+        return target.dims[0]
+    if dims not in target.dims:
+        raise ConversionError(f"{title}'s blocks are {target.dims[0]}-D, not {dims}-D")
+    return dims
+
+
+def _check_rename(rename: Mapping[str, str], found: Iterable[str], separator: str) -> None:
+    blocks = list(found)
+    for old in rename:
+        if not any(b == old or (old and b.startswith(old + separator)) for b in blocks):
+            raise ConversionError(
+                f"there is no block {old!r} to rename; the blocks are "
+                f"{', '.join(map(repr, blocks))}{did_you_mean(old, blocks)}"
+            )
+
+
+def _placed(
+    found: Iterable[Block], family: Family, rename: Mapping[str, str], result: Conversion
+) -> Iterator[tuple[str, Block]]:
+    """The blocks that have a place in our model, or were given one, with their names there."""
+    for block in found:
+        where = family.place(block.prefix, rename)
+        note = (
+            f"{block.prefix} is within a residual block's branch, before its sum; our blocks are "
+            "between residual blocks"
+        )
+        if not _IN_RESIDUAL_BRANCH.fullmatch(block.prefix):
+            yield where, block
+        elif where != block.prefix:
+            result.notes.append(f"NOT THE SAME NETWORK: {note}. {where} is the same block only.")
+            yield where, block
+        else:
+            for ours, name in block.origins.items():
+                why = f"{note} (--rename takes it nevertheless)"
+                result.leave_out(name, block.tensors[ours], why)
+
+
+def _add_block(block: Block, names: Mapping[str, str], where: str, result: Conversion) -> None:
+    for name, tensor in block.tensors.items():
+        target = ".".join(filter(None, (where, names[name])))
+        result.add(block.origins.get(name, ""), target, tensor, block.notes.get(name, ""))
+    for name, source in block.origins.items():
+        if name not in block.tensors:
+            result.leave_out(source, None, block.notes[name])

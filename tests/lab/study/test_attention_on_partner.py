@@ -1,0 +1,74 @@
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+import attention_on_partner
+from lab.study.plan import load_plan
+from nl_detectron import model_zoo
+from nl_detectron.data.toy import make_long_range_match, register_long_range_match
+from nl_detectron.data.toy.long_range_match import default_long_range_match_root
+from nl_detectron.modeling import nonlocal_blocks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("long_range_match")
+    make_long_range_match(root / "far", "far", num_train=1, num_val=3)
+    register_long_range_match(root)
+    yield
+    register_long_range_match(default_long_range_match_root())
+
+
+def predictor_with(*overrides):
+    """Of a model with random weights."""
+    cfg = model_zoo.get_config("long_range_match")
+    cfg.merge_from_list(["MODEL.DEVICE", "cpu", *overrides])
+    torch.manual_seed(0)
+    return SimpleNamespace(cfg=cfg, model=build_model(cfg), aug=None, input_format="BGR")
+
+
+def measure(predictor):
+    return attention_on_partner.measure(predictor, "long_range_match_val", 3)
+
+
+def test_even_attention_has_an_even_share():
+    predictor = predictor_with("MODEL.NONLOCAL.PAIRWISE", "embedded_gaussian")
+    (block,) = nonlocal_blocks(predictor.model).values()
+    torch.nn.init.zeros_(block.theta.weight)
+    (numbers,) = measure(predictor).values()
+    assert numbers["entropy"] == pytest.approx([1])
+    assert numbers["bright"] + numbers["dark"] == pytest.approx([4 / 128] * 6)
+    assert numbers["even"] == pytest.approx([4 / 128] * 12)
+
+
+def test_planted_attention_is_found():
+    """All weight on the upper row's half of the far end's two columns of places."""
+    predictor = predictor_with()
+    (block,) = nonlocal_blocks(predictor.model).values()
+
+    def planted(x, positions):
+        weights = torch.zeros(1, len(positions), *x.shape[2:])
+        weights[..., :2, :4] = weights[..., :2, -4:] = 1 / 16  # two discs on either end
+        return weights
+
+    block.attention = planted
+    (numbers,) = measure(predictor).values()
+    shares = numbers["bright"] + numbers["dark"]
+    assert len(shares) == 6
+    assert set(np.round(shares, 3)) == {0, 0.25}
+    for share, added in zip(shares, numbers["adds, bright"] + numbers["adds, dark"]):
+        assert 0.1 < added < 0.3 if share else added < 0.03
+
+
+def test_models_without_attention_have_nothing_to_measure():
+    assert measure(predictor_with("MODEL.NONLOCAL.BLOCK", "LocalBlock")) == {}
+
+
+def test_every_setting_of_the_study_fits_the_config():
+    plan = load_plan(Path(attention_on_partner.__file__).with_name("long_range_match.yaml"))
+    assert len(plan.part(seeds=[1]).runs(Path("unused"))) == len(plan.settings)
+    assert {name for names in plan.groups.values() for name in names} == set(plan.settings)

@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+
+from lab.study.plan import load_plan
+
+ROOT = Path(__file__).resolve().parents[3]
+STUDIES = sorted((ROOT / "lab" / "studies").glob("*.yaml"))
+PLAN = {
+    "config": str(ROOT / "configs" / "quick_start.yaml"),
+    "seeds": [3, 1],
+    "settings": {"nl": None, "dot-product": {"MODEL.NONLOCAL.PAIRWISE": "dot_product"}},
+    "groups": {"Pairwise functions": ["nl", "dot-product"]},
+}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(**changes):
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump({**PLAN, **changes}, sort_keys=False))
+        return load_plan(path)
+
+    return load
+
+
+def test_every_setting_with_the_first_seed_comes_first(load, tmp_path):
+    runs = load().runs(tmp_path)
+    order = [("nl", 3), ("dot-product", 3), ("nl", 1), ("dot-product", 1)]
+    assert [(run.setting, run.seed) for run in runs] == order
+    assert runs[3].folder == tmp_path / "dot-product" / "seed_1"
+    assert len({run.folder for run in runs}) == 4
+
+
+def test_configs_have_the_overrides_and_the_seed(load, tmp_path):
+    configs = [CfgNode.load_cfg(run.config) for run in load().runs(tmp_path)]
+    assert [cfg.SEED for cfg in configs] == [3, 3, 1, 1]
+    pairwise = [cfg.MODEL.NONLOCAL.PAIRWISE for cfg in configs]
+    assert pairwise == ["embedded_gaussian", "dot_product"] * 2
+    assert configs[0].DATASETS.TRAIN == ["shapes_train"]
+
+
+def test_weights_of_the_same_seed(load, tmp_path):
+    weights = {"MODEL.WEIGHTS": "base/seed_{seed}/model_final.pth"}
+    runs = load(settings={"nl": weights}, groups={"All": ["nl"]}, seeds=[3, 10]).runs(tmp_path)
+    found = [CfgNode.load_cfg(run.config).MODEL.WEIGHTS for run in runs]
+    assert found == ["base/seed_3/model_final.pth", "base/seed_10/model_final.pth"]
+
+
+def test_config_is_relative_to_the_plan(load, tmp_path):
+    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
+    run = load(config="own.yaml").runs(tmp_path)[0]
+    assert CfgNode.load_cfg(run.config).SOLVER.MAX_ITER == 7
+
+
+def test_a_setting_may_have_a_config_and_a_papers_figures(load, tmp_path):
+    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
+    own = {"config": "own.yaml", "paper": {"bbox/AP": 38}, "SOLVER.BASE_LR": 0.5}
+    plan = load(settings={"nl": None, "own": own}, groups={"All": ["nl", "own"]})
+    assert plan.paper == {"own": {"bbox/AP": 38}}
+    of_plan, of_setting = (CfgNode.load_cfg(r.config).SOLVER for r in plan.runs(tmp_path)[:2])
+    assert (of_setting.MAX_ITER, of_setting.BASE_LR) == (7, 0.5)
+    assert of_plan.MAX_ITER != 7
+
+
+def test_overrides_of_the_command_line_come_last(load, tmp_path):
+    plan = load(settings={"nl": {"SOLVER.MAX_ITER": 7}}, groups={"All": ["nl"]})
+    for run in plan.runs(tmp_path, ["SOLVER.MAX_ITER", "8"]):
+        assert CfgNode.load_cfg(run.config).SOLVER.MAX_ITER == 8
+
+
+def test_a_part_of_a_plan(load, tmp_path):
+    plan = load(groups={"All": ["nl", "dot-product"], "Other": ["dot-product"]})
+    part = plan.part(["nl"], [5])
+    assert [(run.setting, run.seed) for run in part.runs(tmp_path)] == [("nl", 5)]
+    assert part.groups == {"All": ["nl"]}
+    assert plan.part() == plan
+    with pytest.raises(ValueError, match=r"a setting is 'nll', .*did you mean 'nl'"):
+        plan.part(["nll"])
+    with pytest.raises(ValueError, match=r"seeds is \[-1\]"):
+        plan.part(seeds=[-1])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "titles"),
+    [
+        (["a"], ["First"]),
+        (["a", "b"], ["Second"]),
+        (["b", "c"], ["Second", "Third"]),
+        (["a", "b", "c"], ["Second", "Third"]),
+        (["d"], []),
+        (None, ["First", "Second", "Again", "Third"]),
+    ],
+)
+def test_groups_that_compare_no_more_than_another_are_left_out(load, chosen, titles):
+    groups = {"First": ["a"], "Second": ["a", "b"], "Again": ["b", "a"], "Third": ["a", "c"]}
+    plan = load(settings=dict.fromkeys("abcd"), groups=groups)
+    assert list(plan.part(chosen).groups) == titles
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": {"nl": {"config": 3}}}, "settings: nl: config is 3, not the path"),
+        ({"settings": {"nl": {"paper": [38]}}}, r"settings: nl: paper is \[38\], not a mapping"),
+        ({"settings": {"nl": {"paper": {"bbox/AP": "38"}}}}, "nl: paper: bbox/AP is '38', not a"),
+        ({"seed": [1]}, "a key is 'seed', .*did you mean 'seeds'"),
+        ({"groups": None}, "it has no groups"),
+        ({"config": 3}, "config is 3"),
+        ({"config": "none.yaml"}, "there is no file .*none.yaml"),
+        ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
+        ({"seeds": [-1]}, r"seeds is \[-1\]"),
+        ({"seeds": [True]}, r"seeds is \[True\]"),
+        ({"seeds": 1}, "seeds is 1"),
+        ({"settings": ["nl"]}, r"settings is \['nl'\]"),
+        ({"settings": {"../nl": {}}}, "settings: '../nl' is no name"),
+        ({"settings": {"nl": "GN"}}, "settings: nl is 'GN'"),
+        ({"settings": {"nl": {"SEED": 1}}}, "settings: nl: SEED is for the study"),
+        ({"groups": ["nl"]}, r"groups is \['nl'\]"),
+        ({"groups": {"All": []}}, r"groups: All is \[\]"),
+        ({"groups": {"All": ["nll"]}}, "groups: All: a setting is 'nll', .*did you mean 'nl'"),
+    ],
+)
+def test_bad_plans_are_refused(load, changes, message):
+    with pytest.raises(ValueError, match=rf"plan\.yaml: .*{message}"):
+        load(**changes)
+
+
+@pytest.mark.parametrize("text", ["settings: [", "- nl", ""])
+def test_other_files_are_named(tmp_path, text):
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"plan\.yaml"):
+        load_plan(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"MODEL.NONLOCAL.PAIRWIZE": "gaussian"}, "settings: nl: .*did you mean .*PAIRWISE"),
+        ({"SOLVER.BASE_LR": "fast"}, "settings: nl: .*SOLVER.BASE_LR"),
+    ],
+)
+def test_overrides_that_do_not_fit_are_refused(load, tmp_path, overrides, message):
+    plan = load(settings={"nl": overrides}, groups={"All": ["nl"]})
+    with pytest.raises(ValueError, match=message):
+        plan.runs(tmp_path)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_that_come_with_the_package(path, tmp_path):
+    plan = load_plan(path)
+    grouped = {name for names in plan.groups.values() for name in names}
+    assert grouped == set(plan.settings)
+    runs = plan.runs(tmp_path)
+    assert len({run.config for run in runs}) == len(runs)  # no setting is another's twin
+    for run in runs[: len(plan.settings)]:
+        cfg = CfgNode.load_cfg(run.config)
+        cfg.MODEL.DEVICE = "meta"
+        with torch.device("meta"):
+            build_model(cfg)
+        assert {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} <= set(DatasetCatalog.list())
+
+
+def test_quick_study_is_a_part_of_the_whole(tmp_path):
+    quick, whole = (
+        load_plan(ROOT / "lab" / "studies" / f"{n}.yaml") for n in ("quick", "long_range")
+    )
+    assert set(quick.runs(tmp_path)) <= set(whole.runs(tmp_path))

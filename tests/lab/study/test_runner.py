@@ -1,0 +1,131 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from lab.study.runner import default_workers, prepare_runs, read_result, run_all
+
+RUN_ALL = """
+import sys
+from pathlib import Path
+from lab.study.plan import Run
+from lab.study.runner import run_all
+runs = [Run("nl", seed, Path(sys.argv[1], "nl", f"seed_{seed}"), "") for seed in (1, 2)]
+run_all(runs, sys.argv[2:], workers=2)
+"""
+
+
+def environments(study):
+    """OMP_NUM_THREADS and CUDA_VISIBLE_DEVICES of each start."""
+    return [json.loads(line)[1:] for lines in study.starts().values() for line in lines]
+
+
+def test_runs_all_and_keeps_the_last_aps(study):
+    assert prepare_runs(study.runs) == study.runs
+    assert run_all(study.runs, study.train, workers=2) == []
+    for run in study.runs:
+        result = read_result(run)
+        assert result.pop("seconds") > 0
+        assert result == {"bbox/AP": 59.0 + run.seed, "bbox/AP50": 118.0 + 2 * run.seed}
+
+
+def test_finished_runs_are_not_run_again(study):
+    prepare_runs(study.runs)
+    run_all(study.runs[:1], study.train, workers=1)
+    assert prepare_runs(study.runs) == study.runs[1:]
+
+
+def test_a_failure_does_not_stop_the_others(study, capsys):
+    study.behave("fail-nl")
+    prepare_runs(study.runs)
+    failed = run_all(study.runs, study.train, workers=1)
+    assert Counter(run.setting for run in failed) == {"nl": 2}
+    assert prepare_runs(study.runs) == failed
+    output = capsys.readouterr().out
+    log = failed[0].folder / "run.log"
+    assert f"nl, seed 1: FAILED, exit status 1; see {log}\n    CUDA out of memory\n" in output
+    assert "baseline, seed 2: bbox/AP 61.0 (" in output
+    assert log.read_text() == "CUDA out of memory\n"
+
+
+def test_training_without_evaluation_is_a_failure(study, capsys):
+    study.behave("no-ap")
+    prepare_runs(study.runs)
+    for train in (study.train, ["true"]):
+        assert run_all(study.runs[:1], train, workers=1) == study.runs[:1]
+    assert capsys.readouterr().out.count("no AP in its metrics.json") == 2
+
+
+def test_other_settings_in_the_same_folder_are_refused(study):
+    prepare_runs(study.runs)
+    config = study.runs[2].folder / "run.yaml"
+    config.write_text("another")
+    with pytest.raises(ValueError, match=rf"other settings \({config}\)"):
+        prepare_runs(study.runs)
+    assert config.read_text() == "another"
+
+
+@pytest.mark.parametrize(("workers", "threads"), [(1, 6), (2, 3), (4, 1), (9, 1)])
+def test_workers_share_the_cores(study, monkeypatch, workers, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    prepare_runs(study.runs)
+    run_all(study.runs[:2], study.train, workers)
+    assert {threads_ for threads_, _ in environments(study)} == {str(threads)}
+
+
+def test_a_chosen_number_of_threads_is_kept(study, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    prepare_runs(study.runs)
+    run_all(study.runs[:1], study.train, workers=1)
+    assert [threads for threads, _ in environments(study)] == ["7"]
+
+
+@pytest.mark.parametrize(("visible", "devices"), [(None, {"0", "1"}), ("3,5", {"3", "5"})])
+def test_each_worker_has_a_gpu(study, monkeypatch, visible, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    prepare_runs(study.runs)
+    run_all(study.runs, study.train, default_workers())
+    assert {device for _, device in environments(study)} == devices
+
+
+def test_runs_with_several_gpus(study, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    prepare_runs(study.runs)
+    assert default_workers(gpus_per_run=2) == 2
+    run_all(study.runs, study.train, workers=2, gpus_per_run=2)
+    assert {device for _, device in environments(study)} == {"0,1", "2,3"}
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_stops_the_children(study, signal_):
+    study.behave("hang")
+    prepare_runs(study.runs)
+    command = [sys.executable, "-c", RUN_ALL, str(study.output), *study.train]
+    parent = subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        # What runs in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 30
+    while len(study.starts()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    parent.send_signal(signal_)
+    assert parent.wait(timeout=20)
+    pids = [json.loads(line)[0] for lines in study.starts().values() for line in lines]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert all(read_result(run) is None for run in study.runs)
