@@ -130,7 +130,9 @@ def test_config_keys(page: Path) -> None:
 def messages() -> list[str]:
     """All strings in the code, with … in the place of values."""
     found = []
-    files = [f for folder in ("lab", "nl_detectron", "tools") for f in (ROOT / folder).rglob("*.py")]
+    files = [
+        f for folder in ("lab", "nl_detectron", "tools") for f in (ROOT / folder).rglob("*.py")
+    ]
     for file in [ROOT / "train_net.py", *files]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
