@@ -6,34 +6,47 @@ import difflib
 from collections.abc import Collection
 
 
+class ArgumentError(ValueError):
+    """
+    An argument that is not legal. Where arguments come from a config, the error is raised again
+    with the key in the place of the argument's name.
+
+    Attributes:
+        argument: its name.
+        problem: the rest of the message, such as "is 0, but must be above 0".
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(argument, problem)
+        self.argument = argument
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.problem}"
+
+
 def check_choice(name: str, value: object, legal: Collection[object]) -> None:
     """
+    Refuse a value that is not among the legal ones.
+
     Args:
-        name: what the value is of, as the user knows it.
+        name: the argument's or the setting's name, as the user writes it.
         value: the value.
         legal: all legal ones; a bool is not an integer here.
 
     Raises:
-        ValueError: ``value`` is not among ``legal``.
+        ArgumentError: ``value`` is not among ``legal``.
     """
     # "1 == True" must not let a bool through where a number is meant, nor the reverse.
     if any(value == choice and type(value) is type(choice) for choice in legal):
         return
     choices = ", ".join(repr(choice) for choice in legal)
-    raise ValueError(
-        f"{name} is {value!r}, but must be one of {choices}{did_you_mean(value, legal)}"
-    )
+    hint = did_you_mean(value, legal)
+    raise ArgumentError(name, f"is {value!r}, but must be one of {choices}{hint}")
 
 
 def did_you_mean(value: object, legal: Collection[object]) -> str:
-    """
-    Args:
-        value: what somebody wrote.
-        legal: what is legal.
-
-    Returns:
-        ``; did you mean 'res4'?`` for a string close to a legal one, else the empty string.
-    """
+    """``; did you mean 'res4'?`` for a string close to a legal one, else the empty string."""
     words = [choice for choice in legal if isinstance(choice, str)]
     near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""

@@ -40,6 +40,7 @@ from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.engine.hooks import BlockWeightsHook, NoEvaluationAfterFailureHook
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.setup import check_weights_exist, set_up_logging
+from nl_detectron.project import use_project
 
 logger = logging.getLogger("nl_detectron")
 
@@ -143,6 +144,8 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     with contextlib.ExitStack() as run:
         # Errors of the user show up until all is built and loaded; later ones are the program's.
         with exit_on_user_error(traceback=args.traceback):
+            for project in args.project:  # in the processes that launch has spawned
+                use_project(project)
             if not args.eval_only:
                 run.enter_context(sole_run(build_config(args).train.output_dir))
             cfg = setup(args)

@@ -4,6 +4,7 @@ import nl_detectron.data.toy  # noqa: F401
 from nl_detectron.data.coco_json import configure_for_dataset, register_coco_json
 from nl_detectron.data.coco_records import CompletingCOCOEvaluator
 from nl_detectron.data.stream import TrainLoader, build_train_loader
+from nl_detectron.submodules import submodules
 
 __all__ = [
     "CompletingCOCOEvaluator",
@@ -12,3 +13,5 @@ __all__ = [
     "configure_for_dataset",
     "register_coco_json",
 ]
+
+__getattr__ = submodules(__name__)

@@ -6,6 +6,7 @@ from nl_detectron.engine.interruption import Interruption
 from nl_detectron.engine.launch import launch
 from nl_detectron.engine.optimizer import get_optimizer_params, scale_block_lr
 from nl_detectron.engine.trainer import Trainer
+from nl_detectron.submodules import submodules
 
 __all__ = [
     "ExactResume",
@@ -18,3 +19,5 @@ __all__ = [
     "parse_arguments",
     "scale_block_lr",
 ]
+
+__getattr__ = submodules(__name__)

@@ -13,7 +13,7 @@ from detectron2.engine import DefaultPredictor
 from nl_detectron.config import build_config
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.drawing import draw_predictions
-from nl_detectron.engine.setup import check_weights_exist, use_cpu_without_cuda
+from nl_detectron.engine.setup import check_weights_exist, num_classes_of, use_cpu_without_cuda
 
 
 class Predictor(DefaultPredictor):
@@ -91,13 +91,12 @@ def dataset_metadata(cfg: CfgNode) -> Metadata:
 
     Returns:
         What is registered of its first test dataset, if that has as many classes, and keypoints if
-        any, as its model; else nothing.
+        any, as its model, as far as that is known; else nothing.
     """
-    model = cfg.MODEL
-    head = model.RETINANET if model.META_ARCHITECTURE == "RetinaNet" else model.ROI_HEADS
+    model, known = cfg.MODEL, num_classes_of(cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
     num_keypoints = len(metadata.get("keypoint_names", []))
-    fits = len(metadata.get("thing_classes", [])) == head.NUM_CLASSES and (
+    fits = (known is None or len(metadata.get("thing_classes", [])) == known[1]) and (
         not model.KEYPOINT_ON or num_keypoints in (0, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     )
     return metadata if fits else Metadata()

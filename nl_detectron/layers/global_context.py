@@ -12,6 +12,7 @@ from torch.nn import functional
 from nl_detectron.layers.attention_block import CONV, AttentionBlock, flat_index, flat_positions
 from nl_detectron.layers.numerics import accumulable, no_autocast, saturated
 from nl_detectron.layers.pairwise import softmax_average
+from nl_detectron.validation import ArgumentError
 
 
 class GlobalContextBlock(AttentionBlock):
@@ -42,9 +43,10 @@ class GlobalContextBlock(AttentionBlock):
         """
         super().__init__(in_channels, dims=dims, pairwise="global_context")
         if not isinstance(reduction, int) or not 1 <= reduction <= in_channels // 2:
-            raise ValueError(
-                f"reduction is {reduction!r}, but must be an integer from 1 to "
-                f"in_channels // 2 = {in_channels // 2}"
+            raise ArgumentError(
+                "reduction",
+                f"is {reduction!r}, but must be an integer from 1 to "
+                f"in_channels // 2 = {in_channels // 2}",
             )
         conv: Any = CONV[dims]
         self.context = conv(in_channels, 1, kernel_size=1)

@@ -37,7 +37,7 @@ from nl_detectron.layers.pairwise import (
     softmax_weights,
 )
 from nl_detectron.layers.subsampling import SUBSAMPLE, max_pool, pyramid_pool
-from nl_detectron.validation import check_choice
+from nl_detectron.validation import ArgumentError, check_choice
 
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 
@@ -109,12 +109,12 @@ class NonLocalBlock(AttentionBlock):
         check_choice("subsample", subsample, SUBSAMPLE)
         check_choice("zero_init_layer", zero_init_layer, ZERO_INIT_LAYERS)
         if not isinstance(reduction, int) or not 1 <= reduction <= in_channels:
-            raise ValueError(
-                f"reduction is {reduction!r}, but must be an integer from 1 to "
-                f"in_channels={in_channels}"
+            raise ArgumentError(
+                "reduction",
+                f"is {reduction!r}, but must be an integer from 1 to in_channels={in_channels}",
             )
         if isinstance(temperature, bool) or not temperature > 0:
-            raise ValueError(f"temperature is {temperature!r}, but must be a number above 0")
+            raise ArgumentError("temperature", f"is {temperature!r}, but must be a number above 0")
         self.key_channels = in_channels if key_channels is None else key_channels
         has_embeddings = PAIRWISE[pairwise].has_embeddings
         if not has_embeddings and self.key_channels != in_channels:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nl_detectron.layers.detectron2_parts import get_norm
-from nl_detectron.validation import check_choice
+from nl_detectron.validation import ArgumentError, check_choice
 
 ZERO_INIT_LAYERS = ("norm", "out")
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "")
@@ -34,7 +34,7 @@ def build_norm(norm: Norm, channels: int) -> nn.Module | None:
         return norm(channels)
     check_choice("norm", norm, NORMS)
     if norm == "GN" and channels % 32:
-        raise ValueError(f'norm "GN" has 32 groups, which do not divide {channels} channels')
+        raise ArgumentError("norm", f'"GN" has 32 groups, which do not divide {channels} channels')
     # Detectron2 0.6 has no "LN".
     return ChannelLayerNorm(channels) if norm == "LN" else get_norm(norm, channels)
 

@@ -10,6 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_b
 
 from nl_detectron.config import nonlocal_node
 from nl_detectron.modeling.blocks import build_block
+from nl_detectron.modeling.first_step import expect_lr_factors
 from nl_detectron.modeling.insertion import PlacementError, insert_blocks
 from nl_detectron.validation import check_choice
 
@@ -35,6 +36,7 @@ def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     backbone = BACKBONE_REGISTRY.get(node.BACKBONE)(cfg, input_shape)
     if not any(node.AFTER_BLOCKS_PER_STAGE):
         return backbone
+    expect_lr_factors(backbone, node.GAMMA_LR_FACTOR, node.LR_FACTOR)
     try:
         return insert_blocks(backbone, node.AFTER_BLOCKS_PER_STAGE, partial(build_block, cfg))
     except PlacementError as error:

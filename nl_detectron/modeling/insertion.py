@@ -14,6 +14,7 @@ from torch import nn
 
 from nl_detectron.layers import NonLocalBlock
 from nl_detectron.modeling.blocks import is_nonlocal_block
+from nl_detectron.modeling.first_step import announce_at_first_step
 from nl_detectron.validation import check_choice
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ def insert_blocks(
             f" ({block.out_channels} channels)"
             + (": frozen, as its stage is; it will not learn" if frozen else ""),
         )
+    inserted = [(f"{stage}.{name}", block) for stage, _, _, name, block in insertions]
+    announce_at_first_step(backbone, [(name, b, b.out_channels) for name, b in inserted])
     return backbone
 
 

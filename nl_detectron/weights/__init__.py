@@ -5,6 +5,7 @@ Weights of other implementations for our models, and our non-local blocks for th
 computes the same, and a row for every tensor; ``tools/convert_weights.py`` does so with files.
 """
 
+from nl_detectron.submodules import submodules
 from nl_detectron.weights.convert import SOURCES, TARGETS, convert, recognise
 from nl_detectron.weights.options import Options
 from nl_detectron.weights.report import Conversion, ConversionError, Row
@@ -19,3 +20,5 @@ __all__ = [
     "convert",
     "recognise",
 ]
+
+__getattr__ = submodules(__name__)
