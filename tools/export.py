@@ -36,7 +36,7 @@ Your own, without keypoints, for ONNX Runtime (onnx and onnxruntime have to be i
         --image photo.jpg --output model.onnx
 
 The config that fits weights best is the config.yaml that train_net.py writes beside them. Faster
-and Mask R-CNN can be exported in all formats, Keypoint R-CNN as TorchScript, Cascade R-CNN as ONNX
+and Mask R-CNN can be exported in both formats, Keypoint R-CNN as TorchScript, Cascade R-CNN as ONNX
 (with Detectron2's main branch traced, too): as far as Detectron2's own can.
 
 The file takes an image of any size, and returns what is found in it before Detectron2 scales boxes
@@ -70,12 +70,19 @@ def make_parser() -> Parser:
     parser.add_argument("--output", type=Path, metavar="FILE", required=True, help="to be written")
     parser.add_argument(
         "--format",
+        type=exportable,
         choices=FORMATS,
-        help="traced or scripted TorchScript, or ONNX (default: onnx for an --output of that "
-        "suffix, else traced)",
+        help="traced TorchScript, or ONNX (default: onnx for an --output of that suffix, else "
+        "traced)",
     )
     parser.add_overrides()
     return parser
+
+
+def exportable(format: str) -> str:
+    if format == "scripted":
+        raise argparse.ArgumentTypeError("PyTorch deprecates scripting: use traced, or onnx")
+    return format
 
 
 @exit_on_user_error((*USER_ERRORS, ImportError))

@@ -121,7 +121,8 @@ def embed(block: NonLocalBlock, x: Tensor) -> tuple[Tensor, ...]:
     (B, N_k, 1), if it has one.
     """
     keys = functional.max_pool2d(x, 2) if block.subsample == "input" else x
-    theta, phi = (x, keys) if block.theta is None else (block.theta(x), block.phi(keys))
+    theta = x if block.theta is None else block.theta(x)
+    phi = keys if block.phi is None else block.phi(keys)
     by_key = [phi, block.g(keys), *([] if block.unary is None else [block.unary(keys)])]
     if block.subsample == "embeddings":
         by_key = [functional.max_pool2d(t, 2) for t in by_key]
@@ -209,7 +210,7 @@ def _textbook(block: Block) -> Built:
 
 
 def _concat_terms(block: NonLocalBlock, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-    w_theta, w_phi = block.concat.weight.flatten().to(theta.dtype).chunk(2)
+    w_theta, w_phi = block.get_parameter("concat.weight").flatten().to(theta.dtype).chunk(2)
     return theta @ w_theta, phi @ w_phi
 
 

@@ -1,3 +1,5 @@
+"""The blocks, and the non-local operation; they need PyTorch alone."""
+
 from nl_detectron.layers.attention_block import AttentionBlock
 from nl_detectron.layers.global_context import GlobalContextBlock
 from nl_detectron.layers.local_block import LocalBlock

@@ -10,6 +10,7 @@ from typing import Any
 
 from lab.benchmarks.comparison import BLOCK, OPERATION
 from lab.benchmarks.comparison import Row as Measured
+from lab.benchmarks.gpu.kernels import CANDIDATES
 from lab.benchmarks.implementations import OURS, Case
 from lab.benchmarks.machine import machine_line
 from lab.benchmarks.measure import (
@@ -20,7 +21,6 @@ from lab.benchmarks.measure import (
     UNAVAILABLE,
     Outcome,
 )
-from nl_detectron.layers.softmax import CANDIDATES
 
 Row = dict[str, Any]
 
