@@ -14,7 +14,8 @@ VERSION = re.search(
 
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 SLURM = ["submitit>=1.5"]
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM]
+TIMM = ["timm>=1.0"]
+TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM, *TIMM]
 
 setup(
     name="nl_detectron",
@@ -50,6 +51,7 @@ setup(
     extras_require={
         "onnx": ONNX,
         "slurm": SLURM,
+        "timm": TIMM,
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "import-linter"],
     },

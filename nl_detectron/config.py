@@ -43,10 +43,14 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # For each stage (res2, res3, res4, res5) the residual blocks after which a non-local block
     # comes; negatives count from the end, so -2 is "right before the last residual block".
     node.AFTER_BLOCKS_PER_STAGE = [[], [], [-2], []]
+    # Names, or patterns as in fnmatch, of modules in the backbone after which a block comes, too,
+    # such as "fpn_output*" or "bottom_up.res4.*.conv3".
+    node.AFTER_MODULES = []
 
     # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, GlobalContextBlock (GCNet; see
-    # docs/BLOCKS.md), LocalBlock (a control without attention), or one of your own. Each reads
-    # those of the keys below that mean something to it: GlobalContextBlock REDUCTION and ZERO_INIT.
+    # docs/BLOCKS.md), LocalBlock (a control without attention), TimmAttention, or one of your own.
+    # Each reads those of the keys below that mean something to it: GlobalContextBlock REDUCTION and
+    # ZERO_INIT.
     node.BLOCK = "NonLocalBlock"
     # The pairwise function: gaussian, embedded_gaussian, dot_product, concatenation, or
     # disentangled (DNL; see docs/BLOCKS.md).
@@ -64,6 +68,8 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.SUBSAMPLE = "embeddings"
     # The normalisation after W_z; anything that Detectron2's get_norm knows.
     node.NORM = "BN"
+    # TimmAttention's layer, by its name in timm.layers.create_attn: se, eca, cbam, ge, gc, ...
+    node.TIMM = "se"
     # Start each block as the identity.
     node.ZERO_INIT = True
     # By zeros in "norm" (gamma, as in the paper) or in "out" (W_z, which learns much sooner:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from nl_detectron.modeling.blocks import nonlocal_blocks, norm_after_out
+from nl_detectron.modeling.blocks import gamma_parameters, nonlocal_blocks, norm_after_out
 
 
 def announce_at_first_step(
@@ -60,7 +60,7 @@ def expect_lr_factors(module: nn.Module, gamma_lr_factor: float, lr_factor: floa
 
     def compare(model: nn.Module, optimizer: Optimizer) -> None:
         blocks = nonlocal_blocks(model).values()
-        gammas = _parameters(filter(None, map(norm_after_out, blocks)))
+        gammas = {p for block in blocks for p in gamma_parameters(block)}
         others = _parameters(blocks) - gammas
         rest = _parameters([model]) - gammas - others
         rates = {p: float(g["lr"]) for g in optimizer.param_groups for p in g["params"]}

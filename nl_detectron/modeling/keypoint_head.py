@@ -15,7 +15,7 @@ from torch import nn
 from nl_detectron.layers import NonLocalBlock
 from nl_detectron.modeling.blocks import build_block
 from nl_detectron.modeling.first_step import announce_at_first_step
-from nl_detectron.modeling.insertion import insert_child
+from nl_detectron.surgery import insert_child
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
@@ -69,14 +69,6 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """
-        Args:
-            cfg: a config with ``MODEL.NONLOCAL``.
-            input_shape: shape of the region features.
-
-        Returns:
-            The arguments of ``__init__``.
-        """
         return {
             **super().from_config(cfg, input_shape),
             "make_block": partial(build_block, cfg),
