@@ -48,9 +48,7 @@ class TimmAttention(CNNBlockBase):
         try:
             self.attention = create_attn(timm, in_channels, **_OPTIONS.get(timm, {}))
         except Exception as error:  # each layer refuses channels in its own way
-            problem = (
-                f"is {timm!r}, which the installed timm does not make for {in_channels} channels"
-            )
+            problem = f"is {timm!r}, which timm does not make for {in_channels} channels"
             raise ArgumentError("timm", f"{problem}: {error!r}") from error
         self.gamma = nn.Parameter(torch.full((in_channels, 1, 1), 0.0 if zero_init else 1.0))
 

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nl_detectron.layers import NonLocalBlock
 from nl_detectron.modeling.first_step import announce_at_first_step
@@ -71,6 +72,8 @@ def insert_blocks(module: Model, places: Places, make_block: Callable[[int], nn.
         PlacementError: a ValueError; there is no such place, or a block changes shape or dtype. The
             module is then as it was, as after any error of ``make_block``.
     """
+    if any(isinstance(inner, DistributedDataParallel) for inner in module.modules()):
+        raise PlacementError("put blocks in before DistributedDataParallel, which would miss them")
     planned = [
         (place, *_fitted(make_block(place.channels), place))
         for place in find_places(module, places)
@@ -84,7 +87,8 @@ def insert_blocks(module: Model, places: Places, make_block: Callable[[int], nn.
                 f"{type(block).__name__} {place.name} after {place.after} ({place.channels} "
                 "channels)" + (": frozen, as its stage is; it will not learn" if frozen else ""),
             )
-        announce_at_first_step(module, [(p.name, block, p.channels) for p, block, _ in planned])
+        if planned:
+            announce_at_first_step(module, [(p.name, b, p.channels) for p, b, _ in planned])
     except BaseException:
         for take_away in reversed(undo):
             take_away()

@@ -1,19 +1,27 @@
 """Places in backbones that are not built as Detectron2 builds its ResNet: right, or refused."""
 
 import copy
+import logging
 import pickle
 import re
 from contextlib import nullcontext
 
 import pytest
 import torch
-from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
-from detectron2.modeling import FPN, Backbone
+from detectron2.config import get_cfg
+from detectron2.layers import CNNBlockBase, Conv2d, FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.modeling import FPN, Backbone, build_backbone, build_resnet_backbone
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
-from nl_detectron import insert_nonlocal_blocks
+from nl_detectron import (
+    NonLocalBlock,
+    add_nonlocal_config,
+    insert_blocks,
+    insert_nonlocal_blocks,
+)
 from nl_detectron.modeling import nonlocal_blocks
 
 DEFAULT = [[], [], [-2], []]
@@ -334,3 +342,221 @@ def test_a_block_after_a_module_goes_wherever_the_model_goes(copied):
         assert not torch.allclose(plain(x)["p3"], expected["p3"])
     for name, output in expected.items():
         torch.testing.assert_close(actual[name], output, rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_after_a_module_is_trained_by_distributed_data_parallel(tmp_path):
+    model = insert_nonlocal_blocks(fpn(Body()), ["fpn_output4"])
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        distributed = DistributedDataParallel(model, find_unused_parameters=False)
+        outputs = distributed(torch.randn(2, 3, 64, 64))
+        sum(output.square().sum() for output in outputs.values()).backward()
+        assert model.get_submodule("fpn_output4.nonlocal").norm.weight.grad.any()
+        with pytest.raises(ValueError, match="before DistributedDataParallel"):
+            insert_nonlocal_blocks(distributed, ["module.fpn_output3"])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_block_within_a_checkpointed_module_is_run_again_in_the_backward_pass():
+    torch.manual_seed(0)
+    model = insert_nonlocal_blocks(Body(), ["layer3.1.conv3"], zero_init=False)
+    checkpointed = copy.deepcopy(model)
+    checkpointed.layer3 = checkpoint_wrapper(checkpointed.layer3)
+    x = torch.randn(2, 3, 64, 64)
+    for net in (model, checkpointed):
+        net(x)["res5"].square().sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    for gradient, parameter in zip(gradients, checkpointed.parameters()):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_names_reach_through_wrappers():
+    model = Body(layer3=checkpoint_wrapper(sequential()))
+    insert_nonlocal_blocks(model, ["layer3.*.conv3", "layer3"])
+    keys = {key.rpartition(".theta")[0] for key in model.state_dict() if ".theta." in key}
+    assert keys == {"layer3.nonlocal", *(f"layer3.{i}.conv3.nonlocal" for i in range(3))}
+    assert set(nonlocal_blocks(model)) == keys
+
+
+def test_a_block_in_frozen_surroundings_is_frozen(caplog):
+    model = Body()
+    model.layer2.requires_grad_(False)
+    insert_blocks(model, ["layer2.0.conv3", "layer3.0.conv3", "layer2.1.shortcut"], PlainBlock)
+    frozen = {name: not b.scale.requires_grad for name, b in nonlocal_blocks(model).items()}
+    assert frozen == {
+        "layer2.0.conv3.nonlocal": True,
+        "layer2.1.shortcut.nonlocal": True,
+        "layer3.0.conv3.nonlocal": False,
+    }
+    assert "layer2.0.conv3.nonlocal after layer2.0.conv3 (8 channels): frozen" in caplog.text
+
+
+class PlainBlock(nn.Module):
+    """A block of a user's own, without anything that Detectron2 knows."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(channels, 1, 1))
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return x + self.scale * self.norm(x).sigmoid()
+
+
+@pytest.mark.parametrize("places", [{"res4": [0]}, ["res4.0"], ["res4.0.conv2"]], ids=str)
+def test_any_module_that_keeps_the_shape_is_a_block(places):
+    backbone = resnet18()
+    x = torch.randn(1, 3, 64, 64)
+    expected = copy.deepcopy(backbone)(x)["res4"]
+    insert_blocks(backbone, places, PlainBlock)
+    assert torch.equal(backbone(x)["res4"], expected)
+    backbone(x)["res4"].sum().backward()
+    (block,) = nonlocal_blocks(backbone).values()
+    assert block.scale.grad.any()
+    for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        other.freeze(4)  # which asks each block of a stage to freeze itself
+        (block,) = nonlocal_blocks(other).values()
+        assert not block.scale.requires_grad
+        assert isinstance(block.norm, FrozenBatchNorm2d)
+    assert next(iter(nonlocal_blocks(backbone).values())).scale.requires_grad
+
+
+def resnet18():
+    return build_resnet_backbone(cfg_of("build_resnet_backbone"), ShapeSpec(channels=3))
+
+
+TWO_PLACES = [{"res3": [0], "res4": [0]}, ["res3.0", "res4.0.conv2"]]
+
+
+class Fails(logging.Handler):
+    def emit(self, record):
+        raise OSError("no space left")
+
+
+@pytest.mark.parametrize(
+    ("make_block", "message"),
+    [
+        (
+            lambda channels: nn.Conv2d(channels, 2 * channels, 1),
+            "a Conv2d, returns a tensor",
+        ),
+        (lambda channels: nn.AvgPool2d(2), r"returns .* for a tensor .*, but must keep shape and"),
+        (lambda channels: nn.Flatten(), "a Flatten, returns a tensor"),
+        (lambda channels: ToHalf(), "ToHalf, returns .* float16 for .* float32"),
+        (lambda channels: ToTuple(), "a ToTuple, returns a tuple of 1"),
+        (lambda channels: 3, "the block for .* is a int, not an nn.Module"),
+        (lambda channels: 1 / 0, "division by zero"),
+        (nn.Linear, "missing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "places", [{"res3": [0], "res4": [0]}, ["res3.0", "res4.0.conv2"]], ids=str
+)
+def test_what_is_no_block_leaves_the_model_as_it_was(places, make_block, message):
+    assert_refused(resnet18(), places, make_block, message)
+
+
+class ToHalf(nn.Module):
+    def forward(self, x):
+        return x.half()
+
+
+class ToTuple(nn.Module):
+    def forward(self, x):
+        return (x,)
+
+
+@pytest.mark.parametrize(
+    "places", [{"res3": [0], "res4": [0]}, ["res3.0", "res4.0.conv2"]], ids=str
+)
+def test_an_error_of_the_log_leaves_the_model_as_it_was(places):
+    logger, handler = logging.getLogger("nl_detectron.modeling.insertion"), Fails()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        assert_refused(resnet18(), places, NonLocalBlock, "no space left")
+    finally:
+        logger.removeHandler(handler)
+
+
+def assert_refused(model, places, make_block, message):
+    def everything():
+        hooks = [len(m._forward_hooks) for m in model.modules()]
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        return str(model), hooks, [m.training for m in model.modules()], state
+
+    before = everything()
+    with pytest.raises(Exception, match=message):
+        insert_blocks(model, places, make_block)
+    after = everything()
+    assert before[:3] == after[:3]
+    assert all(torch.equal(after[3][key], value) for key, value in before[3].items())
+
+
+def test_a_run_to_see_the_channels_changes_nothing():
+    class Counts(Bottleneck):
+        def __init__(self, stride=1):
+            super().__init__(stride)
+            self.register_buffer("calls", torch.zeros(()))
+            self.dropout = nn.Dropout()
+
+        def forward(self, x):
+            self.calls += 1
+            return self.dropout(super().forward(x))
+
+    model = Body(block=Counts)
+    model.layer2.eval()
+    before = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+    buffers, state = [b.clone() for b in model.buffers()], torch.get_rng_state()
+    insert_blocks(model, ["layer1.0"], lambda channels: nn.Identity())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(new, old) for new, old in zip(model.buffers(), buffers))
+    delattr(model.layer1.get_submodule("0"), "nonlocal")
+    after = [(m.training, len(m._forward_hooks)) for m in model.modules()]
+    assert [training for training, _ in after] == [training for training, _ in before]
+    assert sum(hooks for _, hooks in after) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "AFTER_MODULES",
+            ["fpn_outptu4"],
+            "AFTER_MODULES is .* of build_resnet_fpn_backbone: ",
+        ),
+        ("AFTER_MODULES", ["bottom_up"], "AFTER_MODULES .* returns a dict of 4"),
+        ("TIMM", "cbma", "MODEL.NONLOCAL.TIMM is 'cbma', .*did you mean 'cbam'"),
+    ],
+)
+def test_the_config_refuses_by_key(key, value, message):
+    pytest.importorskip("timm")
+    cfg = cfg_of("build_nonlocal_backbone", "MODEL.NONLOCAL.BLOCK", "TimmAttention")
+    cfg.MODEL.NONLOCAL[key] = value
+    with pytest.raises(ValueError, match=message):
+        build_backbone(cfg, ShapeSpec(channels=3))
+
+
+def test_places_from_the_config():
+    names = ["fpn_output*", "bottom_up.res4.*.conv2"]
+    cfg = cfg_of("build_nonlocal_backbone", "MODEL.NONLOCAL.AFTER_MODULES", names)
+    blocks = list(nonlocal_blocks(build_backbone(cfg, ShapeSpec(channels=3))))
+    assert sorted(blocks) == [
+        "bottom_up.res4.0.conv2.nonlocal",
+        "bottom_up.res4.1.conv2.nonlocal",
+        "bottom_up.res4.nonlocal0",
+        *(f"fpn_output{i}.nonlocal" for i in (2, 3, 4, 5)),
+    ]
+
+
+def cfg_of(backbone, *overrides):
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    cfg.MODEL.BACKBONE.NAME = backbone
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.merge_from_list(list(overrides))
+    return cfg
