@@ -66,7 +66,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             **kwargs: those of ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
-        self.model = without_wrapper(self.model)
+        self.model = without_wrapper(model)
         self.path_manager: Any = _WholeFiles(self.path_manager)
         self.keep_last = keep_last
         self.resumed = False
