@@ -25,6 +25,14 @@ from nl_detectron.validation import check_choice
 from nl_detectron.weights.placeholder import NotDataError, describe, placeholders_in
 from nl_detectron.weights.unpickling import read_pickled
 
+__all__ = [
+    "STATE_DICT_KEYS",
+    "CheckpointError",
+    "load_checkpoint",
+    "save_checkpoint",
+    "unwrap_state_dict",
+]
+
 logger = logging.getLogger(__name__)
 
 STATE_DICT_KEYS = (
@@ -132,15 +140,7 @@ def unwrap_state_dict(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """
-    Find the state dict in a checkpoint, and what is beside it.
-
-    Args:
-        checkpoint: what :func:`load_checkpoint` returns.
-
-    Returns:
-        What :func:`unwrap_state_dict` does, and all the rest by name.
-    """
+    """The state dict in a checkpoint, and all that is beside it, by name."""
     others: dict[str, Any] = {}
     for key in STATE_DICT_KEYS:
         if isinstance(checkpoint.get(key), Mapping):
@@ -151,18 +151,8 @@ def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
 
 def with_plain_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """
-    Take off what wrappers add to names: ``module.`` of data-parallel training and of averaged
-    models, where all names have it, ``_orig_mod.`` of ``torch.compile`` and
-    ``_checkpoint_wrapped_module.`` anywhere.
-
-    Args:
-        state_dict: its values may be anything.
-
-    Returns:
-        The state dict with the names that it has without wrappers.
-
-    Raises:
-        CheckpointError: two tensors would have the same name.
+    A state dict without what wrappers add to names: ``module.`` of data-parallel training and of
+    averaged models, where all names have it, and anywhere what :data:`_WRAPPERS` matches.
     """
     names = {name: _WRAPPERS.sub("", name) for name in state_dict}
     # An averaged model has a counter beside its module.
@@ -179,19 +169,7 @@ def with_plain_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """
-    A value of a state dict as a plain tensor.
-
-    Args:
-        name: its name, for the message.
-        value: a tensor, or an array or scalar of NumPy's.
-
-    Returns:
-        The tensor; it shares the memory where that can be.
-
-    Raises:
-        ValueError: it is nothing of these, or no plain tensor of numbers.
-    """
+    """A value of a state dict as a plain tensor; a ValueError says by its name what it is."""
     if isinstance(value, (np.ndarray, np.generic)):
         try:
             native = np.asarray(value, value.dtype.newbyteorder("="), order="C")
@@ -200,14 +178,14 @@ def as_tensor(name: str, value: Any) -> Tensor:
             raise ValueError(f"{name} is an array of {value.dtype}, not of numbers") from None
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {describe(value)}, not a tensor")
-    kinds = {
-        "a nested": value.is_nested,
-        "a sparse": value.layout != torch.strided,
-        "a quantised": value.is_quantized,
-        "an empty (meta)": value.is_meta,
-    }
-    if kind := next((kind for kind, is_so in kinds.items() if is_so), None):
-        raise ValueError(f"{name} is {kind} tensor, not a plain one of numbers")
+    for kind, is_so in (
+        ("a nested", value.is_nested),
+        ("a sparse", value.layout != torch.strided),
+        ("a quantised", value.is_quantized),
+        ("an empty (meta)", value.is_meta),
+    ):
+        if is_so:
+            raise ValueError(f"{name} is {kind} tensor, not a plain one of numbers")
     return value
 
 
@@ -224,17 +202,7 @@ def _check_weights(content: Any) -> None:
     for name, value in places.items():
         for placeholder in placeholders_in(value):
             where = f"{name} in it" if name else "it"
-            if placeholder.is_code:
-                raise NotDataError(_asks_for(placeholder.name, where))
-            raise NotDataError(f"{where} is {placeholder.name}, not a plain tensor of numbers")
-
-
-def _asks_for(name: str, where: str) -> str:
-    return (
-        f"{where} asks for {name}, which is neither a tensor, an array nor a plain container, and "
-        "could run code. If you trust the file, save its state dict alone with the program that "
-        "made it"
-    )
+            raise NotDataError(f"{where} {placeholder.why}")
 
 
 def _write_torch(tensors: dict[str, Tensor], path: Path) -> None:

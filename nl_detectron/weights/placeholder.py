@@ -16,9 +16,19 @@ class NotDataError(pickle.UnpicklingError):
 class Placeholder:
     """What stands for something that is no data: it knows its name, and does nothing."""
 
-    def __init__(self, name: str, *, is_code: bool = False) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.is_code = is_code
+
+    @property
+    def why(self) -> str:
+        """Why it can be no weight, as the end of a sentence."""
+        if " " in self.name:  # of a kind of tensor or array, not of a function or class
+            return f"is {self.name}, not a plain tensor of numbers"
+        return (
+            f"asks for {self.name}, which is neither a tensor, an array nor a plain container, and "
+            "could run code. If you trust the file, save its state dict alone with the program "
+            "that made it"
+        )
 
     def __call__(self, *_: Any) -> Placeholder:
         return self

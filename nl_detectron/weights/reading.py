@@ -19,10 +19,8 @@ from nl_detectron.weights.conversion import Conversion, ConversionError, Options
 from nl_detectron.weights.family import Family
 
 # The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
-_CONVS = {
-    **dict.fromkeys(("theta", "phi", "g", "reduce"), "dC"),
-    **{"concat": "1D", "unary": "1C", "context": "1C", "out": "Cd"},
-}
+_CONVS = {"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "unary": "1C", "out": "Cd"}
+_CONVS.update(context="1C", reduce="dC")
 # The first of these parts that a block has tells which pairwise functions are possible.
 _KINDS = {
     "reduce": ("global_context",),

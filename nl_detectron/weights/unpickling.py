@@ -139,13 +139,6 @@ def _scalar(dtype: _DType, data: Any) -> Any:
     return value if isinstance(value, Placeholder) else value[()]
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes for Python 2."""
-    if encoding != "latin1":
-        raise NotDataError(f"it has bytes in {encoding!r}, not in 'latin1'")
-    return text.encode("latin1")
-
-
 class _Unpickler(pickle._Unpickler):
     """
     Makes plain containers, arrays and tensors, and placeholders for all else that a pickle asks
@@ -168,8 +161,8 @@ class _Unpickler(pickle._Unpickler):
         "collections.defaultdict": lambda *_: {},
         "collections.deque": lambda items=(), *_: list(items),
         "torch.Size": torch.Size,
-        "_codecs.encode": _encode,
-        "__builtin__.bytes": lambda: b"",  # how Python 3 writes b"" for Python 2
+        "_codecs.encode": lambda text, _: text.encode("latin1"),  # how Python 3 writes bytes
+        "__builtin__.bytes": lambda: b"",  # and b"", for Python 2
         **{
             f"{module}.{kind.__name__}": kind
             for module in ("builtins", "__builtin__")
@@ -192,12 +185,9 @@ class _Unpickler(pickle._Unpickler):
         self._read_storage = read_storage
         self._storages: dict[str, torch.UntypedStorage] = {}
         self._expanded_bytes = 0
-        self._made = {
-            **self.MADE,
-            "torch._utils._rebuild_tensor": self._tensor,
-            "torch._utils._rebuild_tensor_v2": self._tensor_v2,
-            "torch._utils._rebuild_tensor_v3": self._tensor_v3,
-        }
+        versions = ("", "_v2", "_v3")
+        tensors = {f"torch._utils._rebuild_tensor{version}": self._tensor for version in versions}
+        self._made = {**self.MADE, **tensors}
 
     def find_class(self, module: str, name: str) -> Any:
         """What makes it here; nothing is imported."""
@@ -207,9 +197,8 @@ class _Unpickler(pickle._Unpickler):
             return dtype
         if module == "torch._utils" and name in _OTHER_TENSORS:
             return Placeholder(_OTHER_TENSORS[name])
-        full_name = f"{module}.{name}"
-        made = self._made.get(full_name)
-        return made if full_name in self._made else Placeholder(full_name, is_code=True)
+        full_name = " ".join(f"{module}.{name}".split())[:100]  # for messages of one line
+        return self._made[full_name] if full_name in self._made else Placeholder(full_name)
 
     def persistent_load(self, pid: Any) -> Any:
         """The storage of a tensor; of a module, in old files, its class."""
@@ -230,30 +219,23 @@ class _Unpickler(pickle._Unpickler):
             self._storages[key] = values if data else torch.UntypedStorage(0)
         return _Storage(self._storages[key], what)
 
-    def _tensor(self, storage: Any, offset: int, shape: Any, stride: Any, *_: Any) -> Any:
+    def _tensor(self, storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
+        """
+        The rest: requires_grad and hooks; in the third version the dtype, of which there are no
+        storages; and in a dict whether it is yet to be conjugated or negated.
+        """
         if not isinstance(storage, _Storage):
             return storage
+        if any(type(x) is dict and x for x in rest):
+            return Placeholder("a tensor that is yet to be conjugated or negated")
         values, dtype = storage
+        dtype = next((x for x in rest if isinstance(x, torch.dtype)), dtype)
         num_bytes = math.prod([dtype.itemsize, *shape])
         if num_bytes > values.nbytes():
             self._expanded_bytes += num_bytes
             if self._expanded_bytes > _MOST_EXPANDED_BYTES:
                 return Placeholder(f"a view of shape {tuple(shape)} of {values.nbytes()} bytes")
         return torch.empty(0, dtype=dtype).set_(values, offset, tuple(shape), tuple(stride))
-
-    def _tensor_v2(self, storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> Any:
-        """The rest: requires_grad, hooks, and whether it is conjugated or negated."""
-        if len(rest) > 2 and rest[2]:
-            return Placeholder("a tensor that is yet to be conjugated or negated")
-        return self._tensor(storage, offset, shape, stride)
-
-    def _tensor_v3(
-        self, storage: Any, offset: int, shape: Any, stride: Any, _: Any, hooks: Any, *rest: Any
-    ) -> Any:
-        """The rest: the dtype, for which there are no storages, and as in the second version."""
-        if isinstance(storage, _Storage) and isinstance(rest[0], torch.dtype):
-            storage = storage._replace(dtype=rest[0])
-        return self._tensor_v2(storage, offset, shape, stride, None, None, *rest[1:])
 
     def load_build(self) -> None:
         """Set an object's state, which matters for arrays, their types and state dicts alone."""
