@@ -22,6 +22,7 @@ from nl_detectron.weights.checkpoint_io import (
     as_tensor,
     load_checkpoint,
     split_checkpoint,
+    why_unsound,
     with_plain_names,
 )
 
@@ -235,7 +236,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
                 ) from error
         super()._convert_ndarray_to_tensor(state_dict)
         own = self.model.state_dict()
-        problems = {name: _problem(name, t, own.get(name)) for name, t in state_dict.items()}
+        problems = {name: why_unsound(name, t, own.get(name)) for name, t in state_dict.items()}
         if bad := [f"{name} {problem}" for name, problem in problems.items() if problem]:
             others = f" (and {len(bad) - 1} more tensors like it)" if len(bad) > 1 else ""
             raise CheckpointError(f"{self._source} has no sound weights: {bad[0]}{others}")
@@ -290,21 +291,6 @@ class _WholeFiles:
 def _open_whole(path: str, mode: str, **options: Any) -> Iterator[Any]:
     with whole_file(path) as draft, draft.open(mode, **options) as file:
         yield file
-
-
-def _problem(name: str, tensor: Tensor, own: Tensor | None) -> str:
-    """Why a tensor can be no weights of the model; empty if it can."""
-    if tensor.is_complex():
-        return "is complex"
-    if not tensor.is_floating_point():
-        return "has integers" if own is not None and own.is_floating_point() else ""
-    if tensor.dtype.itemsize == 1:  # float8, of which PyTorch computes nothing
-        tensor = tensor.float()
-    if not tensor.isfinite().all():
-        return "has values that are not finite"
-    if name.endswith("running_var") and (tensor < 0).any():
-        return "has negative variances"
-    return ""
 
 
 def _without(weights: Any, suffix: str) -> Any:

@@ -189,6 +189,21 @@ def as_tensor(name: str, value: Any) -> Tensor:
     return value
 
 
+def why_unsound(name: str, tensor: Tensor, own: Tensor | None) -> str:
+    """Why a tensor cannot be the weights that a model has under its name; empty if it can."""
+    if tensor.is_complex():
+        return "is complex"
+    if not tensor.is_floating_point():
+        return "has integers" if own is not None and own.is_floating_point() else ""
+    if tensor.dtype.itemsize == 1:  # float8, of which PyTorch computes nothing
+        tensor = tensor.float()
+    if not tensor.isfinite().all():
+        return "has values that are not finite"
+    if name.endswith("running_var") and (tensor < 0).any():
+        return "has negative variances"
+    return ""
+
+
 def _check_weights(content: Any) -> None:
     """Raise if something that is no data is where weights belong."""
     places = {"": content}
