@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 
 from nl_detectron.files import missing
-from nl_detectron.validation import ArgumentError, did_you_mean
+from nl_detectron.validation import ArgumentError, check_yaml_size, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,17 @@ def walk(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _LenientConfig(CfgNode):
-    """A config that takes a whole number where a float is asked, which yacs does not."""
+    """
+    A config that takes a whole number where a float is asked, which yacs does not, and opens no
+    file whose aliases stand for more than a config can hold.
+    """
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        check_yaml_size(text)
+        return io.StringIO(text)
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
         super().merge_from_other_cfg(_with_floats(cfg_other, self))

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _DRAFT = "draft"
@@ -25,6 +25,32 @@ def missing(path: str | Path) -> str:
     if Path(path).is_dir():
         return "is a folder, not a file"
     return "" if Path(path).is_file() else "does not exist"
+
+
+def check_target(
+    name: str, path: str | Path, sources: Iterable[str | Path] = (), *, overwrite: bool = False
+) -> None:
+    """
+    Check that a file may be written, before the work for it is done.
+
+    Args:
+        name: what names the file on the command line, for the message.
+        path: the file.
+        sources: the files that are read, which are never written to.
+        overwrite: whether the user allows it to be there already.
+
+    Raises:
+        ValueError: it is a source or a folder, or it is there and ``overwrite`` is not given.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{name} is {path}, which is a folder, not a file")
+    if not path.exists():
+        return
+    if any(Path(source).exists() and path.samefile(source) for source in sources):
+        raise ValueError(f"{name} is {path}, which is the source: name another one")
+    if not overwrite:
+        raise ValueError(f"{name} is {path}, which exists: name another one, or add --overwrite")
 
 
 def make_folder(name: str, path: str | Path) -> Path:

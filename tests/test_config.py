@@ -161,3 +161,24 @@ def test_a_whole_number_is_a_float(value, key, tmp_path):
 def test_other_types_are_refused(key, value):
     with pytest.raises(ValueError, match=f"{key} is '{value}', of type"):
         build_config(QUICK_START, [key, value])
+
+
+LAUGHS = "\n".join(
+    ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    + [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefgh", "bcdefghi")]
+    + ["MODEL: {WEIGHTS: *i}"]
+)
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "_BASE_: bomb.yaml", "MODEL: &a {WEIGHTS: *a}"])
+def test_aliases_of_aliases_do_not_take_the_machine(text, tmp_path):
+    (tmp_path / "bomb.yaml").write_text(LAUGHS)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config.yaml cannot be read as a config: .*aliases"):
+        build_config(tmp_path / "config.yaml")
+
+
+def test_a_few_aliases_are_fine(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("DATASETS: {TRAIN: &d [a, b], TEST: *d}")
+    assert build_config(file).DATASETS.TEST == ("a", "b")

@@ -37,7 +37,6 @@ import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
 # isort: split
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.modeling import build_model
 from tabulate import tabulate
@@ -47,8 +46,9 @@ from nl_detectron.config import build_config
 from nl_detectron.data import build_train_loader
 from nl_detectron.engine import Trainer
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
-from nl_detectron.engine.predictor import Predictor, trained_config
+from nl_detectron.engine.predictor import Predictor, image_mapper, trained_config
 from nl_detectron.engine.setup import check_datasets, use_cpu_without_cuda
+from nl_detectron.files import check_target
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where lab is
 
@@ -70,6 +70,9 @@ NOISE = 1e-4
 @exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_with_overrides(arguments)
+    if args.json:
+        sources = filter(None, (args.config_file, args.weights, args.image))
+        check_target("--json", args.json, sources, overwrite=args.overwrite)
     report = run(args)
     print(table(report))
     figures = dataclasses.asdict(report)
@@ -104,6 +107,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--train", type=positive_int, metavar="N", help="iterations of training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_overwrite()
     parser.add_overrides()
     return parser
 
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace) -> CostReport:
         raise ValueError("--weights and --image are needed together, or neither")
     if args.weights:
         cfg = trained_config(args.config_file, args.weights, args.opts)
-        inputs = [DatasetMapper(cfg, is_train=False)({"file_name": args.image})]
+        inputs = [image_mapper(cfg)({"file_name": args.image})]
         return measure_cost(Predictor(cfg).model, inputs, args.repeats)
     cfg = build_config(args.config_file, [*RANDOM_WEIGHTS, *args.opts])
     use_cpu_without_cuda(cfg)

@@ -16,7 +16,7 @@ from pathlib import Path
 from nl_detectron.data.coco_checks import Problem, check_coco, count_kinds, without_bad
 from nl_detectron.data.coco_format import Record, read_coco
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.files import whole_file
+from nl_detectron.files import check_target, whole_file
 
 
 @exit_on_user_error()
@@ -31,9 +31,10 @@ def main() -> int:
         help="write the dataset without images and annotations that have an error, files that are "
         "listed again, and boxes that are negative, empty or outside",
     )
+    parser.add_overwrite()
     args = parser.parse_args()
-    if args.drop_bad and args.drop_bad.resolve() == args.json_file.resolve():
-        parser.error(f"--drop-bad {args.drop_bad} is the file to check: name another one")
+    if args.drop_bad:
+        check_target("--drop-bad", args.drop_bad, [args.json_file], overwrite=args.overwrite)
     coco = read_coco(args.json_file)
     print(f"{_size_of(coco)} in {args.json_file}; pictures of {args.image_root}", flush=True)
     problems = check_coco(coco, args.image_root, "decoded")

@@ -53,6 +53,7 @@ from nl_detectron.engine.drawing import (
     side_by_side,
 )
 from nl_detectron.engine.setup import check_datasets
+from nl_detectron.files import check_target
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where lab is
 
@@ -82,6 +83,9 @@ class Run(NamedTuple):
 @exit_on_user_error()
 def main(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
+    if args.json:
+        sources = [run / PREDICTIONS for run in (args.run_a, args.run_b)]
+        check_target("--json", args.json, sources, overwrite=args.overwrite)
     cfg = common_config(args)
     dataset = cfg.DATASETS.TEST[-1]  # each evaluation replaces the predictions of the one before
     records = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
@@ -115,6 +119,7 @@ def make_parser() -> Parser:
     parser.add_argument("--no-errors", action="store_true", help="no kinds of errors, no tidecv")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write index.html there")
+    parser.add_overwrite()
     return parser
 
 

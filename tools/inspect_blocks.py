@@ -31,14 +31,15 @@ import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
 
 # isort: split
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
 from nl_detectron.analysis.block_report import BlockReport, inspect_blocks
 from nl_detectron.analysis.partner import describe_squares, inspect_squares
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
-from nl_detectron.engine.predictor import Predictor, trained_config
+from nl_detectron.engine.predictor import Predictor, image_mapper, trained_config
+from nl_detectron.files import check_target
 
 HEADERS = (
     "block",
@@ -58,9 +59,12 @@ def main(arguments: list[str] | None = None) -> None:
     config_file = args.config_file or Path(args.checkpoint).with_name("config.yaml")
     if not Path(config_file).is_file():
         raise FileNotFoundError(f"{config_file} does not exist: name the config with --config-file")
+    if args.json:
+        sources = [args.checkpoint, config_file, *(args.image or ())]
+        check_target("--json", args.json, sources, overwrite=args.overwrite)
     cfg = trained_config(str(config_file), args.checkpoint, args.opts)
     records = load_records(cfg, args.image, args.num_images)
-    mapper = DatasetMapper(cfg, is_train=False)
+    mapper = image_mapper(cfg)
     images = [mapper(record) for record in records]
     predictor = Predictor(cfg)
     reports = inspect_blocks(predictor.model, ([image] for image in images))
@@ -92,6 +96,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the measurements here, too"
     )
+    parser.add_overwrite()
     parser.add_overrides()
     return parser
 

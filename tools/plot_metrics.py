@@ -17,12 +17,14 @@ from pathlib import Path
 
 from nl_detectron.analysis.curves import plot_metrics
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.files import run_name
+from nl_detectron.files import check_target, run_name
 
 
 @exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
+    sources = [run / "metrics.json" if run.is_dir() else run for run in args.runs]
+    check_target("--output", args.output, sources, overwrite=args.overwrite)
     plot_metrics(label_runs(args.runs, args.labels)).savefig(args.output)
     print(args.output)
 
@@ -38,6 +40,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
     )
+    parser.add_overwrite()
     return parser
 
 

@@ -60,6 +60,12 @@ class Parser(argparse.ArgumentParser):
         text = "config keys and their values, such as SOLVER.BASE_LR 0.01, among the options"
         self.add_argument_group("KEY VALUE", f"{text}\n{note}")
 
+    def add_overwrite(self) -> None:
+        """Add ``--overwrite``, for :func:`nl_detectron.files.check_target`."""
+        self.add_argument(
+            "--overwrite", action="store_true", help="replace what is there; else it is an error"
+        )
+
     def parse_with_overrides(self, words: Sequence[str] | None = None) -> argparse.Namespace:
         """
         Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the

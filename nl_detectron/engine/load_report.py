@@ -68,7 +68,8 @@ class LoadReport:
                     unused.discard(short)
         # A checkpoint may lack batch norm's counters without their being reported as missing.
         tensors = {key for key in own_shapes if not key.endswith("num_batches_tracked")}
-        loaded = tensors - missing - mismatched.keys()
+        # Detectron2 makes up the statistics of a frozen norm that has none.
+        loaded = tensors & set(shapes) - missing - mismatched.keys()
         fresh = missing - mismatched.keys()
 
         blocks = nonlocal_blocks(model)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultPredictor
 
 from nl_detectron.config import build_config
@@ -82,6 +83,24 @@ def trained_config(
         raise ValueError(f"no weights are given, nor has {config_file} any in MODEL.WEIGHTS")
     check_weights_exist("--weights (or MODEL.WEIGHTS)", weights)
     return cfg
+
+
+def image_mapper(cfg: CfgNode) -> DatasetMapper:
+    """
+    What makes a model's input of the record of an image, as evaluation does. Unlike
+    ``DatasetMapper(cfg)``, it asks for no dataset of the config.
+
+    Args:
+        cfg: the config.
+
+    Returns:
+        The mapper.
+    """
+    return DatasetMapper(
+        is_train=False,
+        augmentations=build_augmentation(cfg, is_train=False),
+        image_format=cfg.INPUT.FORMAT,
+    )
 
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:

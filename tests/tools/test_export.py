@@ -64,6 +64,15 @@ def test_format_follows_the_suffix_unless_it_is_named(folder, monkeypatch):
     assert formats == ["traced", "onnx", "traced", "traced"]
 
 
+def test_datasets_that_are_not_registered_here(folder, monkeypatch):
+    """As in the config of a keypoint model that train_net.py trained on --train-json."""
+    images = []
+    monkeypatch.setattr(export, "export_detector", lambda model, image, *_: images.append(image))
+    data = ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
+    assert export.main([*words(folder), *data]) == 0
+    assert images[0].shape == (3, 64, 85)
+
+
 @pytest.mark.parametrize(
     ("replaced", "more", "message"),
     [

@@ -16,8 +16,8 @@ from itertools import groupby
 from torch import Tensor
 
 from nl_detectron.weights.block import Block
-from nl_detectron.weights.family import Family
-from nl_detectron.weights.report import ConversionError
+from nl_detectron.weights.conversion import ConversionError
+from nl_detectron.weights.family import Family, Part
 
 _KERNEL = re.compile(r"(?P<layer>(?:.*/)?conv(?P<dims>[123])d(?:_(?P<number>\d+))?)/kernel(?::0)?")
 _PARTS = ("theta", "phi", "g", "out")
@@ -54,22 +54,20 @@ def _is_block(kernels: list[Tensor]) -> bool:
 
 
 def _block(prefix: str, names: list[str], kernels: list[Tensor]) -> Block:
-    block = Block(prefix)
+    block = Block(prefix, parts=dict(zip(_PARTS, _PARTS)))
     for part, name, kernel in zip(_PARTS, names, kernels):
-        weight = f"{part}.weight"
-        # _adapt has to know, when all kernels have the dimensions of the result already.
-        block.parts[part] = part if kernel.dim() == 3 else f"spatial {part}"
-        block.origins[weight] = name
-        block.change(weight, kernel.movedim((-1, -2), (0, 1)).contiguous(), "axes as PyTorch's")
+        block.origins[f"{part}.weight"] = name
+        weight = kernel.movedim((-1, -2), (0, 1)).contiguous()
+        block.change(f"{part}.weight", weight, "axes as PyTorch's")
     return block
 
 
-def _adapt(block: Block) -> None:
+def _from_keras(block: Block) -> None:
     if block.traits.subsample == "none":
         return
     if block.traits.pairwise == "dot_product":
         raise ConversionError("its dot product does not subsample: say subsample='none'")
-    if "spatial" in block.parts["g"]:
+    if block.dims_in_file > 1:
         raise ConversionError(
             "its compression pools neighbours in the flattened grid, ours in the grid, which is "
             "another thing for images and videos; only compression=1, subsample='none', converts"
@@ -78,11 +76,11 @@ def _adapt(block: Block) -> None:
 
 FAMILY = _KerasFamily(
     title="keras-non-local-nets",
-    modules={part: part for part in _PARTS},
+    parts={part: Part(part) for part in _PARTS},
     scales={"embedded_gaussian": (False,), "dot_product": ()},
     subsample=("none", "embeddings"),
     separator="/",
     no_bias=_PARTS,
     usual={"pairwise": "embedded_gaussian", "subsample": "embeddings"},
-    adapt=_adapt,
+    to_ours=_from_keras,
 )

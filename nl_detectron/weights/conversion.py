@@ -1,8 +1,9 @@
-"""The result of a conversion: the tensors, the settings they need, and a row for every tensor."""
+"""What goes into a conversion beside the weights, and what comes out of it."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,48 @@ import yaml
 from tabulate import tabulate
 from torch import Tensor
 
+from nl_detectron.validation import check_choice
+
 
 class ConversionError(ValueError):
     """The weights cannot be converted without changing what they compute; the message says why."""
 
 
 @dataclass(frozen=True)
-class Row:
+class Options:
+    """
+    What the caller of :func:`convert` knows about the weights and the file does not tell, its
+    keywords. None is "not given".
+
+    Attributes:
+        pairwise, scale, subsample: what the source computes, in the words of
+            :class:`NonLocalBlock`.
+        norm: its norm, where the file has one without running statistics ("GN" or "LN"), or
+            another of Detectron2's batch norms than "BN".
+        norm_eps: epsilon of the source's batch norm, if it is not the implementation's default.
+        temperature: what the logits of "disentangled" are divided by, if it is not 0.05.
+        dims: 1, 2 or 3; by default 2 for "nl_detectron", 3 for "pytorchvideo" and the source's for
+            "mmcv".
+        rename: the source's name of a block, or of what it is in, to the target's; "" is the root.
+    """
+
+    pairwise: str | None = None
+    scale: bool | None = None
+    subsample: str | None = None
+    norm: str | None = None
+    norm_eps: float | None = None
+    temperature: float | None = None
+    dims: int | None = None
+    rename: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("dims", self.dims, (None, 1, 2, 3))
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature!r}, but must be a number above 0")
+
+
+@dataclass(frozen=True)
+class ConvertedTensor:
     """
     What became of one tensor.
 
@@ -42,6 +78,8 @@ class Row:
 @dataclass
 class Conversion:
     """
+    The converted weights and their report.
+
     Attributes:
         family: the implementation that the weights came from.
         state_dict: the converted tensors, by their new names.
@@ -54,33 +92,24 @@ class Conversion:
     family: str
     state_dict: dict[str, Tensor] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: list[ConvertedTensor] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, source: str, target: str, tensor: Tensor, note: str = "") -> None:
-        """
-        Args:
-            source: the tensor's name in the file, or "".
-            target: its new name.
-            tensor: its new value.
-            note: how it was changed.
-
-        Raises:
-            ConversionError: another tensor has the name ``target`` already.
-        """
+        """Take a tensor in, ``source`` in the file or "", under a name that is not taken."""
         if target in self.state_dict:
             raise ConversionError(f"two tensors would become {target}; the second is {source}")
         self.state_dict[target] = tensor
-        self.rows.append(Row(source, target, tuple(tensor.shape), note))
+        self.rows.append(ConvertedTensor(source, target, tuple(tensor.shape), note))
 
     def leave_out(self, source: str, value: Any, why: str) -> None:
-        """
-        Args:
-            source: the name in the file.
-            value: what has this name there.
-            why: the reason, for the table.
-        """
-        self.rows.append(Row(source, "", tuple(getattr(value, "shape", ())), why))
+        """Say that what the file has under a name is not used."""
+        self.rows.append(ConvertedTensor(source, "", tuple(getattr(value, "shape", ())), why))
+
+    def note_once(self, note: str) -> None:
+        """Add a note, unless it is there."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     def table(self) -> str:
         """All rows, a line each, in columns: source, target, shape, what became of it."""

@@ -1,4 +1,4 @@
-"""video-nonlocal-net (Caffe2): the blocks of its ``nonlocal_helper.py``, and its backbone."""
+"""The backbone of video-nonlocal-net (Caffe2)."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from nl_detectron.weights.block import AFFINE_NOTE, affine_statistics
-from nl_detectron.weights.family import EITHER, Family
-from nl_detectron.weights.report import Conversion
+from nl_detectron.weights.conversion import Conversion
 from nl_detectron.weights.resnets import add_resnet_settings, rename
 
 # riv is called the inverse of the variance, but holds the variance.
-_NORM_LEAVES = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
+NORM_LEAVES = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 _BRANCH = r"res(?P<stage>[2-5])_(?P<block>\d+)_branch"
-_NORM = rf"bn_(?P<leaf>{'|'.join(_NORM_LEAVES)})"
-_BACKBONE_NAMES = (
+_NORM = rf"bn_(?P<leaf>{'|'.join(NORM_LEAVES)})"
+_NAMES = (
     (r"conv1_w", "stem.conv1.weight"),
     (rf"res_conv1_{_NORM}", "stem.conv1.norm.{leaf}"),
     (rf"{_BRANCH}2(?P<conv>[abc])_w", "res{stage}.{block}.conv{conv}.weight"),
@@ -24,9 +23,9 @@ _BACKBONE_NAMES = (
     (rf"{_BRANCH}1_w", "res{stage}.{block}.shortcut.weight"),
     (rf"{_BRANCH}1_{_NORM}", "res{stage}.{block}.shortcut.norm.{leaf}"),
 )
-_BACKBONE_WORDS = {"conv": {"a": "1", "b": "2", "c": "3"}, "leaf": _NORM_LEAVES}
+_WORDS = {"conv": {"a": "1", "b": "2", "c": "3"}, "leaf": NORM_LEAVES}
 
-# video-nonlocal-net's MODEL.MEAN and STD, for all three channels.
+# Its MODEL.MEAN and STD, for all three channels.
 _PIXEL_MEAN, _PIXEL_STD = [114.75] * 3, [57.375] * 3
 _NOTE = """\
 The Caffe2 stem pools without padding, Detectron2's with: features are those of an image moved by
@@ -38,19 +37,12 @@ not trained with, are no more than a start.
 """
 
 
-def convert_backbone(tensors: Mapping[str, Tensor], result: Conversion) -> None:
+def convert_caffe2_backbone(tensors: Mapping[str, Tensor], result: Conversion) -> None:
     """
-    Convert the backbone if all its convolutions have a temporal kernel of 1 (C2D); if not (I3D),
-    leave it out with the reason. What is no backbone's is left out too.
-
-    Args:
-        tensors: those of the file that are no non-local block's.
-        result: gets the tensors, rows, notes and settings.
-
-    Raises:
-        ConversionError: Detectron2 has no such ResNet.
+    Convert the backbone among tensors that are no block's, if all its convolutions have a temporal
+    kernel of 1 (C2D); if not (I3D), leave it out with the reason, as what is no backbone's.
     """
-    ours = {name: rename(name, _BACKBONE_NAMES, _BACKBONE_WORDS) for name in tensors}
+    ours = {name: rename(name, _NAMES, _WORDS) for name in tensors}
     inflated = [n for n, t in tensors.items() if ours[n] and t.dim() == 5 and t.shape[2] > 1]
     for name, tensor in tensors.items():
         target = ours[name]
@@ -78,21 +70,3 @@ def _add_affine_statistics(result: Conversion) -> None:
         if f"{norm}running_var" not in result.state_dict and "nonlocal" not in norm:
             for leaf, tensor in affine_statistics(result.state_dict[name]).items():
                 result.add("", f"{norm}{leaf}", tensor, AFFINE_NOTE)
-
-
-FAMILY = Family(
-    title="video-nonlocal-net (Caffe2)",
-    modules={"theta": "theta", "phi": "phi", "g": "g", "out": "out", "norm": "bn"},
-    leaves={"w": "weight", **_NORM_LEAVES},
-    separator="_",
-    optimizer=("_momentum",),
-    place_names=(r"nonlocal_conv(\d)(?:_group)?_(\d+)", r"res\1.nonlocal\2"),
-    scales={"embedded_gaussian": EITHER, "dot_product": ()},
-    subsample=("input", "none"),
-    no_bias=("theta", "phi", "g", "out"),
-    affine=True,
-    norm_eps=1.0000001e-5,
-    usual={"pairwise": "embedded_gaussian", "scale": True, "subsample": "input"},
-    assume_usual=True,
-    convert_rest=convert_backbone,
-)

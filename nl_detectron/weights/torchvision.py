@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from nl_detectron.weights.report import Conversion, ConversionError
+from nl_detectron.weights.conversion import Conversion, ConversionError
 from nl_detectron.weights.resnets import add_resnet_settings, rename
 
 _BLOCK = r"layer(?P<stage>[1-4])\.(?P<block>\d+)\."
@@ -41,25 +41,12 @@ timm's say theirs in pretrained_cfg (for 0..1): where it is another, PIXEL_MEAN 
 
 
 def is_torchvision(names: Iterable[str]) -> bool:
-    """
-    Args:
-        names: of a state dict's tensors.
-
-    Returns:
-        Whether a ResNet in torchvision's names is among them.
-    """
+    """Is a ResNet in torchvision's names among these?"""
     return any(re.fullmatch(r"layer1\.0\.conv1\..+", name) for name in names)
 
 
 def convert_torchvision(tensors: Mapping[str, Tensor], result: Conversion) -> None:
-    """
-    Args:
-        tensors: the state dict of a ResNet of torchvision or timm.
-        result: gets the tensors, rows, notes and settings.
-
-    Raises:
-        ConversionError: Detectron2 has no such ResNet.
-    """
+    """Convert the state dict of a ResNet of torchvision or timm."""
     for name, tensor in tensors.items():
         target = rename(name, _NAMES, _WORDS)
         if target is not None:
