@@ -14,7 +14,8 @@ VERSION = re.search(
 
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 SLURM = ["submitit>=1.5"]
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM]
+TOY = ["shapely"]  # draws the built-in datasets
+TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM, *TOY]
 
 setup(
     name="nl_detectron",
@@ -45,9 +46,9 @@ setup(
         "iopath",
         "pycocotools>=2.0.6",
         "opencv-python-headless",
-        "shapely",
     ],
     extras_require={
+        "toy": TOY,
         "onnx": ONNX,
         "slurm": SLURM,
         "test": TEST,

@@ -255,7 +255,12 @@ def change(section, i, **values):
         ),
         (change("categories", 0, name=7), "name 7, not a text"),
         (lambda coco: coco.update(images={}), "no list 'images'"),
-        (lambda coco: coco["annotations"].clear(), "has no annotations"),
+        (lambda coco: coco["categories"].clear(), "has no categories"),
+        # What has no category at hand, VIA leaves out: the first cause first.
+        (
+            lambda coco: (coco["annotations"].clear(), coco["categories"].clear()),
+            "has no categories",
+        ),
         (lambda coco: coco["images"][1].pop("height"), r"images\[1\] has no 'height'"),
         (lambda coco: coco["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
         (change("annotations", 1, category_id=4), "category_id 4, not among the categories"),
@@ -264,8 +269,6 @@ def change(section, i, **values):
         (change("annotations", 1, segmentation=TRIANGLE[0]), "nor a list of polygons"),
         (change("annotations", 1, segmentation=[[1, 1, 5, 5]]), "nor a list of polygons"),
         (change("annotations", 0, keypoints=[1, 1, 2]), "has 3 numbers in 'keypoints'"),
-        (change("categories", 1, keypoints=["tail"]), "'person' and 'dog' have different lists"),
-        (change("categories", 0, skeleton=[[0, 1]]), r"skeleton's \[0, 1\]"),
         (
             lambda coco: [a.update(bbox=[0.1, 0.2, 0.5, 0.5]) for a in coco["annotations"]],
             "COCO's are in pixels",
@@ -283,10 +286,19 @@ def test_explains_what_is_wrong_with_a_file(write, spoil, message):
     assert "mine" not in DatasetCatalog
 
 
-@pytest.mark.parametrize("text", ["{images: []}", "", "[1, 2]"])
-def test_explains_files_of_another_format(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{images: []}", "is not JSON"),
+        ("", "is not JSON"),
+        ("[1, 2]", r"is not in COCO's format: it has no list 'categories', but is \[1, 2\]"),
+        ('{"_via_settings": {}, "_via_img_metadata": {}}', "with the keys '_via_settings', '_via"),
+        ('{"shapes": [], "imagePath": "1.png"}', "with the keys 'shapes', 'imagePath'"),
+    ],
+)
+def test_explains_files_of_another_format(tmp_path, text, message):
     (tmp_path / "mine.json").write_text(text)
-    with pytest.raises(ValueError, match=r"is not JSON|is not in COCO's format"):
+    with pytest.raises(ValueError, match=message):
         register_coco_json("mine", tmp_path / "mine.json", tmp_path)
 
 
@@ -376,6 +388,8 @@ def without_person_keypoints(coco):
         (without_person_keypoints, "no category of 'mine' has a list 'keypoints'"),
         (change("annotations", 0, keypoints=[0] * 9), "visibility above 0"),
         (change("annotations", 1, segmentation=[]), "1 of 3 annotations of 'mine' have no segm"),
+        (change("categories", 1, keypoints=["tail"]), "or categories have different ones"),
+        (change("categories", 0, keypoints=["hand", "nose", "hand"]), "have the same name"),
     ],
 )
 def test_configure_explains_what_the_model_lacks(register, cfg, spoil, message):
