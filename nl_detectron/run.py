@@ -66,7 +66,9 @@ def prepare(arguments: list[str]) -> Any:
         raise FileNotFoundError(f"the script {args.script} {problem}")
     nl_detectron.add_nonlocal_config(defaults._C)
     register_flop_handles()
-    register_built_in([str(args.script), *args.arguments])  # any of these words may name one, or a config with one
+    register_built_in(
+        [str(args.script), *args.arguments]
+    )  # any of these words may name one, or a config with one
     for name, json_file, images in args.data:
         register_coco_json(name, json_file, images)
     sys.argv = [str(args.script), *args.arguments]

@@ -144,7 +144,9 @@ def _check_categories(categories: list[Record], used: set[Any]) -> Iterator[Find
     """``used`` are the ids that annotations have."""
     yield from repeated(categories, "id", True)
     yield from repeated(categories, "name", False)
-    groups = {str(c.get("supercategory")) for c in categories if c.get("supercategory") != c["name"]}
+    groups = {
+        str(c.get("supercategory")) for c in categories if c.get("supercategory") != c["name"]
+    }
     for i, category in enumerate(categories):
         if used and category["id"] not in used and category["name"] in groups:
             text = f"{category['name']!r} is the group of others and has no annotation of its own"

@@ -195,6 +195,17 @@ def _are_sizes(values: Collection[Any]) -> bool:
     return _in_range(values, 1, MAX_PIXELS) and all(value == int(value) for value in values)
 
 
+def _are_integers(values: Collection[Any]) -> bool:
+    return {int}.issuperset(map(type, values)) and all(
+        -(1 << 63) <= end < 1 << 63 for end in (min(values, default=0), max(values, default=0))
+    )
+
+
+def _are_ids(values: Collection[Any]) -> bool:
+    """Texts may stand among them. NumPy turns larger integers into floats or objects."""
+    return _are_integers([value for value in values if type(value) is not str])
+
+
 def _are_finite(values: Collection[Any]) -> bool:
     return _in_range(values, -_LARGEST, _LARGEST)
 
@@ -252,9 +263,9 @@ def _is_list_of_texts(value: Any) -> bool:
     return type(value) is list and _of_type(str)(value)
 
 
-_ID = Kind("an integer or a text", _of_type(int, str))
+_ID = Kind("an integer (of 64 bits) or a text", _are_ids)
 _SIZE = Kind(f"an integer from 1 to {MAX_PIXELS}", _are_sizes)
-_INTEGER = Kind("an integer", _of_type(int))
+_INTEGER = Kind("an integer (of 64 bits)", _are_integers)
 _TEXT = Kind("a text", _of_type(str))
 _NUMBER = Kind("a number", _are_finite)
 _KINDS: dict[str, dict[str, Kind]] = {

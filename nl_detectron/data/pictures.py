@@ -28,7 +28,9 @@ def picture_problems(looks: Sequence[Look], *, decode: bool) -> Iterator[str | N
     threads = os.cpu_count() if decode else _READERS
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")  # of palettes, broken EXIF data and the like
-        for texts in pool.map(lambda some: [picture_problem(*x, decode=decode) for x in some], some):
+        for texts in pool.map(
+            lambda some: [picture_problem(*x, decode=decode) for x in some], some
+        ):
             yield from texts
 
 
