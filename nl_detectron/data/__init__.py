@@ -37,7 +37,7 @@ def register_built_in(names: Iterable[str]) -> None:
     try:
         import_module("nl_detectron.data.toy")
     except ModuleNotFoundError as error:
-        if error.name != "shapely":
+        if str(error.name).partition(".")[0] != "shapely":
             raise
         if built_in := [name for name in unknown if name.startswith(("shapes_", "long_range"))]:
             raise ValueError(
@@ -46,7 +46,6 @@ def register_built_in(names: Iterable[str]) -> None:
             ) from error
 
 
-def __getattr__(name: str) -> object:
-    if name.startswith(("make_", "default_", "register_")):  # of the built-in datasets
-        return getattr(import_module("nl_detectron.data.toy"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_DRAW = ("make_long_range", "make_long_range_match", "make_shapes")
+_REGISTER = ("register_long_range", "register_long_range_match", "register_shapes")
+__getattr__ = submodules(__name__, dict.fromkeys((*_DRAW, *_REGISTER), "nl_detectron.data.toy"))

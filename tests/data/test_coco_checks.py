@@ -2,16 +2,19 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from nl_detectron.data import pictures, register_coco_json
 from nl_detectron.data.coco_checks import check_coco, in_one_line, without_bad
 from nl_detectron.data.coco_format import rle_counts
+from nl_detectron.engine.setup import use_own_data
 
 NAN, INFINITY = float("nan"), float("inf")
 WIDTH, HEIGHT = 64, 48
@@ -407,6 +410,61 @@ def test_pictures(data, spoil, text, pictures):
     with pytest.raises(ValueError, match=f"'2.png' \\(id 2\\) {text}") as error:
         register(pictures=pictures)
     assert len(str(error.value).splitlines()) == 1
+
+
+JPEGS = {
+    "progressive": {"progressive": True},
+    "with comments": {"comment": b"c" * 9000},
+    "with a color profile": {"icc_profile": b"p" * 70_000},
+    "upright by EXIF": {"exif": exif(1)},
+    "of many tables": {"qtables": [[8] * 64] * 3, "subsampling": 0, "restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("pictures", ["header", "decoded"])
+def test_jpeg_files_of_all_kinds(data, options, mode, pictures):
+    coco, folder, _ = data
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    tables = {} if mode == "RGB" else {"qtables": [[8] * 64], "subsampling": -1}
+    options = {**options, **(tables if "qtables" in options else {})}
+    picture.save(folder / "2.png", "JPEG", **options)
+    assert check_coco(coco, folder, pictures) == []
+    coco["images"][1].update(width=HEIGHT, height=WIDTH)
+    assert "is 64 x 48" in check_coco(coco, folder, pictures)[0].text
+    coco["images"][1].update(width=WIDTH, height=HEIGHT)
+    path = folder / "2.png"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "does not decode" in check_coco(coco, folder, pictures)[0].text
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_pictures_of_a_run_are_looked_at(data, which, eval_only):
+    """Those to train on, if it trains, and those to evaluate on."""
+    coco, folder, _ = data
+    cfg = get_cfg()
+    files = []
+    for name in ("train", "val"):
+        (folder / name).mkdir()
+        for i in (1, 2, 3):
+            shutil.copy(folder / f"{i}.png", folder / name)
+        (folder / f"{name}.json").write_text(json.dumps(coco))
+        files += [str(folder / f"{name}.json"), str(folder / name)]
+    sixteen_bits(folder / which / "2.png")
+    try:
+        if which == "train" and eval_only:
+            use_own_data(cfg, *files, eval_only=True)
+        else:
+            message = rf"{which}\.json: images\[1\] '2.png' \(id 2\) has more than 8 bits a value"
+            with pytest.raises(ValueError, match=message):
+                use_own_data(cfg, *files, eval_only=eval_only)
+    finally:
+        for name in ("train", "val"):
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
 
 
 def test_a_broken_middle_is_found_by_decoding(data):
