@@ -15,7 +15,8 @@ VERSION = re.search(
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 SLURM = ["submitit>=1.5"]
 TIMM = ["timm>=1.0"]
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM, *TIMM]
+TOY = ["shapely"]  # draws the built-in datasets
+TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM, *TIMM, *TOY]
 
 setup(
     name="nl_detectron",
@@ -46,9 +47,9 @@ setup(
         "iopath",
         "pycocotools>=2.0.6",
         "opencv-python-headless",
-        "shapely",
     ],
     extras_require={
+        "toy": TOY,
         "onnx": ONNX,
         "slurm": SLURM,
         "timm": TIMM,

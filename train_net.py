@@ -50,7 +50,7 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         check_weights_exist("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if args.train_json is not None:
         files = (args.train_json, args.train_images, args.val_json, args.val_images)
-        use_own_data(cfg, *files, keep_records=not args.eval_only)
+        use_own_data(cfg, *files, eval_only=args.eval_only)
     check_datasets(cfg, eval_only=args.eval_only)
     check_evaluation(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)

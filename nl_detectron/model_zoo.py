@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from nl_detectron.config import build_config
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.setup import check_weights_exist
 from nl_detectron.validation import did_you_mean
@@ -70,7 +71,9 @@ def get_config(name: str) -> Any:
     file = get_config_file(name)
     if file.endswith(".py"):
         return LazyConfig.load(file)
-    return build_config(file)
+    cfg = build_config(file)
+    register_built_in((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    return cfg
 
 
 def get_model(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:

@@ -29,7 +29,8 @@ def main() -> int:
         type=Path,
         metavar="OUT.json",
         help="write the dataset without images and annotations that have an error, files that are "
-        "listed again, and boxes that are negative, empty or outside",
+        "listed again, boxes that are negative, empty or outside, and annotations without a mask "
+        "where others have one",
     )
     parser.add_overwrite()
     args = parser.parse_args()
@@ -63,7 +64,7 @@ def _print_report(problems: list[Problem]) -> None:
 def _drop_bad(coco: Record, problems: list[Problem], target: Path) -> list[Problem]:
     """Write what is left, and return the errors of this."""
     clean = without_bad(coco, problems)
-    if not clean["images"] or not clean["annotations"]:
+    if not clean["images"] or (coco["annotations"] and not clean["annotations"]):
         raise ValueError(f"{target} is not written: no image or no annotation is without an error")
     with whole_file(target) as draft:
         draft.write_text(json.dumps(clean), encoding="utf-8")

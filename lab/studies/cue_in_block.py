@@ -24,6 +24,7 @@ from lab.study.plan import Run, load_plan
 from lab.study.report import mean_and_deviation
 from nl_detectron import add_nonlocal_config
 from nl_detectron.analysis.recording import record_calls
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.command_line import Parser
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.weights.checkpoint_io import load_checkpoint
@@ -61,6 +62,7 @@ def cue_share(run: Run, is_trained: bool = False) -> float | None:
     if len(blocks) != 1:
         return None
     ((name, block),) = blocks.items()
+    register_built_in(cfg.DATASETS.TRAIN)
     pictures = DatasetCatalog.get("long_range_train")[:NUM_PICTURES]
     batch = [{"image": _read(picture["file_name"], cfg.INPUT.FORMAT)} for picture in pictures]
     with torch.no_grad():

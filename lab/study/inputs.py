@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 
 from lab.study.plan import Run
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.setup import missing_download
 from nl_detectron.validation import did_you_mean
 
@@ -36,6 +37,7 @@ def check_inputs(runs: Sequence[Run]) -> None:
 
 
 def _missing_data(name: str) -> str | None:
+    register_built_in([name])
     if name not in DatasetCatalog.list():
         return f"the dataset {name} is not registered{did_you_mean(name, DatasetCatalog.list())}"
     problem = missing_download(name)

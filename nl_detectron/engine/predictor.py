@@ -12,6 +12,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultPredictor
 
 from nl_detectron.config import build_config
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.drawing import draw_predictions
 from nl_detectron.engine.setup import check_weights_exist, num_classes_of, use_cpu_without_cuda
@@ -82,6 +83,7 @@ def trained_config(
     if not weights:
         raise ValueError(f"no weights are given, nor has {config_file} any in MODEL.WEIGHTS")
     check_weights_exist("--weights (or MODEL.WEIGHTS)", weights)
+    register_built_in(cfg.DATASETS.TEST)
     return cfg
 
 

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -19,7 +20,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from nl_detectron.config import walk
-from nl_detectron.data import configure_for_dataset, register_coco_json
+from nl_detectron.data import configure_for_dataset, register_built_in, register_coco_json
 from nl_detectron.files import missing
 from nl_detectron.validation import check_choice, did_you_mean
 
@@ -46,6 +47,8 @@ _REGISTRIES = {
 }
 _SYNC_BN = ("SyncBN", "nnSyncBN")
 _NOT_FOR_THE_SCREEN = ("default_setup", "build_model")
+# What PyTorch warns of where Detectron2 turns annotations into tensors, which it only reads.
+_OF_DETECTRON2 = ("The given NumPy array is not writ", "Creating a tensor from a list of numpy.nd")
 
 
 def set_up_logging(output_dir: str) -> None:
@@ -64,6 +67,8 @@ def set_up_logging(output_dir: str) -> None:
     for handler in setup_logger(output_dir, distributed_rank=rank).handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.addFilter(lambda record: record.funcName not in _NOT_FOR_THE_SCREEN)
+    for of_torch in _OF_DETECTRON2:
+        warnings.filterwarnings("ignore", of_torch, UserWarning)
 
 
 def check_weights_exist(key: str, weights: str) -> None:
@@ -96,6 +101,8 @@ def check_weights_exist(key: str, weights: str) -> None:
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
     """
+    Check that the datasets of a config are there and fit its model; register built-in ones.
+
     Args:
         cfg: the config.
         eval_only: only ``DATASETS.TEST`` is used.
@@ -105,7 +112,9 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
         ValueError: one of ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is not registered, or has another
             number of classes than the model.
     """
-    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+    keys = ("TEST",) if eval_only else ("TRAIN", "TEST")
+    register_built_in(name for key in keys for name in cfg.DATASETS[key])
+    for key in keys:
         for name in cfg.DATASETS[key]:
             check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
             metadata = MetadataCatalog.get(name)
@@ -224,11 +233,12 @@ def use_own_data(
     val_json: str,
     val_images: str,
     *,
-    keep_records: bool = True,
+    eval_only: bool = False,
 ) -> None:
     """
     Register a user's data as "train" and "val", and fit a config to them, in place: see
-    :func:`register_coco_json` and :func:`configure_for_dataset`.
+    :func:`register_coco_json` and :func:`configure_for_dataset`. The headers of all pictures are
+    read, so that none ends the run, or is read as something else, after hours of training.
 
     Args:
         cfg: the config.
@@ -236,17 +246,19 @@ def use_own_data(
         train_images: the folder of the images in it.
         val_json: annotations to evaluate on.
         val_images: the folder of the images in it.
-        keep_records: what is trained on follows, and is kept for it.
+        eval_only: nothing is trained.
 
     Raises:
         FileNotFoundError: one of the files, folders or images does not exist.
         ValueError: a file is not in COCO's format, or they do not fit each other or the model.
     """
-    register_coco_json("train", train_json, train_images, keep_records=keep_records)
-    # A picture that cannot be read must not end the run after hours of training.
+    looks = "present" if eval_only else "header"
+    register_coco_json(
+        "train", train_json, train_images, pictures=looks, keep_records=not eval_only
+    )
     register_coco_json("val", val_json, val_images, pictures="header")
     try:
-        configure_for_dataset(cfg, "train", "val")
+        configure_for_dataset(cfg, "train", "val", eval_only=eval_only)
     except ValueError as error:
         raise ValueError(f"{train_json}, {val_json}: {error}") from error
 
