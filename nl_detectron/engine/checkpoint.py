@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,48 @@ from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
-_NUMBERED = re.compile(r"model_\d+\.pth")
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """
+    What a run can go on from.
+
+    Attributes:
+        path: the file; empty if there is none.
+        trainer: the state of its trainer; empty if it has weights alone.
+        note: what is amiss, in one line; else empty.
+    """
+
+    path: str = ""
+    trainer: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+def find_checkpoint(folder: str | Path) -> FoundCheckpoint:
+    """
+    Find what ``last_checkpoint`` names in a folder, or if that is missing or damaged, the sound
+    checkpoint of the highest iteration.
+    """
+    tag = Path(folder, "last_checkpoint")
+    try:
+        if not (name := tag.read_text(encoding="utf-8").strip()):
+            raise ValueError(f"{tag} is empty")
+        return FoundCheckpoint(str(tag.with_name(name)), _trainer_state(tag.with_name(name)))
+    except (OSError, ValueError) as error:  # a CheckpointError is one, too
+        problem = f"{tag} is missing" if not tag.exists() else str(error)
+    sound = []
+    for path in Path(folder).glob("*.pth"):
+        with contextlib.suppress(OSError, CheckpointError):
+            if state := _trainer_state(path):
+                sound.append((state["iteration"], str(path), state))
+    if not sound:
+        where = f"There is no checkpoint in {folder} to go on from"
+        return FoundCheckpoint(note=f"{where} ({problem}): training starts afresh")
+    _, newest, state = max(sound, key=lambda found: found[:2])
+    note = f"{problem}: going on from {newest}, the newest sound checkpoint"
+    return FoundCheckpoint(newest, state, note)
 
 
 class NonLocalCheckpointer(DetectionCheckpointer):
@@ -33,6 +76,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
     Attributes:
         keep_last: how many checkpoints to keep beside ``model_final.pth``; 0 keeps all.
         resumed: did :meth:`resume_or_load` go on from a checkpoint, trainer and all?
+        resumed_from: the file that it went on from; else empty.
         note: what :meth:`resume_or_load` found amiss, in one line; else empty.
         saved_iteration: the iteration after which was saved last; None if nothing was.
     """
@@ -60,6 +104,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         self.path_manager: Any = _WholeFiles(self.path_manager)
         self.keep_last = keep_last
         self.resumed = False
+        self.resumed_from = ""
         self.note = ""
         self.saved_iteration: int | None = None
         self.strict = strict
@@ -99,11 +144,13 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         """
         super().save(name, **kwargs)
         self.saved_iteration = kwargs.get("iteration")
-        if self.keep_last and self.save_dir and self.save_to_disk:
-            numbered = [p for p in Path(self.save_dir).iterdir() if _NUMBERED.fullmatch(p.name)]
-            numbered.sort(key=lambda path: path.stat().st_mtime_ns)
-            for path in numbered[: -self.keep_last]:
-                path.unlink()
+        if self.keep_last and self.saved_iteration is not None and self.save_to_disk:
+            matches = map(_NUMBERED.fullmatch, os.listdir(self.save_dir))
+            numbers = sorted((int(match[1]), match[0]) for match in matches if match)
+            # Those of later iterations are of another run, which was here before.
+            ours = [file for number, file in numbers if number <= self.saved_iteration]
+            for file in ours[: -self.keep_last]:
+                Path(self.save_dir, file).unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """
@@ -135,39 +182,19 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         if resume:  # the main process decides for all
             mine = self._find_checkpoint() if comm.is_main_process() else None
             found, self.resumed, self.note = comm.all_gather(mine)[0]
+        self.resumed_from = found if self.resumed else ""
         if self.note and (self.resumed or not self.checkpointables):
             logger.warning(self.note)
         return self.load(found or path, checkpointables=None if self.resumed else [])
 
     def _find_checkpoint(self) -> tuple[str, bool, str]:
-        """The file to go on from ("" if none), whether it has the trainer's state, the note."""
-        tag = Path(self.save_dir, "last_checkpoint")
-        try:
-            if not (name := tag.read_text(encoding="utf-8").strip()):
-                raise ValueError(f"{tag} is empty")
-            return self._describe(tag.with_name(name))
-        except (OSError, ValueError) as error:  # a CheckpointError is one, too
-            problem = f"{tag} is missing" if not tag.exists() else str(error)
-        sound = []
-        for path in Path(self.save_dir).glob("*.pth"):
-            with contextlib.suppress(OSError, CheckpointError):
-                content = load_checkpoint(path)
-                if self._has_state(content):
-                    sound.append((content["trainer"]["iteration"], str(path)))
-        if not sound:
-            where = f"There is no checkpoint in {self.save_dir} to go on from"
-            return "", False, f"{where} ({problem}): training starts afresh"
-        newest = max(sound)[1]
-        return newest, True, f"{problem}: going on from {newest}, the newest sound checkpoint"
-
-    def _describe(self, path: Path) -> tuple[str, bool, str]:
-        if self._has_state(load_checkpoint(path)) or not self.checkpointables:
-            return str(path), bool(self.checkpointables), ""
-        note = f"{path} has weights alone, no state of a trainer: training starts at 0 with them"
-        return str(path), False, note
-
-    def _has_state(self, content: dict[str, Any]) -> bool:
-        return "iteration" in content.get("trainer", {})
+        """The file to go on from ("" if none), whether its trainer is to go on, too, the note."""
+        found = find_checkpoint(self.save_dir)
+        note = found.note
+        if found.path and not found.trainer and self.checkpointables:
+            note = f"{found.path} has weights alone, no state of a trainer: training starts at 0"
+            note += " with them"
+        return found.path, bool(found.trainer and self.checkpointables), note
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = load_checkpoint(filename)
@@ -267,6 +294,12 @@ def _problem(name: str, tensor: Tensor, own: Tensor | None) -> str:
     if name.endswith("running_var") and (tensor < 0).any():
         return "has negative variances"
     return ""
+
+
+def _trainer_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint's trainer; empty if it has weights alone."""
+    state = load_checkpoint(path).get("trainer", {})
+    return state if "iteration" in state else {}
 
 
 def _without(weights: Any, suffix: str) -> Any:
