@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import os
 import re
+import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -85,8 +89,8 @@ def remove_drafts(folder: Path) -> None:
 @contextlib.contextmanager
 def sole_user(folder: Path, what: str) -> Iterator[None]:
     """
-    Within the ``with``, no other process may be in a ``with`` of the same folder. The lock ends
-    with the process, however that ends.
+    Within the ``with``, no other process may be in a ``with`` of the same folder, even if that is
+    removed and made anew (on Linux). The lock ends with the process, however that ends.
 
     Args:
         folder: it exists.
@@ -95,14 +99,26 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
     Raises:
         ValueError: one is.
     """
-    with (folder / ".lock").open("w") as lock:
-        # A child, such as a loader's worker that outlives this process, must not hold it.
-        os.register_at_fork(after_in_child=lock.close)
+    with (folder / ".lock").open("w") as lock, socket.socket(socket.AF_UNIX) as place:
+        for held in (lock, place):
+            # A child, such as a loader's worker that outlives this process, must not hold it.
+            os.register_at_fork(after_in_child=held.close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if sys.platform == "linux":
+                place.bind(_address(folder))
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EADDRINUSE):
+                raise
             raise ValueError(f"{folder} is where another {what} is running now") from None
         yield
+
+
+def _address(folder: Path) -> str:
+    """A name without a file for the place of a folder, whatever folder is there."""
+    parent = folder.resolve().parent.stat()  # another container may have another of the same path
+    place = f"{parent.st_dev} {parent.st_ino} {folder.resolve().name}"
+    return f"\0nl_detectron {hashlib.sha256(place.encode()).hexdigest()}"
 
 
 def is_used(folder: Path) -> bool:

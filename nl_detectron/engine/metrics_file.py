@@ -65,19 +65,19 @@ class MetricsFile:
         # By the iteration, which damage does not move, if this run had written anything.
         while sound and (sound[-1][0] > written if written >= 0 else sound[-1][1].start >= size):
             sound.pop()
-        last = sound[-1][0] if sound else -1
+        iterations = [iteration for iteration, _ in sound]
         problems = []
         if damaged := [line.number for line in lines if line.iteration is None]:
             others = f" and {len(damaged) - 1} more are" if len(damaged) > 1 else " is"
             problems.append(f"line {damaged[0]}{others} left out, as no metrics can be read there")
-        if last < written:
+        if written not in (-1, *iterations):
             problems.append(f"the lines up to iteration {written} are gone")
         if problems:
             logger.warning(f"{self._path} is damaged: {'; '.join(problems)}")
         kept = b"".join(line.text + b"\n" for _, line in sound)
         if kept != content:
             self._overwrite(kept)
-        self.written = max(written, last)
+        self.written = written if written >= 0 else max(iterations, default=-1)
 
     def _overwrite(self, content: bytes) -> None:
         """In place, because a writer has the file open, and onto the disk."""

@@ -90,8 +90,10 @@ def test_warns_once_of_a_block_that_is_still_the_identity(
 
 @pytest.mark.parametrize(
     ("iterations", "warmup_iters", "moment"),
-    [(40, 0, None), (499, 0, None), (500, 0, 500), (600, 101, None), (600, 100, 600)]
-    + [(6000, 0, 600), (6000, 700, 1200)],
+    [
+        *((40, 0, None), (499, 0, None), (500, 0, 500), (600, 101, None), (600, 100, 600)),
+        *((6000, 0, 600), (6000, 700, 1200)),
+    ],
 )
 def test_a_run_too_short_to_tell_warns_of_nothing(iterations, warmup_iters, moment, caplog):
     model = nn.ModuleDict({"res4": block_with(0, 1)})
