@@ -84,7 +84,9 @@ def test_a_resumed_run_goes_on_with_its_own_values(trained):
     final = torch.load(folder / "model_final.pth", weights_only=False)
     groups = [c["trainer"]["_trainer"]["optimizer"]["param_groups"] for c in (first, final)]
     assert groups[0] == groups[1]
-    expected = build_config(QUICK_START[1], [*SMALL, "SOLVER.MAX_ITER", 4, "OUTPUT_DIR", folder])
+    expected = build_config(
+        QUICK_START[1], [*SMALL, "SOLVER.MAX_ITER", 4, "OUTPUT_DIR", str(folder)]
+    )
     use_cpu_without_cuda(expected)
     assert build_config(folder / "config.yaml") == expected
     (line,) = (r for r in (folder / "log.txt").read_text().splitlines() if "--resume goes on" in r)
