@@ -9,7 +9,7 @@ from typing import Any
 
 from detectron2.utils import comm
 
-from nl_detectron.engine.checkpoint import find_checkpoint
+from nl_detectron.engine.found_checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -88,7 +88,7 @@ def test_a_resumed_run_goes_on_with_its_own_values(trained):
         QUICK_START[1], [*SMALL, "SOLVER.MAX_ITER", 4, "OUTPUT_DIR", str(folder)]
     )
     use_cpu_without_cuda(expected)
-    assert build_config(folder / "config.yaml") == expected
+    assert (folder / "config.yaml").read_text() == expected.dump()
     (line,) = (r for r in (folder / "log.txt").read_text().splitlines() if "--resume goes on" in r)
     for key, value in zip(CHANGED[::2], CHANGED[1::2]):
         assert re.search(rf"{re.escape(key)} [^ ]+ \(not {value}\)", line), key
