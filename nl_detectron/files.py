@@ -19,13 +19,7 @@ _DRAFT = "draft"
 
 
 def missing(path: str | Path) -> str:
-    """
-    Args:
-        path: where a file is expected.
-
-    Returns:
-        What is wrong with it, such as "does not exist"; empty if it is a file.
-    """
+    """What is wrong with a path to a file, such as "does not exist"; empty if there is one."""
     if Path(path).is_dir():
         return "is a folder, not a file"
     return "" if Path(path).is_file() else "does not exist"
@@ -33,12 +27,11 @@ def missing(path: str | Path) -> str:
 
 def make_folder(name: str, path: str | Path) -> Path:
     """
+    Make a folder, and those above it, unless it is there.
+
     Args:
         name: what the folder is, for the message.
-        path: the folder; it is made, with those above it, if it is not there.
-
-    Returns:
-        The path.
+        path: the folder.
 
     Raises:
         ValueError: no file can be written there.
@@ -122,13 +115,7 @@ def _address(folder: Path) -> str:
 
 
 def is_used(folder: Path) -> bool:
-    """
-    Args:
-        folder: any folder; it need not exist.
-
-    Returns:
-        Whether a process of this machine is in a ``with`` of :func:`sole_user` there.
-    """
+    """Whether a process of this machine is in a ``with`` of :func:`sole_user` in a folder."""
     try:
         with (folder / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -148,13 +135,7 @@ def _sync(path: Path) -> None:
 
 
 def run_name(folder: Path) -> str:
-    """
-    Args:
-        folder: what a run has written to.
-
-    Returns:
-        Its name; for a run of a study that of the setting, too, such as ``baseline/seed_1``.
-    """
+    """The name of a run by its folder; in a study with the setting, such as ``baseline/seed_1``."""
     folder = folder.resolve()
     is_of_study = re.fullmatch(r"seed_\d+", folder.name) is not None
     return f"{folder.parent.name}/{folder.name}" if is_of_study else folder.name

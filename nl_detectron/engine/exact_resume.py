@@ -66,10 +66,7 @@ class ExactResume(HookBase):
         return self._finished or self._state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Args:
-            state: what :meth:`state_dict` returned in the run to go on with.
-        """
+        """Take what :meth:`state_dict` returned in the run to go on with."""
         self._resumed = state
         if self._is_drawn:
             self.seed = state["seed"]

@@ -117,10 +117,7 @@ class BestCheckpointHook(BestCheckpointer):
         return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Args:
-            state: what :meth:`state_dict` returned in the run to go on with.
-        """
+        """Take what :meth:`state_dict` returned in the run to go on with."""
         self._saved = state
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
 

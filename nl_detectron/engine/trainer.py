@@ -110,6 +110,8 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
+        Load what training starts with.
+
         Args:
             resume: go on from the last sound checkpoint in ``cfg.OUTPUT_DIR``. Without one, or
                 without ``resume``, ``cfg.MODEL.WEIGHTS`` is loaded and training starts at 0.
@@ -138,6 +140,8 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
+        Take the state of a trainer.
+
         Args:
             state_dict: what :meth:`state_dict`, or Detectron2's, returned. Without the optimizer's
                 state the optimizer starts afresh, with a warning.
@@ -151,11 +155,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """
+        Build the model that a config describes.
+
         Args:
             cfg: the config.
 
         Returns:
-            Its model, on its device.
+            The model, on its device.
 
         Raises:
             ValueError: a value in the config is not legal; the message names the key.
@@ -166,6 +172,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """
+        Build the optimizer that a config describes.
+
         Args:
             cfg: the config.
             model: what is trained.
@@ -187,6 +195,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """
+        Build the loader of the training batches.
+
         Args:
             cfg: the config.
 
@@ -200,6 +210,8 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> CompletingCOCOEvaluator:
         """
+        Build what computes COCO's box, mask and keypoint AP, for what the model predicts.
+
         Args:
             cfg: the config.
             dataset_name: a registered dataset in COCO's format.
@@ -207,7 +219,7 @@ class Trainer(DefaultTrainer):
                 ``cfg.OUTPUT_DIR``.
 
         Returns:
-            What computes COCO's box, mask and keypoint AP, for what the model predicts.
+            The evaluator.
         """
         return CompletingCOCOEvaluator(
             dataset_name,
