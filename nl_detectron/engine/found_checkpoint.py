@@ -9,6 +9,8 @@ from typing import Any
 
 from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint
 
+_MOST_ITERATIONS = 2**40
+
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
@@ -54,4 +56,10 @@ def find_checkpoint(folder: str | Path) -> FoundCheckpoint:
 def _trainer_state(path: Path) -> dict[str, Any]:
     """The state of a checkpoint's trainer; empty if it has weights alone."""
     state = load_checkpoint(path).get("trainer", {})
+    iteration = state.get("iteration", 0) if isinstance(state, dict) else None
+    if type(iteration) is not int or not 0 <= iteration < _MOST_ITERATIONS:
+        raise CheckpointError(
+            f"{path} has no sound state of a trainer: its iteration is {iteration!r:.50}, but "
+            f"must be an integer from 0 to {_MOST_ITERATIONS - 1}"
+        )
     return state if "iteration" in state else {}

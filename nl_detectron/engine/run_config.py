@@ -46,9 +46,8 @@ def keep_values_of_checkpoint(cfg: Any, output_dir: str) -> None:
     Raises:
         ValueError: the config is scaled by the number of processes, and that is another one.
     """
-    # The main process reads for all.
-    state = find_checkpoint(output_dir).trainer if comm.is_main_process() else {}
-    state = comm.all_gather(state.get("hooks", {}).get("ExactResume", {}))[0]
+    mine = _state_in(output_dir) if comm.is_main_process() else {}
+    state = comm.all_gather(mine)[0]
     kept, changed = state.get("config", {}), []
     for key, value in values_to_keep(cfg).items():
         if key in kept and kept[key] != value:
@@ -71,6 +70,14 @@ def keep_values_of_checkpoint(cfg: Any, output_dir: str) -> None:
         f"--resume goes on with {now} processes, not {before}: with the same images, but not bit "
         "for bit"
     )
+
+
+def _state_in(folder: str) -> dict[str, Any]:
+    """What :class:`ExactResume` has saved; empty for the checkpoints of others."""
+    state: Any = find_checkpoint(folder).trainer
+    for key in ("hooks", "ExactResume"):
+        state = state.get(key) if isinstance(state, dict) else None
+    return state if isinstance(state, dict) and isinstance(state.get("config"), dict) else {}
 
 
 def _values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

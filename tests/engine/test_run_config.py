@@ -117,13 +117,17 @@ def test_lazy_config(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "content", [None, {"model": {}}, {"model": {}, "trainer": {"iteration": 1}}]
+    "trainer",
+    [
+        *(None, {}, [], 5, {"iteration": 1}, {"iteration": "1"}, {"iteration": 2**62}),
+        {"iteration": 1, "hooks": 5},
+        *({"iteration": 1, "hooks": {"ExactResume": state}} for state in (5, {}, {"config": 5})),
+    ],
 )
-def test_checkpoints_without_a_config_change_nothing(content, tmp_path, caplog):
+def test_checkpoints_without_a_config_change_nothing(trainer, tmp_path, caplog):
     config = build_config(CONFIG)
     before = config.clone()
-    if content is not None:
-        torch.save(content, tmp_path / "model_0000001.pth")
-    keep_values_of_checkpoint(config, str(tmp_path))
+    torch.save({"model": {}, "trainer": trainer or {}}, tmp_path / "model_0000001.pth")
+    keep_values_of_checkpoint(config, str(tmp_path if trainer is not None else tmp_path / "none"))
     assert config == before
     assert not [r for r in caplog.records if r.name == run_config.logger.name]
