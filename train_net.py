@@ -27,6 +27,7 @@ from nl_detectron.engine import (
 )
 from nl_detectron.engine.command_line import exit_on_user_error
 from nl_detectron.engine.interruption import sole_run
+from nl_detectron.engine.run_config import keep_values_of_checkpoint
 from nl_detectron.engine.setup import (
     check_datasets,
     check_evaluation,
@@ -51,6 +52,8 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.train_json is not None:
         files = (args.train_json, args.train_images, args.val_json, args.val_images)
         use_own_data(cfg, *files, eval_only=args.eval_only)
+    if args.resume and not args.eval_only:
+        keep_values_of_checkpoint(cfg, cfg.OUTPUT_DIR)
     check_datasets(cfg, eval_only=args.eval_only)
     check_evaluation(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)

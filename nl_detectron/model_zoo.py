@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from nl_detectron.config import build_config
 from nl_detectron.data import register_built_in
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
-from nl_detectron.engine.setup import check_weights_exist
+from nl_detectron.engine.setup import check_weights_exist, device_here
 from nl_detectron.validation import did_you_mean
 
 __all__ = ["get_config", "get_config_file", "get_model", "list_configs"]
@@ -95,14 +94,12 @@ def get_model(name: str, weights: str | None = None, device: str | None = None) 
         CheckpointError: see :meth:`NonLocalCheckpointer.load`.
     """
     cfg = get_config(name)
-    if device is None and not torch.cuda.is_available():
-        device = "cpu"
     if isinstance(cfg, CfgNode):
-        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        cfg.MODEL.DEVICE = device or device_here("MODEL.DEVICE", cfg.MODEL.DEVICE)
         model, own_weights = build_model(cfg), cfg.MODEL.WEIGHTS
     else:
         model, own_weights = instantiate(cfg.model), cfg.train.init_checkpoint
-        model.to(device or cfg.train.device)
+        model.to(device or device_here("train.device", cfg.train.device))
     path = own_weights if weights == "config" else weights
     if path:
         check_weights_exist("weights", path)

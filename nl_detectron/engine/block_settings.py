@@ -13,26 +13,18 @@ _BACKBONE = "backbone."
 
 
 def block_of(tensor: str) -> str | None:
-    """
-    Args:
-        tensor: its name in a state dict.
-
-    Returns:
-        The name of the inserted block that it belongs to; None if it belongs to none.
-    """
+    """The name of the inserted block that a tensor of a state dict belongs to; None for none."""
     match = _TENSOR.fullmatch(tensor)
     return tensor[: match.start("tensor") - 1] if match else None
 
 
 def block_settings(shapes: Shapes, stages: Sequence[str]) -> dict[str, str]:
     """
+    The config keys that the tensors of blocks determine, with values as a command line takes them.
+
     Args:
         shapes: names to shapes, of a model's or a checkpoint's tensors.
         stages: the stages of the backbone, in order.
-
-    Returns:
-        Config keys to their values as a command line takes them; only those that the tensors
-        determine.
     """
     matches = [match for match in map(_TENSOR.fullmatch, shapes) if match]
     places: dict[str, set[int]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from nl_detectron.engine.found_checkpoint import find_checkpoint
 from nl_detectron.engine.load_report import LoadReport
 from nl_detectron.engine.wrappers import plain_modules, without_wrapper
 from nl_detectron.files import whole_file
@@ -28,8 +30,7 @@ from nl_detectron.weights.checkpoint_io import (
 
 logger = logging.getLogger(__name__)
 
-_NUMBERED = re.compile(r"model_\d+\.pth")
-_MOST_ITERATIONS = 2**40
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
 _OTHERS = "Those of other implementations have to be converted: tools/convert_weights.py"
 
 
@@ -43,6 +44,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
     Attributes:
         keep_last: how many checkpoints to keep beside ``model_final.pth``; 0 keeps all.
         resumed: did :meth:`resume_or_load` go on from a checkpoint, trainer and all?
+        resumed_from: the file that it went on from; else empty.
         note: what :meth:`resume_or_load` found amiss, in one line; else empty.
         saved_iteration: the iteration after which was saved last; None if nothing was.
     """
@@ -71,6 +73,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         self.path_manager: Any = _WholeFiles(self.path_manager)
         self.keep_last = keep_last
         self.resumed = False
+        self.resumed_from = ""
         self.note = ""
         self.saved_iteration: int | None = None
         self.strict = strict
@@ -121,11 +124,13 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         with plain_modules(self.model):
             super().save(name, **kwargs)
         self.saved_iteration = kwargs.get("iteration")
-        if self.keep_last and self.save_dir and self.save_to_disk:
-            numbered = [p for p in Path(self.save_dir).iterdir() if _NUMBERED.fullmatch(p.name)]
-            numbered.sort(key=lambda path: path.stat().st_mtime_ns)
-            for path in numbered[: -self.keep_last]:
-                path.unlink()
+        if self.keep_last and self.saved_iteration is not None and self.save_to_disk:
+            matches = map(_NUMBERED.fullmatch, os.listdir(self.save_dir))
+            numbers = sorted((int(match[1]), match[0]) for match in matches if match)
+            # Those of later iterations are of another run, which was here before.
+            ours = [file for number, file in numbers if number <= self.saved_iteration]
+            for file in ours[: -self.keep_last]:
+                Path(self.save_dir, file).unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """
@@ -157,46 +162,19 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         if resume:  # the main process decides for all
             mine = self._find_checkpoint() if comm.is_main_process() else None
             found, self.resumed, self.note = comm.all_gather(mine)[0]
+        self.resumed_from = found if self.resumed else ""
         if self.note and (self.resumed or not self.checkpointables):
             logger.warning(self.note)
         return self.load(found or path, checkpointables=None if self.resumed else [])
 
     def _find_checkpoint(self) -> tuple[str, bool, str]:
-        """The file to go on from ("" if none), whether it has the trainer's state, the note."""
-        tag = Path(self.save_dir, "last_checkpoint")
-        try:
-            if not (name := tag.read_text(encoding="utf-8").strip()):
-                raise ValueError(f"{tag} is empty")
-            return self._describe(tag.with_name(name))
-        except (OSError, ValueError) as error:  # a CheckpointError is one, too
-            problem = f"{tag} is missing" if not tag.exists() else str(error)
-        sound = []
-        for path in Path(self.save_dir).glob("*.pth"):
-            with contextlib.suppress(OSError, CheckpointError):
-                content = load_checkpoint(path)
-                if self._has_state(content, path):
-                    sound.append((content["trainer"]["iteration"], str(path)))
-        if not sound:
-            where = f"There is no checkpoint in {self.save_dir} to go on from"
-            return "", False, f"{where} ({problem}): training starts afresh"
-        newest = max(sound)[1]
-        return newest, True, f"{problem}: going on from {newest}, the newest sound checkpoint"
-
-    def _describe(self, path: Path) -> tuple[str, bool, str]:
-        if self._has_state(load_checkpoint(path), path) or not self.checkpointables:
-            return str(path), bool(self.checkpointables), ""
-        note = f"{path} has weights alone, no state of a trainer: training starts at 0 with them"
-        return str(path), False, note
-
-    def _has_state(self, content: dict[str, Any], path: Path) -> bool:
-        state = content.get("trainer", {})
-        iteration = state.get("iteration", 0) if isinstance(state, dict) else None
-        if type(iteration) is not int or not 0 <= iteration < _MOST_ITERATIONS:
-            raise CheckpointError(
-                f"{path} has no sound state of a trainer: its iteration is {iteration!r:.50}, but "
-                f"must be an integer from 0 to {_MOST_ITERATIONS - 1}"
-            )
-        return "iteration" in state
+        """The file to go on from ("" if none), whether its trainer is to go on, too, the note."""
+        found = find_checkpoint(self.save_dir)
+        note = found.note
+        if found.path and not found.trainer and self.checkpointables:
+            note = f"{found.path} has weights alone, no state of a trainer: training starts at 0"
+            note += " with them"
+        return found.path, bool(found.trainer and self.checkpointables), note
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = load_checkpoint(filename)

@@ -263,16 +263,17 @@ def use_own_data(
         raise ValueError(f"{train_json}, {val_json}: {error}") from error
 
 
-def use_cpu_without_cuda(cfg: CfgNode) -> None:
-    """
-    Where there is no CUDA device, set ``MODEL.DEVICE`` to "cpu", in place.
+def device_here(key: str, device: str) -> str:
+    """The device that a config names under a key; where there is no CUDA, "cpu" in its place."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    logger.info(f"There is no CUDA device: {key} is set to cpu.")
+    return "cpu"
 
-    Args:
-        cfg: the config.
-    """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.info("There is no CUDA device: MODEL.DEVICE is set to cpu.")
-        cfg.MODEL.DEVICE = "cpu"
+
+def use_cpu_without_cuda(cfg: CfgNode) -> None:
+    """Where there is no CUDA device, set ``MODEL.DEVICE`` to "cpu", in place."""
+    cfg.MODEL.DEVICE = device_here("MODEL.DEVICE", cfg.MODEL.DEVICE)
 
 
 def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
