@@ -66,19 +66,9 @@ class TrainingCost:
 
 def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
     """
-    Measure a model in evaluation mode, on the device it is on. It is timed with and without its
-    blocks in turn, so that whatever else the machine does falls on both.
-
-    Args:
-        model: a detector, or another module that takes one argument.
-        inputs: what it is called with, such as ``[{"image": image}]``.
-        repeats: how many calls are timed, from 1.
-
-    Returns:
-        The cost of the whole, of the whole without its blocks, and of each block.
-
-    Raises:
-        ValueError: the model has no non-local blocks.
+    Measure a model in evaluation mode, on the device it is on, called ``repeats`` times with what
+    it takes, such as ``[{"image": image}]``. It is timed with and without its blocks in turn, so
+    that whatever else the machine does falls on both. ValueError: it has no non-local blocks.
     """
     blocks = nonlocal_blocks(model)
     if not blocks:
@@ -116,15 +106,8 @@ def measure_training(
 ) -> tuple[TrainingCost, TrainingCost]:
     """
     Measure iterations of training, with and without the blocks in turn, after one of each that is
-    not counted; last comes one of each for the memory.
-
-    Args:
-        trainer: Detectron2's ``SimpleTrainer`` or ``AMPTrainer``, of a model in training mode. Let
-            the learning rate be 0, and the model stays as it is.
-        iterations: how many are counted of each.
-
-    Returns:
-        The cost with the blocks, and that without.
+    not counted; last comes one of each for the memory. Let the learning rate be 0, and the model
+    stays as it is. Returns the cost with the blocks, and that without.
     """
     model, device = trainer.model, next(trainer.model.parameters()).device
     times: list[list[tuple[float, float]]] = [[], []]
@@ -168,12 +151,7 @@ def _held(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
 
 @contextmanager
 def without_blocks(model: nn.Module) -> Iterator[None]:
-    """
-    Within the ``with``, every non-local block of a model is replaced by the identity.
-
-    Args:
-        model: any; it is changed, and as it was again at the end.
-    """
+    """Within the ``with``, every non-local block of a model is replaced by the identity."""
     blocks = nonlocal_blocks(model)
     _replace(model, {name: nn.Identity() for name in blocks})
     try:

@@ -14,8 +14,15 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
-from lab.benchmarks import report
-from lab.benchmarks.comparison import OPERATION, PASSES, Row, available_memory, compare, run_limited
+from lab.benchmarks.benchmark_report import plot_growth, plot_ratios, tables
+from lab.benchmarks.comparison import (
+    OPERATION,
+    PASSES,
+    MeasuredPass,
+    available_memory,
+    compare,
+    run_limited,
+)
 from lab.benchmarks.implementations import FUNCTIONS, NAMES, OURS, STAGES, SUBSAMPLE, TEXTBOOK, Case
 from lab.benchmarks.machine import describe_machine, machine_line
 from lab.benchmarks.measure import DIFFERS, MEASURED, is_out_of_memory
@@ -60,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, is_complete = _measure(_scaling_cases(args) if args.scaling else _cases(args), args)
     if not rows:
         sys.exit("nothing could be measured")
-    print(report.report(rows, "github" if args.markdown else "simple", growth=args.scaling))
+    print(tables(rows, "github" if args.markdown else "simple", growth=args.scaling))
     if args.json:
         mode = "scaling" if args.scaling else "comparison"
         content = {"machine": machine, mode: [row.as_dict() for row in rows]}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        (report.plot_growth if args.scaling else report.plot_ratios)(rows, args.plot)
+        (plot_growth if args.scaling else plot_ratios)(rows, args.plot)
     statuses = [(row.implementation, row.outcome.status) for row in rows]
     is_sound = all(s == MEASURED if name == OURS else s != DIFFERS for name, s in statuses)
     return 0 if is_complete and is_sound else 1
@@ -94,12 +101,12 @@ def _scaling_cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _measure(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], bool]:
+def _measure(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[MeasuredPass], bool]:
     """The rows of all cases, and whether all could be measured."""
     levels, names = ((OPERATION,), (OURS, TEXTBOOK)) if args.scaling else (tuple(PASSES), NAMES)
     budget = QUICK_BUDGET if args.quick else BUDGET
     limits = {"device": args.device, "threads": args.threads, "memory_limit": args.memory_limit}
-    rows: list[Row] = []
+    rows: list[MeasuredPass] = []
     is_complete = True
     for case in (progress := tqdm(cases, unit="case")):
         progress.set_description(str(case))

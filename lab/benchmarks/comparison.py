@@ -55,7 +55,7 @@ _PRELOAD = [
 Result = TypeVar("Result")
 
 
-class Row(NamedTuple):
+class MeasuredPass(NamedTuple):
     """One implementation in one case; ``level`` and ``which`` as in ``PASSES``."""
 
     case: Case
@@ -84,7 +84,7 @@ def compare(
     names: Sequence[str] = NAMES,
     passes: Mapping[str, Sequence[str]] = PASSES,
     implementations: Sequence[Implementation] = IMPLEMENTATIONS,
-) -> list[Row]:
+) -> list[MeasuredPass]:
     """
     Measure the implementations ``names`` in one case, with a budget for each level and pass. Those
     whose operation cannot be taken out of the block have no row for the operation.
@@ -93,13 +93,13 @@ def compare(
     trials, reasons = make_trials(case, device, names, implementations)
     tolerance = TOLERANCES[case.precision]
     rows = [
-        Row(case, name, level, which, outcome)
+        MeasuredPass(case, name, level, which, outcome)
         for level in levels
         for which in passes[level]
         for name, outcome in measure(trials[level], which, device, budget, tolerance).items()
     ]
     return rows + [
-        Row(case, name, BLOCK, which, Outcome(UNAVAILABLE, note=reason))
+        MeasuredPass(case, name, BLOCK, which, Outcome(UNAVAILABLE, note=reason))
         for which in passes.get(BLOCK, ())
         for name, reason in reasons.items()
     ]

@@ -25,8 +25,8 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from tabulate import tabulate
 
 from lab.study.plan import load_plan
-from lab.study.report import mean_and_deviation
 from lab.study.runner import CONFIG, read_result
+from lab.study.study_report import mean_and_deviation
 from nl_detectron.analysis.block_report import inspect_blocks
 from nl_detectron.analysis.partner import inspect_squares
 from nl_detectron.engine.command_line import Parser, positive_int

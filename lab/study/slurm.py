@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.study.plan import Run
+from lab.study.plan import TrainingRun
 from lab.study.runner import LOG, keep_result, read_result, start_command
 
 JOB = "slurm_job"
@@ -24,6 +24,7 @@ _CPUS_PER_GPU = 5  # a process and its four loader workers
 _TIME = 24 * 60  # minutes; a run that needs longer goes on in the same job, requeued
 _GRACE = 120  # seconds, for the step and for writing the checkpoint
 _MAX_TIMEOUTS = 1000  # each leaves a checkpoint, so a run comes to its end
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED"}
 
 
 class TrainingJob:
@@ -36,21 +37,13 @@ class TrainingJob:
     where nobody does: the training writes its checkpoint, and the job waits for its end.
     """
 
-    def __init__(self, run: Run, train: Sequence[str]) -> None:
-        """
-        Args:
-            run: what to run.
-            train: the command of train_net.py.
-        """
+    def __init__(self, run: TrainingRun, train: Sequence[str]) -> None:
         self._run, self._train = run, list(train)
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
     def __call__(self) -> None:
-        """
-        Raises:
-            RuntimeError: the training failed; the message says where its log is.
-        """
+        """RuntimeError: the training failed; the message says where its log is."""
         start = time.monotonic()
         log = self._run.folder / LOG
         with log.open("w") as stream:
@@ -71,10 +64,8 @@ class TrainingJob:
 
     def checkpoint(self) -> Any:
         """
-        Have the training write its checkpoint and end; submitit calls this in a signal handler.
-
-        Returns:
-            What submitit is to run when the job starts again: the same.
+        Have the training write its checkpoint and end; submitit calls this in a signal handler, and
+        runs what it returns when the job starts again: the same.
         """
         self._stop()
         if self._process is not None:
@@ -90,27 +81,25 @@ class TrainingJob:
 
 
 def submit(
-    runs: Sequence[Run],
+    runs: Sequence[TrainingRun],
     train: Sequence[str],
     folder: Path,
     gpus_per_run: int,
     parameters: Mapping[str, Any],
     cluster: str = "slurm",
-) -> list[Run]:
+) -> list[TrainingRun]:
     """
-    Submit one job for each run. The logs of the jobs, beside those of the runs, are in ``folder``.
+    Submit one job for each run: what :func:`prepare_runs` returned, without those in
+    :func:`read_queue`. Returns the runs that failed while this function waited.
 
     Args:
-        runs: what :func:`prepare_runs` returned, without those in :func:`read_queue`.
+        runs: the runs.
         train: the command of train_net.py.
-        folder: for submitit's files; all nodes see it.
+        folder: for submitit's files and the logs of the jobs; all nodes see it.
         gpus_per_run: how many GPUs each job asks for.
         parameters: more that submitit passes on to ``sbatch``, such as "partition"; "time" is in
             minutes.
         cluster: "slurm"; or "local", to run all jobs at once on this machine and wait for them.
-
-    Returns:
-        The runs that failed while this function waited.
 
     Raises:
         ValueError: there is no submitit or no SLURM here, or one of them refuses a parameter.
@@ -149,12 +138,9 @@ def submit(
 
 def read_queue() -> dict[Path, tuple[str, str]]:
     """
-    Returns:
-        The user's jobs that wait or run now: folder of the run (absolute) to job id and "waiting"
-        or "running"; none where there is no SLURM.
-
-    Raises:
-        ValueError: SLURM does not answer, so that nobody knows what runs.
+    The user's jobs that wait or run now: folder of the run (absolute) to job id and "waiting" or
+    "running"; none where there is no SLURM. ValueError: SLURM does not answer, so that nobody knows
+    what runs.
     """
     if not shutil.which("squeue"):
         return {}
@@ -169,20 +155,8 @@ def read_queue() -> dict[Path, tuple[str, str]]:
     }
 
 
-_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED"}
-
-
 def read_parameters(words: Sequence[str]) -> dict[str, Any]:
-    """
-    Args:
-        words: such as "partition=gpu" and "time=2880".
-
-    Returns:
-        The parameters, with numbers as such.
-
-    Raises:
-        ValueError: a word is not of this form, or the time is not in minutes.
-    """
+    """The parameters in words such as "partition=gpu" and "time=2880", with numbers as such."""
     pairs = {key: value for key, _, value in (word.partition("=") for word in words)}
     for key, value in pairs.items():
         if not key or not value:

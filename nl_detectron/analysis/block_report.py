@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.data import DatasetMapper
+from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import inference_context
 from torch import Tensor, nn
 
 from nl_detectron.analysis.recording import record_calls
+from nl_detectron.data.coco_format import Record
 from nl_detectron.layers import ATTENTION, AttentionBlock, GlobalContextBlock
 from nl_detectron.layers.norm import inference_scale
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
@@ -129,6 +132,12 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
         )
         for name, block in blocks.items()
     ]
+
+
+def inspect_records(predictor: DefaultPredictor, records: Iterable[Record]) -> list[BlockReport]:
+    """:func:`inspect_blocks` of a predictor's model, on records of a dataset."""
+    mapper = DatasetMapper(predictor.cfg, is_train=False)
+    return inspect_blocks(predictor.model, ([mapper(record)] for record in records))
 
 
 def _effective_norm(block: AttentionBlock) -> float | None:

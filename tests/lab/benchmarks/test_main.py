@@ -11,7 +11,7 @@ import pytest
 
 from lab.benchmarks import __main__ as main_module
 from lab.benchmarks.__main__ import main, parse_arguments
-from lab.benchmarks.comparison import BLOCK, PASSES, Row
+from lab.benchmarks.comparison import BLOCK, PASSES, MeasuredPass
 from lab.benchmarks.implementations import NAMES, OURS, TEXTBOOK
 from lab.benchmarks.measure import DIFFERS, FORWARD, MEASURED, OUT_OF_MEMORY, Outcome
 
@@ -52,7 +52,7 @@ def measured(monkeypatch):
         if isinstance(found, Exception):
             raise found
         return [
-            Row(case, name, level, which, outcome(case) if callable(outcome) else outcome)
+            MeasuredPass(case, name, level, which, outcome(case) if callable(outcome) else outcome)
             for level in levels
             for which in PASSES[level]
             for name, outcome in found.items()

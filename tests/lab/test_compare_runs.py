@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 
-import compare_runs
+from lab import compare_runs
 from nl_detectron.config import build_config
 from nl_detectron.data import register_coco_json
 from tests.random_model import QUICK_START

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 
-import analyze
+from lab import analyze
 from tests.random_model import QUICK_START, SMALL, save_random_model
 
 SMALLEST = ["--config-file", str(QUICK_START), "--size", "64", "64", "--repeats", "1"]

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import study
+from lab.study import __main__ as study
 from nl_detectron.data.toy import make_long_range
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = {
     "SOLVER.MAX_ITER": 2,
     "SOLVER.STEPS": [],

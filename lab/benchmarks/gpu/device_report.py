@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lab.benchmarks.comparison import BLOCK, OPERATION
-from lab.benchmarks.comparison import Row as Measured
+from lab.benchmarks.comparison import BLOCK, OPERATION, MeasuredPass
 from lab.benchmarks.gpu.kernels import CANDIDATES
 from lab.benchmarks.implementations import OURS, Case
 from lab.benchmarks.machine import machine_line
@@ -179,12 +178,12 @@ def _write_peaks(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _measured(row: Row) -> Measured:
+def _measured(row: Row) -> MeasuredPass:
     """As the benchmark had it."""
     case = Case(**{key: row[key] for key in Case.__dataclass_fields__})
     case = replace(case, image_size=tuple(row["image_size"]))  # in JSON a list
     outcome = Outcome(**{key: row[key] for key in Outcome.__dataclass_fields__})
-    return Measured(case, row["implementation"], row["level"], row["pass"], outcome)
+    return MeasuredPass(case, row["implementation"], row["level"], row["pass"], outcome)
 
 
 def _outcomes(rows: Sequence[Row]) -> dict[tuple[Case, str], dict[str, dict[str, Row]]]:
@@ -256,7 +255,7 @@ def _pictures(rows: Sequence[Row], output: Path, name: str, left_out: list[Row])
     found = [_measured(row) for row in own]
     parts = []
     try:
-        from lab.benchmarks.report import plot_ratios
+        from lab.benchmarks.benchmark_report import plot_ratios
 
         for precision in dict.fromkeys(row.case.precision for row in found):
             file = output / f"{name}_{precision}.png"
