@@ -76,21 +76,10 @@ def make_parser() -> Parser:
     parser.add_model_arguments(weights="trained weights (default: random)")
     image = parser.add_mutually_exclusive_group()
     image.add_argument("--image", metavar="FILE", help="an image, resized as in evaluation")
-    image.add_argument(
-        "--size",
-        type=positive_int,
-        nargs=2,
-        metavar=("H", "W"),
-        help="of the random image, in pixels (default: the shorter and the longer side that "
-        "the config allows in evaluation)",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=positive_int,
-        default=5,
-        metavar="N",
-        help="timed calls (default: %(default)s)",
-    )
+    size = "of the random image (default: the sides that the config allows in evaluation)"
+    image.add_argument("--size", type=positive_int, nargs=2, metavar=("H", "W"), help=size)
+    calls = "timed calls (default: %(default)s)"
+    parser.add_argument("--repeats", type=positive_int, default=5, metavar="N", help=calls)
     parser.add_argument("--train", type=positive_int, metavar="N", help="iterations of training")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     parser.add_overrides()
@@ -137,6 +126,7 @@ def faint_noise(cfg: CfgNode, size: tuple[int, int]) -> Tensor:
 
 def table(report: CostReport) -> str:
     whole, rest = cost_row(report.with_blocks), cost_row(report.without_blocks)
+    macs = report.with_blocks.macs
     ratios = [a / b for a, b in zip(whole, rest)]
     ratios[COST_HEADERS.index("time (ms)")] = report.time_ratio
     rows = [
@@ -146,12 +136,7 @@ def table(report: CostReport) -> str:
         ("ratio", *ratios),
     ]
     block_rows = [
-        (
-            name,
-            describe_inputs(report.block_inputs[name]),
-            *cost_row(cost),
-            f"{100 * cost.macs / report.with_blocks.macs:.1f} %",
-        )
+        (name, shapes(report.block_inputs[name]), *cost_row(cost), f"{cost.macs / macs:.1%}")
         for name, cost in report.blocks.items()
     ]
     model_table = tabulate(rows, ("model", *COST_HEADERS), floatfmt=".4g")
@@ -174,8 +159,8 @@ def cost_row(cost: Cost) -> tuple[float, ...]:
     return cost.parameters / 1e6, cost.macs / 1e9, cost.seconds * 1e3, cost.peak_memory / 2**20
 
 
-def describe_inputs(shapes: list[tuple[int, ...]]) -> str:
-    return ", ".join(" x ".join(map(str, shape)) for shape in shapes) or "never called"
+def shapes(inputs: list[tuple[int, ...]]) -> str:
+    return ", ".join(" x ".join(map(str, shape)) for shape in inputs) or "never called"
 
 
 if __name__ == "__main__":

@@ -41,10 +41,10 @@ _ARROW = {
 
 def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
     """
-    A panel for each point and block: the map as colours over the image, on the same scale in all
-    panels, and arrows from the point to the peaks of the map. For the blocks of a head it is the
-    part of the image around the object's box. Points that a block does not see have no panel. The
-    figure fits a page: A4, or with many panels A3 or A2.
+    Draw a panel for each point and block: the map as colours over the image, on the same scale in
+    all panels, and arrows from the point to the peaks of the map. For the blocks of a head it is
+    the part of the image around the object's box. Points that a block does not see have no panel.
+    The figure fits a page: A4, or with many panels A3 or A2.
 
     Args:
         maps: what to draw.
@@ -91,13 +91,8 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
 
 def describe(attention_map: AttentionMap, pairwise: str, what: str) -> str:
     """
-    Args:
-        attention_map: of a point.
-        pairwise: the block's kind of weights in :data:`nl_detectron.layers.ATTENTION`.
-        what: what the map shows.
-
-    Returns:
-        What the colours do not tell: what the map is of, how uneven it is, what is not shown.
+    What the colours do not tell: what the map shows, of a block with this kind of weights in
+    :data:`nl_detectron.layers.ATTENTION`, how uneven it is, what is not shown of it.
     """
     kind = f"{pairwise} weights" if what == "weights" else what
     if what == "effect":
@@ -115,38 +110,21 @@ def describe(attention_map: AttentionMap, pairwise: str, what: str) -> str:
 
 
 def unit(pairwise: str, what: str) -> str:
-    """
-    Args:
-        pairwise, what: as for :func:`describe`.
-
-    Returns:
-        What a map is drawn in multiples of.
-    """
+    """What a map is drawn in multiples of."""
     has_sum = what == "weights" and ATTENTION[pairwise].weight_sum is not None
     return "an even share" if has_sum else "the mean magnitude"
 
 
 def short(multiple: float) -> str:
-    """
-    Args:
-        multiple: of any sign.
-
-    Returns:
-        It with three digits.
-    """
+    """A multiple of any sign with three digits."""
     return f"{float(f'{multiple:.3g}'):g}"
 
 
 def on_scale(multiples: np.ndarray, what: str) -> np.ndarray:
     """
-    Args:
-        multiples: of the mean magnitude, any shape.
-        what: what they are of.
-
-    Returns:
-        Same shape, the place of each on the scale of :func:`heat_colors`: the logarithm of its
-        magnitude, -1 at 1/16 and below, 0 at 1, 1 at 16 and above; for an effect, 0 up to a
-        magnitude of 1, and from there to 1 or, where it is negative, to -1.
+    The place of multiples of the mean magnitude on the scale of :func:`heat_colors`: the logarithm
+    of the magnitude, -1 at 1/16 and below, 0 at 1, 1 at 16 and above; for an effect, 0 up to a
+    magnitude of 1, and from there to 1 or, where it is negative, to -1.
     """
     with np.errstate(divide="ignore"):
         place = np.log(np.abs(multiples)) / np.log(HIGHEST_MULTIPLE)
@@ -157,12 +135,8 @@ def on_scale(multiples: np.ndarray, what: str) -> np.ndarray:
 
 def heat_colors(what: str) -> Colormap:
     """
-    Args:
-        what: what a map shows.
-
-    Returns:
-        Colours from -1 to 1: amber above 0, and dark below, or blue for an effect; transparent at
-        0, so that the image can be seen in its own colours.
+    Colours from -1 to 1: amber above 0, and dark below, or blue for an effect; transparent at 0, so
+    that the image can be seen in its own colours.
     """
     steps = np.linspace(-1, 1, 256)
     low = (*to_rgb("#2377e4"), 0.7) if what == "effect" else (*to_rgb("#060b2b"), 0.4)
@@ -223,8 +197,8 @@ def _draw_arrows(panel: Axes, attention_map: AttentionMap, point: Point, count: 
     """Draw the arrows, and return their legend."""
     legend = ""
     left, top, right, bottom = attention_map.extent
-    for number, (end, weight) in enumerate(attention_map.strongest(count), 1):
-        multiple = weight / attention_map.mean
+    for number, (end, value) in enumerate(attention_map.strongest(count), 1):
+        multiple = value / attention_map.mean
         if abs(multiple) < NEARLY_EVEN:
             break
         panel.annotate("", end, point, arrowprops=_ARROW)

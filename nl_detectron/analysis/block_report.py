@@ -89,13 +89,7 @@ class BlockReport:
 
 
 def in_places(attended_share: float) -> str:
-    """
-    Args:
-        attended_share: above 0.
-
-    Returns:
-        It in words: "1 place in 63".
-    """
+    """A share of the keys in words: "1 place in 63"."""
     return f"1 place in {float(f'{1 / attended_share:.2g}'):g}"
 
 

@@ -112,7 +112,7 @@ def test_flipping_gives_another_map_of_the_same_place(run, image, monkeypatch):
     (plain,), (flipped,) = [maps.blocks[0].maps for maps, _ in drawn]
     assert plain.query[0] <= 10 <= plain.query[2]
     assert flipped.query[0] <= 10 <= flipped.query[2]
-    assert not np.array_equal(plain.weights, flipped.weights)
+    assert not np.array_equal(plain.values, flipped.values)
 
 
 def test_without_objects_there_is_the_page_alone(run, image, capsys):

@@ -78,11 +78,10 @@ def is_sound(rows: Iterable[Row]) -> bool:
 
 
 def _write_tests(rows: Sequence[Row]) -> list[str]:
-    parts = []
+    parts, keys = [], ("tests", "failures", "errors", "skipped")
     for row in (row for row in rows if row["kind"] == "tests"):
-        keys = ("tests", "failures", "errors", "skipped")
         parts.append(_table(keys, [[row[key] for key in keys]]))
-        parts += ["\n".join(f"- {line}" for line in row["failed"])] if row["failed"] else []
+        parts.append("\n".join(f"- {line}" for line in row["failed"]))
     return parts
 
 

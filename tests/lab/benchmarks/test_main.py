@@ -159,8 +159,8 @@ def test_help(capsys):
     ("arguments", "message"),
     [
         (["--stages", "res9"], "invalid choice: 'res9' (choose from"),
-        (["--batch", "0"], "'0' is not an integer of at least 1"),
-        (["--threads", "two"], "'two' is not an integer of at least 1"),
+        (["--batch", "0"], "'0' is not a whole number above 0"),
+        (["--threads", "two"], "'two' is not a whole number above 0"),
         (["--memory-limit", "-1"], "'-1' is not a positive number"),
         (["--memory-limit", "nan"], "'nan' is not a positive number"),
         (["--device", "tpu"], "invalid choice: 'tpu' (choose from"),
