@@ -61,6 +61,10 @@ MIN_SCORE = 0.5  # to be drawn
 MAX_SIZE = 2400  # pixels, of three pictures side by side
 
 
+Table = list[list[object]]
+"""Rows, the headers first."""
+
+
 class EvaluatedRun(NamedTuple):
     predictions: list[Record]
     aps: AveragePrecisions
@@ -136,27 +140,25 @@ def load_run(
     return EvaluatedRun(predictions, AveragePrecisions(matches), errors)
 
 
-def ap_table(differences: dict[str, Difference]) -> list[list[object]]:
-    rows: list[list[object]] = [["AP (%)", "A", "B", "B - A", "95 % interval", "pictures"]]
+def ap_table(differences: dict[str, Difference]) -> Table:
+    rows: Table = [["AP (%)", "A", "B", "B - A", "95 % interval", "pictures"]]
     for name, d in differences.items():
         if not np.isnan(d.a):
             rows.append([name, d.a, d.b, d.b - d.a, f"{d.low:+.1f} ... {d.high:+.1f}", d.pictures])
     return rows
 
 
-def error_tables(runs: Sequence[EvaluatedRun]) -> list[list[list[object]]]:
+def error_tables(runs: Sequence[EvaluatedRun]) -> list[Table]:
     """Kinds of errors, and the classes that are confused; none where they are not looked for."""
     if not (a := runs[0].errors) or not (b := runs[1].errors):
         return []
-    kinds: list[list[object]] = [["AP50 to gain without errors", "A", "B", "B - A"]]
+    kinds: Table = [["AP50 to gain without errors", "A", "B", "B - A"]]
     for kind, name in KINDS.items():
         kinds.append([name, a.kinds[kind], b.kinds[kind], b.kinds[kind] - a.kinds[kind]])
-    confused: list[list[object]] = [
-        ["objects that score highest as another class", "A", "B", "B - A"]
-    ]
+    confused: Table = [["objects that score highest as another class", "A", "B", "B - A"]]
     for pair in most_confused(a, b):
-        counts = a.confusions[pair], b.confusions[pair]
-        confused.append([f"{pair[0]} as {pair[1]}", *counts, counts[1] - counts[0]])
+        x, y = a.confusions[pair], b.confusions[pair]
+        confused.append([f"{pair[0]} as {pair[1]}", x, y, y - x])
     return [kinds, confused] if len(confused) > 1 else [kinds]
 
 
@@ -172,12 +174,9 @@ def verdict(runs: Sequence[EvaluatedRun]) -> str:
     if a.kinds[kind] <= b.kinds[kind]:
         return "B has less of no kind of error."
     text = f"B removes most of: {KINDS[kind]} ({a.kinds[kind]:.1f} to {b.kinds[kind]:.1f} points)"
-    if kind == "Cls":
-        pairs = [p for p in most_confused(a, b, 2) if a.confusions[p] > b.confusions[p]]
-        text += "".join(
-            f"; {x} taken for {y}: {a.confusions[x, y]} to {b.confusions[x, y]} objects"
-            for x, y in pairs
-        )
+    for pair in most_confused(a, b, 2) if kind == "Cls" else ():
+        if (x := a.confusions[pair]) > (y := b.confusions[pair]):
+            text += f"; {pair[0]} taken for {pair[1]}: {x} to {y} objects"
     return f"{text}."
 
 
@@ -207,9 +206,8 @@ def draw_pictures(runs: Sequence[EvaluatedRun], dataset: str, records: dict[int,
             record = records[runs[0].aps.image_ids[i]]
             url = data_url(draw_triple(record, runs, dataset, aps[:, i]), MAX_SIZE)
             name = escape(Path(record["file_name"]).name)
-            alt = f"truth, A and B in {name}"
-            figure = f'<img src="{url}" alt="{alt}"><figcaption>{name}</figcaption>'
-            parts.append(f"<figure>{figure}</figure>")
+            image = f'<img src="{url}" alt="truth, A and B in {name}">'
+            parts.append(f"<figure>{image}<figcaption>{name}</figcaption></figure>")
     return "\n".join(parts)
 
 
@@ -238,9 +236,8 @@ def draw_triple(
     return side_by_side(pictures, ["truth", *captions])[:, :, ::-1]
 
 
-def write_page(
-    folder: Path, about: str, said: str, tables: list[list[list[object]]], pictures: str
-) -> Path:
+def write_page(folder: Path, about: str, said: str, tables: list[Table], pictures: str) -> Path:
+    """Returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8")).substitute(
         title="Comparison of two runs",

@@ -138,18 +138,18 @@ class AveragePrecisions:
         (pictures,), in percent: the AP of each picture alone, with all classes in one ranking, so
         that a wrong class that scores higher counts; NaN for pictures without objects.
         """
-        classes = self._matches["all"]
-        order = np.argsort(-np.concatenate([m.scores for m in classes]), kind="stable")
-        picture = np.concatenate([m.picture for m in classes])[order]
-        right = np.concatenate([m.right for m in classes], axis=1)[:, order]
-        wrong = np.concatenate([m.wrong for m in classes], axis=1)[:, order]
-        objects = np.sum([m.objects for m in classes], axis=0)
-        return np.array(
-            [
-                _mean(self._precisions(right[:, picture == i], wrong[:, picture == i], number))
-                for i, number in enumerate(objects)
-            ]
+        of_classes = self._matches["all"]
+        scores, picture, right, wrong = (
+            np.concatenate(parts, axis=-1) for parts in list(zip(*of_classes))[:4]
         )
+        order = np.argsort(-scores, kind="stable")
+        picture, right, wrong = picture[order], right[:, order], wrong[:, order]
+        objects = np.sum([m.objects for m in of_classes], axis=0)
+        aps = [
+            _mean(self._precisions(right[:, picture == i], wrong[:, picture == i], number))
+            for i, number in enumerate(objects)
+        ]
+        return np.array(aps)
 
     def _sampled(self, matches: _Matches, counts: np.ndarray) -> np.ndarray:
         of_predictions = counts[matches.picture]
@@ -180,13 +180,14 @@ def _collect(pictures: Sequence[Record | None]) -> _Matches:
         return _Matches(np.zeros(0), np.zeros(0, dtype=int), none, none, objects)
     for i, p in present:
         objects[i] = np.count_nonzero(p["gtIgnore"] == 0)
-    scores = np.concatenate([p["dtScores"] for _, p in present])
-    order = np.argsort(-scores, kind="stable")  # as COCOeval's
-    matched = np.concatenate([p["dtMatches"] for _, p in present], axis=1)[:, order] > 0
-    counted = ~np.concatenate([p["dtIgnore"] for _, p in present], axis=1)[:, order].astype(bool)
     picture = np.concatenate([np.full(len(p["dtScores"]), i, dtype=int) for i, p in present])
-    right, wrong = matched & counted, ~matched & counted
-    return _Matches(scores[order], picture[order], right, wrong, objects)
+    scores, matched, ignored = (
+        np.concatenate([p[key] for _, p in present], axis=-1)
+        for key in ("dtScores", "dtMatches", "dtIgnore")
+    )
+    order = np.argsort(-scores, kind="stable")  # as COCOeval's
+    matched, counted = matched[:, order] > 0, ~ignored[:, order].astype(bool)
+    return _Matches(scores[order], picture[order], matched & counted, ~matched & counted, objects)
 
 
 def _mean(precisions: np.ndarray) -> float:

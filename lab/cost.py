@@ -92,13 +92,9 @@ def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
             name: _measure_block(block, block_inputs[name], repeats)
             for name, block in tqdm(blocks.items(), "each block", leave=False)
         }
-    return CostReport(
-        with_blocks=cost,
-        without_blocks=cost_without,
-        time_ratio=statistics.median(a / b for a, b in zip(seconds, seconds_without)),
-        blocks=costs,
-        block_inputs={n: [tuple(x.shape) for x in calls] for n, calls in block_inputs.items()},
-    )
+    ratio = statistics.median(a / b for a, b in zip(seconds, seconds_without))
+    shapes = {name: [tuple(x.shape) for x in of_block] for name, of_block in block_inputs.items()}
+    return CostReport(cost, cost_without, ratio, costs, shapes)
 
 
 def measure_training(
@@ -110,12 +106,11 @@ def measure_training(
     stays as it is. Returns the cost with the blocks, and that without.
     """
     model, device = trainer.model, next(trainer.model.parameters()).device
+    contexts: list[Callable[[], AbstractContextManager[None]]]
+    contexts = [nullcontext, lambda: without_blocks(model)]
     times: list[list[tuple[float, float]]] = [[], []]
     peaks = []
     with EventStorage() as storage:
-
-        def in_turn(is_whole: bool) -> AbstractContextManager[None]:
-            return nullcontext() if is_whole else without_blocks(model)
 
         def step() -> None:
             trainer.iter = storage.iter
@@ -123,12 +118,12 @@ def measure_training(
             storage.step()
 
         for _ in tqdm(range(iterations + 1), "training", leave=False):
-            for of_kind, is_whole in zip(times, (True, False)):
-                with in_turn(is_whole):
+            for of_kind, context in zip(times, contexts):
+                with context():
                     seconds = _time(step)
                 of_kind.append((seconds, storage.history("data_time").latest()))
-        for is_whole in (True, False):
-            with in_turn(is_whole):
+        for context in contexts:
+            with context():
                 trainer.optimizer.zero_grad()
                 peaks.append(_held(trainer.optimizer, model) + peak_memory(step, device))
     with_blocks, without = (_training_cost(t[1:], peak) for t, peak in zip(times, peaks))
@@ -172,23 +167,16 @@ def _measure_block(block: nn.Module, inputs: Sequence[Tensor], repeats: int) -> 
         for x in inputs
         if x.numel()
     ]
-    return Cost(
-        parameters=_count_parameters(block),
-        macs=sum(cost.macs for cost in costs),
-        seconds=sum(cost.seconds for cost in costs),
-        peak_memory=max((cost.peak_memory for cost in costs), default=0),
-    )
+    macs, seconds = sum(cost.macs for cost in costs), sum(cost.seconds for cost in costs)
+    peak = max((cost.peak_memory for cost in costs), default=0)
+    return Cost(_count_parameters(block), macs, seconds, peak)
 
 
 def _measure(
     module: nn.Module, inputs: Any, device: torch.device, seconds: Sequence[float]
 ) -> Cost:
-    return Cost(
-        parameters=_count_parameters(module),
-        macs=_count_macs(module, inputs),
-        seconds=statistics.median(seconds),
-        peak_memory=peak_memory(lambda: module(inputs), device),
-    )
+    macs, peak = _count_macs(module, inputs), peak_memory(lambda: module(inputs), device)
+    return Cost(_count_parameters(module), macs, statistics.median(seconds), peak)
 
 
 def _count_parameters(module: nn.Module) -> int:

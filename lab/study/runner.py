@@ -131,7 +131,8 @@ async def _run_all(
         async def watch() -> None:
             while True:
                 await asyncio.sleep(_WATCH_SECONDS)
-                progress.update(_iterations_done(runs) - progress.n)
+                # One that goes on from a checkpoint does some again.
+                progress.update(max(_iterations_done(runs) - progress.n, 0))
 
         watching = asyncio.create_task(watch())
         await asyncio.gather(*(run_one(run) for run in runs))

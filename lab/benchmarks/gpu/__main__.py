@@ -21,8 +21,8 @@ from xml.etree import ElementTree
 import torch
 
 from lab.benchmarks.gpu.detector import QUICK_SETTINGS, SETTINGS, measure_ddp, measure_settings
-from lab.benchmarks.gpu.device_report import Row, is_sound, write_report
-from lab.benchmarks.gpu.operation import measure_cases
+from lab.benchmarks.gpu.device_report import is_sound, write_report
+from lab.benchmarks.gpu.operation import Row, measure_cases
 from lab.benchmarks.machine import describe_machine, machine_line
 
 HELP = """

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from lab.benchmarks.gpu.operation import Row
+
 # Detectron2 and what needs it is imported where it is used: without it the other sections run.
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs" / "COCO-InstanceSegmentation"
@@ -26,8 +28,6 @@ _QUICK_OPTIONS = [
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
     *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
 ]
-
-Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
