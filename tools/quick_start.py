@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Train a small detector, and show what it learnt: `demo.quick_start`, from any folder."""
 
-import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `lab` and `demo` are
-runpy.run_module("demo.quick_start", run_name="__main__")
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where `lab` and `demo` are
+    from demo.quick_start import main
+
+    sys.exit(main())

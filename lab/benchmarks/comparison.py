@@ -127,21 +127,11 @@ def make_trials(
     x = x.to(dtype).requires_grad_()
     grad_z = torch.randn_like(x)
     for name, (module, operation) in built.items():
-        run = module if dtype == torch.float32 else _under_autocast(module, device, dtype)
+        run = module if dtype == torch.float32 else torch.autocast(device.type, dtype)(module)
         trials[BLOCK][name] = Trial(run, (x,), grad_z, tuple(module.parameters()))
         if operation is not None:
             trials[OPERATION][name] = Trial(operation, inputs, grad_y)
     return trials, reasons
-
-
-def _under_autocast(
-    function: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> Callable[..., torch.Tensor]:
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype):
-            return function(*inputs)
-
-    return run
 
 
 def run_limited(

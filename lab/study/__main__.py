@@ -100,45 +100,30 @@ def train_command(processes: int) -> list[str]:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("plan", type=Path, metavar="STUDY.yaml", help="what to compare")
-    parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="default: output/studies/ and the plan's name"
+    add = parser.add_argument
+    add("plan", type=Path, metavar="STUDY.yaml", help="what to compare")
+    where = "default: output/studies/ and the plan's name"
+    add("--output", type=Path, metavar="DIR", help=where)
+    add("--settings", metavar="NAME,...", help="only these of the plan")
+    add("--seeds", metavar="N,...", help="in the place of the plan's")
+    launchers = ("local", "slurm", "submitit-local")
+    where = (
+        "where the runs are: on this machine (default); each in a job of SLURM; or, to try that "
+        "out, in such jobs on this machine, all at once"
     )
-    parser.add_argument("--settings", metavar="NAME,...", help="only these of the plan")
-    parser.add_argument("--seeds", metavar="N,...", help="in the place of the plan's")
-    parser.add_argument(
-        "--launcher",
-        choices=("local", "slurm", "submitit-local"),
-        default="local",
-        help="where the runs are: on this machine (default); each in a job of SLURM; or, to try "
-        "that out, in such jobs on this machine, all at once",
+    add("--launcher", choices=launchers, default="local", help=where)
+    gpus = "train each run with torchrun on N GPUs (or N processes where there is none)"
+    add("--gpus-per-run", type=positive_int, metavar="N", default=1, help=gpus)
+    words = "a parameter of the jobs, such as partition=gpu or time=2880 (minutes); any number"
+    add("--slurm", action="append", metavar="KEY=VALUE", default=[], help=words)
+    workers = (
+        "runs at a time on this machine (default: as many as it has GPUs for, or cores where there "
+        f"is none; here {default_workers()})"
     )
-    parser.add_argument(
-        "--gpus-per-run",
-        type=positive_int,
-        metavar="N",
-        default=1,
-        help="train each run with torchrun on N GPUs (or N processes where there is none)",
-    )
-    parser.add_argument(
-        "--slurm",
-        action="append",
-        metavar="KEY=VALUE",
-        default=[],
-        help="a parameter of the jobs, such as partition=gpu or time=2880 (minutes); any number",
-    )
-    parser.add_argument(
-        "--workers",
-        type=positive_int,
-        metavar="N",
-        help="runs at a time on this machine (default: as many as it has GPUs for, or cores where "
-        f"there is none; here {default_workers()})",
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "--report-only", action="store_true", help="only write the report of what is finished"
-    )
-    what.add_argument("--status", action="store_true", help="only show the state of each run")
+    add("--workers", type=positive_int, metavar="N", help=workers)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--report-only", action="store_true", help="only write the report of what is finished")
+    add("--status", action="store_true", help="only show the state of each run")
     parser.add_overrides("They apply to all settings, such as for a trial at a small scale.")
     return parser
 

@@ -78,12 +78,10 @@ class StudyPlan:
         settings with fewer seeds. The overrides (keys and values in turn) are for all settings,
         over their own. ValueError: those of a setting do not fit the config.
         """
+        pairs = [(name, seed) for seed in self.seeds for name in self.settings]
         return [
-            TrainingRun(
-                name, seed, output / name / f"seed_{seed}", self._config(name, seed, overrides)
-            )
-            for seed in self.seeds
-            for name in self.settings
+            TrainingRun(*pair, output / pair[0] / f"seed_{pair[1]}", self._config(*pair, overrides))
+            for pair in pairs
         ]
 
     def _config(self, setting: str, seed: int, overrides: Sequence[str]) -> str:
@@ -134,21 +132,16 @@ def load_plan(path: Path) -> StudyPlan:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     settings = {name: dict(overrides or {}) for name, overrides in content["settings"].items()}
-    own = {
-        name: {k: setting.pop(k, None) for k in _SETTING_KEYS} for name, setting in settings.items()
-    }
-    files = {name: keys["config"] for name, keys in own.items() if keys["config"]}
+    files, paper = (
+        {name: own for name, setting in settings.items() if (own := setting.pop(key, None))}
+        for key in _SETTING_KEYS
+    )
     for file in (content["config"], *files.values()):
         if not (path.parent / file).is_file():
             raise ValueError(f"{path}: config is {file}, but there is no file {path.parent / file}")
-    return StudyPlan(
-        path.parent / content["config"],
-        content["seeds"],
-        settings,
-        content["groups"],
-        configs={name: path.parent / file for name, file in files.items()},
-        paper={name: keys["paper"] for name, keys in own.items() if keys["paper"]},
-    )
+    configs = {name: path.parent / file for name, file in files.items()}
+    config, seeds, groups = path.parent / content["config"], content["seeds"], content["groups"]
+    return StudyPlan(config, seeds, settings, groups, configs, paper)
 
 
 def _check(content: Any) -> None:

@@ -90,27 +90,17 @@ def submit(
 ) -> list[TrainingRun]:
     """
     Submit one job for each run: what :func:`prepare_runs` returned, without those in
-    :func:`read_queue`. Returns the runs that failed while this function waited.
-
-    Args:
-        runs: the runs.
-        train: the command of train_net.py.
-        folder: for submitit's files and the logs of the jobs; all nodes see it.
-        gpus_per_run: how many GPUs each job asks for.
-        parameters: more that submitit passes on to ``sbatch``, such as "partition"; "time" is in
-            minutes.
-        cluster: "slurm"; or "local", to run all jobs at once on this machine and wait for them.
-
-    Raises:
-        ValueError: there is no submitit or no SLURM here, or one of them refuses a parameter.
+    :func:`read_queue`. Submitit's files and the logs of the jobs go into ``folder``, which all
+    nodes see. More ``parameters``, such as "partition", are passed on to ``sbatch``; "time" is in
+    minutes. On the ``cluster`` "local" all jobs run at once on this machine; this function waits
+    for them, and returns those that failed. ValueError: there is no submitit or no SLURM here, or
+    one of them refuses a parameter.
     """
     submitit = _submitit()
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ValueError("there is no sbatch and srun: is this a login node of a SLURM cluster?")
-    executor = submitit.AutoExecutor(
-        folder.absolute(), cluster, slurm_max_num_timeout=_MAX_TIMEOUTS
-    )
-    jobs = []
+    limit = {"slurm_max_num_timeout": _MAX_TIMEOUTS}
+    executor, jobs = submitit.AutoExecutor(folder.absolute(), cluster, **limit), []
     try:
         executor.update_parameters(
             timeout_min=parameters.get("time", _TIME),
@@ -122,9 +112,8 @@ def submit(
             **{f"slurm_{key}": value for key, value in parameters.items()},
         )
         for run in runs:
-            executor.update_parameters(
-                name=f"{run.setting}-{run.seed}", slurm_comment=str(run.folder.absolute())
-            )
+            name, comment = f"{run.setting}-{run.seed}", str(run.folder.absolute())
+            executor.update_parameters(name=name, slurm_comment=comment)
             jobs.append(executor.submit(TrainingJob(run, train)))
             (run.folder / JOB).write_text(f"{jobs[-1].job_id}\n", encoding="utf-8")
     except (ValueError, NameError, submitit.core.utils.FailedJobError) as error:

@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
 
 from demo import demo
 from tests.random_model import QUICK_START
@@ -212,11 +213,13 @@ def test_no_frames(run, monkeypatch, capsys):
 
 
 def test_names_of_own_classes(run, trained, tmp_path, monkeypatch):
-    labels = []
-    text = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda *words: labels.append(words[2]) or text(*words)
-    )
+    labels, draw_text = [], Visualizer.draw_text
+
+    def spy(self, text, *arguments, **options):
+        labels.append(text)
+        return draw_text(self, text, *arguments, **options)
+
+    monkeypatch.setattr(Visualizer, "draw_text", spy)
     write_images(tmp_path, "x.png")
     keypoints = {"keypoints": ["a", "b"], "skeleton": []}
     coco = {

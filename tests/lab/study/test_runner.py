@@ -133,7 +133,7 @@ def test_an_interrupt_stops_the_children(study, signal_):
         # What runs in the background of a shell ignores SIGINT, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(study.starts()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     parent.send_signal(signal_)
