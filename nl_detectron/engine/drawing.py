@@ -98,8 +98,8 @@ def _label(annotation: Mapping[str, Any], metadata: Metadata) -> str:
 
 def _draw_label(visualizer: Visualizer, text: str, box: np.ndarray) -> None:
     """In the corner of its box from which it stays in the picture; small boxes have it outside."""
-    left, top, right, bottom = box
     width, height = visualizer.output.width, visualizer.output.height
+    left, top, right, bottom = np.clip(box, 0, (width, height, width, height))
     size = max((width * height) ** 0.5 / 110, 9)  # points
     line = 1.3 * size * visualizer.output.dpi / 72  # pixels
     if bottom - top < 4 * line:
