@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from typing import Any
 
 import numpy as np
 from matplotlib import patheffects
@@ -30,13 +31,9 @@ _TEXT = 230  # characters, about, above and below a picture
 _SCALE = 7 * _LINE  # inches for the bar of colours
 _POINT_COLOR = "#56B4E9"
 _OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="black")]
-_ARROW = {
-    "arrowstyle": "->",
-    "color": "white",
-    "shrinkA": 0,
-    "shrinkB": 0,
-    "path_effects": _OUTLINE,
-}
+_LIGHT: dict[str, Any] = {"color": "white", "path_effects": _OUTLINE}
+_ARROW = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, **_LIGHT}
+_NUMBER = {"textcoords": "offset points", "fontsize": _FONT + 1, "zorder": 5, **_LIGHT}
 
 
 def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
@@ -164,18 +161,12 @@ def _grid(panels: int, aspect: float) -> tuple[int, int, float, float]:
 
 def _draw_map(panel: Axes, attention_map: AttentionMap, what: str) -> AxesImage:
     left, top, right, bottom = attention_map.extent
-    heat = panel.imshow(
-        on_scale(attention_map.multiples, what),
-        cmap=heat_colors(what),
-        vmin=-1,
-        vmax=1,
-        extent=(left, right, bottom, top),
-        interpolation="nearest",
-    )
+    place: dict[str, Any] = {"extent": (left, right, bottom, top), "interpolation": "nearest"}
+    scale: dict[str, Any] = {"cmap": heat_colors(what), "vmin": -1, "vmax": 1}
+    heat = panel.imshow(on_scale(attention_map.multiples, what), **place, **scale)
     left, top, right, bottom = attention_map.query
-    panel.add_patch(
-        Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=_POINT_COLOR)
-    )
+    size = right - left, bottom - top
+    panel.add_patch(Rectangle((left, top), *size, fill=False, edgecolor=_POINT_COLOR))
     return heat
 
 
@@ -204,18 +195,8 @@ def _draw_arrows(panel: Axes, attention_map: AttentionMap, point: Point, count: 
         panel.annotate("", end, point, arrowprops=_ARROW)
         # On the side where there is room for it.
         x, y = 2 * end[0] < left + right, 2 * end[1] < top + bottom
-        panel.annotate(
-            str(number),
-            end,
-            xytext=(4 if x else -4, -4 if y else 4),
-            textcoords="offset points",
-            ha="left" if x else "right",
-            va="top" if y else "bottom",
-            fontsize=_FONT + 1,
-            color="white",
-            path_effects=_OUTLINE,
-            zorder=5,
-        )
+        side: dict[str, Any] = {"ha": "left" if x else "right", "va": "top" if y else "bottom"}
+        panel.annotate(str(number), end, (4 if x else -4, -4 if y else 4), **_NUMBER, **side)
         legend += f"{number}:\xa0{short(multiple)}\xa0x   "
     return legend.rstrip() + "\n" if legend else ""
 

@@ -47,6 +47,15 @@ class AttentionMap:
         """(rows, columns): the values divided by the mean; ones where that is 0."""
         return self.values / self.mean if self.mean else np.ones_like(self.values)
 
+    @property
+    def centers(self) -> np.ndarray:
+        """(rows, columns, 2): x and y of each place's centre, in pixels."""
+        left, top, right, bottom = self.extent
+        rows, columns = self.values.shape
+        x = left + (np.arange(columns) + 0.5) * ((right - left) / columns)
+        y = top + (np.arange(rows) + 0.5) * ((bottom - top) / rows)
+        return np.stack(np.meshgrid(x, y), axis=2)
+
     def strongest(self, count: int) -> list[tuple[Point, float]]:
         """
         The places that count most for the point: the peaks of the map, which are cells not weaker
@@ -62,16 +71,13 @@ class AttentionMap:
         magnitude = torch.from_numpy(np.abs(self.values))[None]
         peaks = magnitude == functional.max_pool2d(magnitude, 3, 1, 1)
         peaks &= (magnitude > 0) & (magnitude >= magnitude.max() / 100)
-        cells = np.argwhere(peaks[0].numpy())
         left, top, right, bottom = self.extent
-        height, width = self.values.shape
-        cell_size = np.array([(right - left) / width, (bottom - top) / height])
-        places = (left, top) + (cells[:, ::-1] + 0.5) * cell_size
-        from_query = np.abs(places - np.reshape(self.query, (2, 2)).mean(0))
-        there = (from_query > 1.5 * cell_size).any(1)
-        places, values = places[there], self.values[tuple(cells[there].T)]
+        cell_size = np.array([right - left, bottom - top]) / self.values.shape[::-1]
+        from_query = np.abs(self.centers - np.reshape(self.query, (2, 2)).mean(0))
+        chosen = peaks[0].numpy() & (from_query > 1.5 * cell_size).any(2)
+        places, values = self.centers[chosen].tolist(), self.values[chosen]
         order = np.argsort(-np.abs(values), kind="stable")[:count]
-        return [((float(places[i, 0]), float(places[i, 1])), float(values[i])) for i in order]
+        return [((places[i][0], places[i][1]), float(values[i])) for i in order]
 
 
 @dataclass(frozen=True)

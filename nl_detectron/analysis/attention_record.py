@@ -15,6 +15,9 @@ from nl_detectron.analysis.placement import Box, PlacedFeatures, Point
 from nl_detectron.layers import AttentionBlock
 from nl_detectron.validation import check_choice
 
+Cells = Sequence[tuple[int, int]]
+"""Rows and columns."""
+
 
 @dataclass(frozen=True)
 class AttentionRecord:
@@ -91,11 +94,7 @@ class AttentionRecord:
         return AttentionMaps(self.image, list(points), blocks, "effect")
 
     def ask(
-        self,
-        name: str,
-        features: PlacedFeatures,
-        cells: Sequence[tuple[int, int]],
-        what: str = "weights",
+        self, name: str, features: PlacedFeatures, cells: Cells, what: str = "weights"
     ) -> list[AttentionMap]:
         """
         What counts for cells of a block's input.
@@ -126,15 +125,10 @@ class AttentionRecord:
         total = np.abs(values).sum((1, 2), dtype=np.float64)
         total_seen = np.abs(seen).sum((1, 2), dtype=np.float64)
         outside = (total - total_seen) / np.where(total, total, 1)
+        extent, keys = (left, top, right, bottom), values[0].size
         return [
-            AttentionMap(
-                seen[i],
-                extent=(left, top, right, bottom),
-                query=query,
-                outside=float(outside[i]),
-                keys=values[i].size,
-            )
-            for i, query in enumerate(queries)
+            AttentionMap(*of_query, keys)
+            for of_query in zip(seen, [extent] * len(seen), queries, outside.tolist())
         ]
 
     def _maps_of_block(

@@ -25,6 +25,7 @@ MAX_ENTROPY = 0.95
 MIN_QUERY_DEPENDENCE = 0.05
 
 _MAX_QUERIES = 64
+_MEASURED = ("relative_change", "attention_entropy", "attended_share", "query_dependence")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
         A report for each block, in the model's order.
     """
     blocks = nonlocal_blocks(model, AttentionBlock)
-    measured: dict[str, list[_Measurement]] = {name: [] for name in blocks}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in blocks}
     with inference_context(model), torch.no_grad():
         for batch in batches:
             with record_calls(blocks) as calls:
@@ -119,10 +120,7 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
             out_weight_norm=out_weight_norm(block),
             mean_abs_gamma=mean_abs_gamma(block),
             effective_norm=_effective_norm(block),
-            relative_change=_mean(m.relative_change for m in measured[name]),
-            attention_entropy=_mean(m.attention_entropy for m in measured[name]),
-            attended_share=_mean(m.attended_share for m in measured[name]),
-            query_dependence=_mean(m.query_dependence for m in measured[name]),
+            **{field: _mean(m[field] for m in measured[name]) for field in _MEASURED},
         )
         for name, block in blocks.items()
     ]
@@ -143,28 +141,17 @@ def _effective_norm(block: AttentionBlock) -> float | None:
     return (scale.detach()[:, None] * block.out.weight.detach().flatten(1)).float().norm().item()
 
 
-@dataclass(frozen=True)
-class _Measurement:
-    """Of one input; NaN is what is not defined for it."""
-
-    relative_change: float
-    attention_entropy: float
-    attended_share: float
-    query_dependence: float
-
-
-def _measure(block: AttentionBlock, x: Tensor) -> _Measurement:
+def _measure(block: AttentionBlock, x: Tensor) -> dict[str, float]:
+    """The ``_MEASURED`` of one input; NaN is what is not defined for it."""
     positions = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
     weights = block.attention(x, positions[:_MAX_QUERIES]).flatten(2).double()
     entropy, keys = torch.tensor(math.nan), weights.shape[2]
     if (weight_sum := ATTENTION[block.pairwise].weight_sum) and keys > 1:
         entropy = torch.special.entr(weights / weight_sum).sum(2)
-    return _Measurement(
-        relative_change=((block(x) - x).float().norm() / x.float().norm()).item(),
-        attention_entropy=entropy.mean().item() / math.log(max(keys, 2)),
-        attended_share=entropy.exp().mean().item() / keys,
-        query_dependence=_mean_cosine_distance(weights),
-    )
+    change = (block(x) - x).float().norm() / x.float().norm()
+    share, evenness = entropy.exp().mean() / keys, entropy.mean() / math.log(max(keys, 2))
+    values = (change.item(), evenness.item(), share.item(), _mean_cosine_distance(weights))
+    return dict(zip(_MEASURED, values))
 
 
 def _mean_cosine_distance(maps: Tensor) -> float:

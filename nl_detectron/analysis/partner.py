@@ -93,7 +93,7 @@ def describe_squares(squares: Sequence[SquareAttention]) -> str:
 def _measure(attention_map: AttentionMap, square: Record) -> SquareAttention:
     magnitudes = torch.from_numpy(attention_map.values).abs().double()
     shares = magnitudes / magnitudes.sum()
-    centers = _key_centers(attention_map)
+    centers = torch.from_numpy(attention_map.centers)
     *partner, radius = square["partner"]
     distance = (centers - torch.tensor(partner)).norm(dim=2)
     is_partner = (distance <= radius) | (distance == distance.min())
@@ -107,12 +107,3 @@ def _measure(attention_map: AttentionMap, square: Record) -> SquareAttention:
         is_strongest_on_partner=bool(is_strongest.any() and is_partner[is_strongest].all()),
         attended_share=torch.special.entr(shares).sum().exp().item() / shares.numel(),
     )
-
-
-def _key_centers(attention_map: AttentionMap) -> torch.Tensor:
-    """(rows, columns, 2): x and y of each in the image."""
-    left, top, right, bottom = attention_map.extent
-    rows, columns = attention_map.values.shape
-    x = left + (torch.arange(columns) + 0.5) * (right - left) / columns
-    y = top + (torch.arange(rows) + 0.5) * (bottom - top) / rows
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)
