@@ -28,8 +28,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 
 from demo.proof import PROOF_SETTINGS, SCALE, draw_proof
+from lab.study.__main__ import train_command
 from lab.study.plan import TrainingRun, load_plan
-from lab.study.runner import LOG, TRAIN, prepare_runs, run_all
+from lab.study.runner import LOG, prepare_runs, run_all
 from nl_detectron.analysis.attention import attention_of
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_new = not any(metrics_file(run.folder).is_file() for run in runs)
         start = time.perf_counter()
         try:
-            if todo and train(todo, is_new):
+            if todo and train(todo, train_command(1, args.project), is_new):
                 return 1
         except (KeyboardInterrupt, asyncio.CancelledError):
             parser.exit(130, f"{parser.prog}: stopped; the same command goes on\n")
@@ -95,7 +96,7 @@ def plan_runs(cfg: CfgNode, output: Path) -> list[TrainingRun]:
     return [detector, *load_plan(PROOF).part(list(PROOF_SETTINGS), [1]).runs(output / "proof")]
 
 
-def train(runs: Sequence[TrainingRun], is_new: bool) -> list[TrainingRun]:
+def train(runs: Sequence[TrainingRun], command: Sequence[str], is_new: bool) -> list[TrainingRun]:
     """
     Two at a time: two processes of one thread each take less time than two threads of one. Returns
     those that failed.
@@ -103,7 +104,7 @@ def train(runs: Sequence[TrainingRun], is_new: bool) -> list[TrainingRun]:
     text = "up to 10 minutes on two cores" if is_new else "what was interrupted goes on"
     print(f"Small models are trained, {len(runs)} of 3: {text}. Each has a {LOG}:", flush=True)
     print(*(f"    {run.folder / LOG}" for run in runs), sep="\n", flush=True)
-    return run_all(runs, TRAIN, workers=2)
+    return run_all(runs, command, workers=2)
 
 
 def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lab.study.inputs import check_inputs
@@ -79,7 +80,7 @@ def start(runs: list[TrainingRun], output: Path, args: argparse.Namespace) -> li
     if busy:
         print(f"{len(busy)} runs are waiting or running already, and are left alone")
     check_inputs(todo)
-    train = train_command(args.gpus_per_run)
+    train = train_command(args.gpus_per_run, args.project)
     if args.launcher == "local":
         workers = args.workers or default_workers(args.gpus_per_run)
         return run_all(todo, train, workers, args.gpus_per_run)
@@ -90,12 +91,11 @@ def start(runs: list[TrainingRun], output: Path, args: argparse.Namespace) -> li
     return failed
 
 
-def train_command(processes: int) -> list[str]:
-    """train_net.py, in one process or in many."""
-    if processes == 1:
-        return TRAIN
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [TRAIN[0], *torchrun, *TRAIN[1:]]
+def train_command(processes: int, projects: Sequence[str] = ()) -> list[str]:
+    """train_net.py, in one process or in many, with the modules that it imports first."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    options = [f"--project={project}" for project in projects]
+    return [TRAIN[0], *(launcher if processes > 1 else []), *TRAIN[1:], *options]
 
 
 def make_parser() -> Parser:

@@ -130,7 +130,8 @@ if folder.name == "demo" and len((folder / "starts").read_text().splitlines()) =
 
 
 def test_goes_on_where_it_has_failed_or_was_interrupted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(quick_start, "TRAIN", [sys.executable, "-c", FAKE_TRAIN])
+    fake = [sys.executable, "-c", FAKE_TRAIN]
+    monkeypatch.setattr(quick_start, "train_command", lambda *_: fake)
     for name in ("trained_config", "write_page", "print_summary"):
         monkeypatch.setattr(quick_start, name, lambda *_: None)
     output = tmp_path / "demo"

@@ -112,13 +112,10 @@ def _write_softmax(rows: Sequence[Row]) -> list[str]:
         lines.append([case.pairwise, *_case_cells(case), shown, *cells])
         if both and both["seconds"]:
             fastest.setdefault(case, []).append((both["seconds"], name))
+    kinds: tuple[Collection[str] | None, ...] = (None, CANDIDATES, {OURS})
     best = [
-        [
-            case.pairwise,
-            *_case_cells(case),
-            *(_best(t, only) for only in (None, CANDIDATES, {OURS})),
-        ]
-        for case, t in fastest.items()
+        [case.pairwise, *_case_cells(case), *(_best(times, names) for names in kinds)]
+        for case, times in fastest.items()
     ]
     chosen = [*place, "fastest", "fastest that may be chosen", "chosen now"]
     headers = [*place, "kernel", "fwd", "fwd + bwd", "memory", "TFLOP/s", "share", "note"]

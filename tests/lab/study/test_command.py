@@ -88,6 +88,7 @@ def test_several_processes_are_torchruns():
     python, *torchrun, script = study.train_command(2)
     assert [python, script] == study.TRAIN
     assert torchrun[-2:] == ["--standalone", "--nproc-per-node=2"]
+    assert study.train_command(1, ["a.py", "b"]) == [*study.TRAIN, "--project=a.py", "--project=b"]
 
 
 def test_nothing_runs_before_the_inputs_are_there(plan, tmp_path, monkeypatch, capsys):
