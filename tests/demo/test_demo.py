@@ -21,13 +21,9 @@ def run(trained, tmp_path):
     """Run the demo, by default so that a random model's predictions are drawn."""
 
     def run(*words, config_file=trained / "config.yaml", confidence=0.0):
-        return demo.main(
-            [
-                *("--config-file", str(config_file), "--confidence", str(confidence)),
-                *("--weights", str(trained / "model_final.pth")),
-                *("--output", str(tmp_path / "output"), *map(str, words)),
-            ]
-        )
+        model = ["--config-file", config_file, "--weights", trained / "model_final.pth"]
+        options = ["--confidence", confidence, "--output", tmp_path / "output"]
+        return demo.main([str(word) for word in (*model, *options, *words)])
 
     return run
 
@@ -291,14 +287,8 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
         demo.main(["--help"])
     text = capsys.readouterr().out
-    for word in (
-        "Examples",
-        "--compare",
-        "--video-input",
-        "--webcam",
-        "--val-json",
-        "'more/*.jpg'",
-    ):
+    options = ("--compare", "--video-input", "--webcam", "--val-json")
+    for word in ("Examples", *options, "'more/*.jpg'"):
         assert word in text
 
 

@@ -103,10 +103,7 @@ def test_summary(run, capsys):
     [
         (["MODEL.MASK_ONN", "True"], "did you mean 'MODEL.MASK_ON'"),
         (["OUTPUT_DIR"], "OUTPUT_DIR"),
-        (
-            ["--skip-training", "OUTPUT_DIR", "gone"],
-            "config.yaml does not exist; it",
-        ),
+        (["--skip-training", "OUTPUT_DIR", "gone"], "config.yaml does not exist; it"),
     ],
 )
 def test_bad_command_lines(words, message, capsys, monkeypatch):
@@ -182,27 +179,17 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
     for setting in proof.PROOF_SETTINGS:
         folder = tmp_path / "proof" / setting / "seed_1"
         folder.mkdir(parents=True)
-        save_random_model(
-            folder,
-            *(
-                "DATASETS.TEST",
-                "('long_range_match_val',)",
-                "MODEL.ROI_HEADS.NUM_CLASSES",
-                "2",
-                "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-                "0.0",
-            ),
-            *(NO_BLOCKS if setting == "baseline" else NO_BLOCKS[2:]),  # none in the head
-        )
+        match = ["DATASETS.TEST", "('long_range_match_val',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+        blocks = NO_BLOCKS if setting == "baseline" else NO_BLOCKS[2:]  # none in the head
+        everything = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+        save_random_model(folder, *match, *everything, *blocks)
         record = {"iteration": 2, **{f"bbox/{k}": v for k, v in APS.items()}}
         (folder / "metrics.json").write_text(json.dumps(record) + "\n")
-    monkeypatch.setattr(
-        proof,
-        "wrong_objects",
-        lambda predictor, _, record: (
-            [] if list(nonlocal_blocks(predictor.model)) else record["annotations"]
-        ),
-    )
+
+    def wrong_objects(predictor, _, record):
+        return [] if list(nonlocal_blocks(predictor.model)) else record["annotations"]
+
+    monkeypatch.setattr(proof, "wrong_objects", wrong_objects)
     is_right = True
 
     def planted(_, squares):
@@ -234,13 +221,9 @@ def test_trains_evaluates_and_shows(tmp_path, capfd, monkeypatch):
     plan["groups"] = {"Proof": list(proof.PROOF_SETTINGS)}
     monkeypatch.setattr(quick_start, "PROOF", tmp_path / "proof.yaml")
     quick_start.PROOF.write_text(yaml.safe_dump(plan))
-    quick_start.main(
-        [
-            *("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
-            *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
-            *("MODEL.RPN.POST_NMS_TOPK_TEST", "10"),
-        ]
-    )
+    words = ["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"]
+    words += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
+    assert quick_start.main([*words, "MODEL.RPN.POST_NMS_TOPK_TEST", "10"]) == 0
     assert "Trained and evaluated in" in capfd.readouterr().out
     assert "to train and evaluate" in (tmp_path / "index.html").read_text()
     for name in linked_files(tmp_path / "index.html"):
