@@ -164,28 +164,23 @@ class TextbookContext(nn.Module):
 
 
 def _ours(block: Block) -> Built:
-    if isinstance(block, GlobalContextBlock):
-        return block, None
-    return block, _our_operation(block)
+    return block, None if isinstance(block, GlobalContextBlock) else _our_operation(block)
 
 
 def _our_operation(block: NonLocalBlock) -> Operation:
-    def concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        return concatenation_pairwise(*_concat_terms(block, theta, phi), g)
-
-    def disentangled(theta: Tensor, phi: Tensor, g: Tensor, m: Tensor) -> Tensor:
-        scale = block.logit_scale / block.temperature
-        return disentangled_pairwise(theta, phi, m.squeeze(2), g, scale)
-
-    def softmax(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        return softmax_pairwise(theta, phi, g, block.logit_scale)
-
+    scale = block.logit_scale
     operations: dict[str, Operation] = {
         "dot_product": dot_product_pairwise,
-        "concatenation": concatenation,
-        "disentangled": disentangled,
+        "concatenation": lambda theta, phi, g: concatenation_pairwise(
+            *_concat_terms(block, theta, phi), g
+        ),
+        "disentangled": lambda theta, phi, g, m: disentangled_pairwise(
+            theta, phi, m.squeeze(2), g, scale / block.temperature
+        ),
     }
-    return operations.get(block.pairwise, softmax)
+    return operations.get(
+        block.pairwise, lambda theta, phi, g: softmax_pairwise(theta, phi, g, scale)
+    )
 
 
 def _textbook(block: Block) -> Built:

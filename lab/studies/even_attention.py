@@ -37,9 +37,8 @@ def EvenAttention(cfg: CfgNode, in_channels: int) -> CNNBlockBase:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output", "studies", "even_attention"), metavar="DIR"
-    )
+    output = Path("output", "studies", "even_attention")
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR")
     args = parser.parse_args()
     logging.disable(logging.INFO)
     rows = [(seed, f"{run(seed, args.output / f'seed_{seed}'):.1f}") for seed in args.seeds]

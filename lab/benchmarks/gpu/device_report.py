@@ -6,11 +6,10 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from lab.benchmarks.comparison import BLOCK, OPERATION
-from lab.benchmarks.comparison import Row as Measured
+from lab.benchmarks.comparison import BLOCK, OPERATION, MeasuredPass
 from lab.benchmarks.gpu.kernels import CANDIDATES
+from lab.benchmarks.gpu.operation import Row
 from lab.benchmarks.implementations import OURS, Case
 from lab.benchmarks.machine import machine_line
 from lab.benchmarks.measure import (
@@ -21,8 +20,6 @@ from lab.benchmarks.measure import (
     UNAVAILABLE,
     Outcome,
 )
-
-Row = dict[str, Any]
 
 _TITLES = {
     "tests": "The tests for CUDA",
@@ -79,11 +76,10 @@ def is_sound(rows: Iterable[Row]) -> bool:
 
 
 def _write_tests(rows: Sequence[Row]) -> list[str]:
-    parts = []
+    parts, keys = [], ("tests", "failures", "errors", "skipped")
     for row in (row for row in rows if row["kind"] == "tests"):
-        keys = ("tests", "failures", "errors", "skipped")
         parts.append(_table(keys, [[row[key] for key in keys]]))
-        parts += ["\n".join(f"- {line}" for line in row["failed"])] if row["failed"] else []
+        parts.append("\n".join(f"- {line}" for line in row["failed"]))
     return parts
 
 
@@ -106,27 +102,23 @@ def _write_block(rows: Sequence[Row]) -> list[str]:
 
 
 def _write_softmax(rows: Sequence[Row]) -> list[str]:
-    found, lines = _outcomes(rows), []
+    lines, place = [], ["function", "place", "precision"]
     fastest: dict[Case, list[tuple[float, str]]] = {}
-    for (case, name), of_case in found.items():
+    for (case, name), of_case in _outcomes(rows).items():
         both = of_case[OPERATION].get(FORWARD_BACKWARD)
-        shown = f"**{name}**" if name in CANDIDATES else name
-        speed = _speed(both, case, rows)
         note = both["note"].splitlines()[0][:200] if both and both["note"] else ""
-        cells = [case.pairwise, *_case_cells(case), shown, *_cells(of_case[OPERATION]), *speed]
-        lines.append([*cells, note])
+        cells = [*_cells(of_case[OPERATION]), *_speed(both, case, rows), note]
+        shown = f"**{name}**" if name in CANDIDATES else name
+        lines.append([case.pairwise, *_case_cells(case), shown, *cells])
         if both and both["seconds"]:
             fastest.setdefault(case, []).append((both["seconds"], name))
+    kinds: tuple[Collection[str] | None, ...] = (None, CANDIDATES, {OURS})
     best = [
-        [
-            *(case.pairwise, *_case_cells(case)),
-            *(_best(times, names) for names in ({name for _, name in times}, CANDIDATES, {OURS})),
-        ]
+        [case.pairwise, *_case_cells(case), *(_best(times, names) for names in kinds)]
         for case, times in fastest.items()
     ]
-    place = ["function", "place", "precision"]
-    headers = [*place, "kernel", "fwd", "fwd + bwd", "memory", "TFLOP/s", "share", "note"]
     chosen = [*place, "fastest", "fastest that may be chosen", "chosen now"]
+    headers = [*place, "kernel", "fwd", "fwd + bwd", "memory", "TFLOP/s", "share", "note"]
     return [
         *_write_peaks(rows),
         *("### Fastest, forward + backward", _table(chosen, best)),
@@ -136,16 +128,11 @@ def _write_softmax(rows: Sequence[Row]) -> list[str]:
 
 def _write_detector(rows: Sequence[Row]) -> list[str]:
     headers = ["detector", "training, it/s", "peak memory", "inference, images/s"]
-    lines = [
-        [
-            row["setting"],
-            f"{row['iterations_per_second']:.2f}",
-            _bytes(row["memory_bytes"]),
-            "-" if row["images_per_second"] is None else f"{row['images_per_second']:.2f}",
-        ]
-        for row in rows
-        if row["kind"] == "detector"
-    ]
+    lines = []
+    for row in (row for row in rows if row["kind"] == "detector"):
+        images = row["images_per_second"]
+        speeds = (f"{row['iterations_per_second']:.2f}", "-" if images is None else f"{images:.2f}")
+        lines.append([row["setting"], speeds[0], _bytes(row["memory_bytes"]), speeds[1]])
     return [_table(headers, lines)]
 
 
@@ -179,12 +166,12 @@ def _write_peaks(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _measured(row: Row) -> Measured:
+def _measured(row: Row) -> MeasuredPass:
     """As the benchmark had it."""
     case = Case(**{key: row[key] for key in Case.__dataclass_fields__})
     case = replace(case, image_size=tuple(row["image_size"]))  # in JSON a list
     outcome = Outcome(**{key: row[key] for key in Outcome.__dataclass_fields__})
-    return Measured(case, row["implementation"], row["level"], row["pass"], outcome)
+    return MeasuredPass(case, row["implementation"], row["level"], row["pass"], outcome)
 
 
 def _outcomes(rows: Sequence[Row]) -> dict[tuple[Case, str], dict[str, dict[str, Row]]]:
@@ -227,8 +214,8 @@ def _time_or_status(row: Row | None) -> str:
     return f"differs by {row['difference']:.1e}" if row["status"] == DIFFERS else row["status"]
 
 
-def _best(times: Iterable[tuple[float, str]], names: Collection[str]) -> str:
-    found = [(seconds, name) for seconds, name in times if name in names]
+def _best(times: Iterable[tuple[float, str]], only: Collection[str] | None) -> str:
+    found = [(seconds, name) for seconds, name in times if only is None or name in only]
     return "-" if not found else f"{_time(min(found)[0])} {min(found)[1]}"
 
 
@@ -256,7 +243,7 @@ def _pictures(rows: Sequence[Row], output: Path, name: str, left_out: list[Row])
     found = [_measured(row) for row in own]
     parts = []
     try:
-        from lab.benchmarks.report import plot_ratios
+        from lab.benchmarks.benchmark_report import plot_ratios
 
         for precision in dict.fromkeys(row.case.precision for row in found):
             file = output / f"{name}_{precision}.png"

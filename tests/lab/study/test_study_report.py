@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from lab.study.report import draw_group, group_table, paper_table, write_report
 from lab.study.runner import prepare_runs
+from lab.study.study_report import draw_group, group_table, paper_table, write_report
 
 
 def finish(run, **aps):

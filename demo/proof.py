@@ -23,7 +23,7 @@ from nl_detectron.analysis.partner import (
 )
 from nl_detectron.analysis.placement import Point
 from nl_detectron.data.coco_format import Record
-from nl_detectron.engine.drawing import draw_ground_truth, draw_predictions, stacked
+from nl_detectron.engine.drawing import draw_annotations, draw_predictions, side_by_side
 from nl_detectron.engine.predictor import Predictor, trained_config
 
 PROOF_SETTINGS = {"baseline": "without a block", "nl": "with a non-local block"}
@@ -73,7 +73,7 @@ def proof_of(record: Record, baseline: Predictor, nonlocal_: Predictor) -> np.nd
         return None
     arrows = [(center_of(square), to.strongest) for square, to in zip(squares, attended)]
     pictures = {
-        "truth": draw_ground_truth(image, record, nonlocal_.metadata, SCALE, parts=()),
+        "truth": draw_annotations(image, squares, nonlocal_.metadata, SCALE, parts=()),
         f"{PROOF_SETTINGS['baseline']}: {len(wrong)} of {len(squares)} wrong": draw_best(
             baseline, image
         ),
@@ -81,7 +81,7 @@ def proof_of(record: Record, baseline: Predictor, nonlocal_: Predictor) -> np.nd
             draw_best(nonlocal_, image), arrows
         ),
     }
-    return stacked(list(pictures.values()), list(pictures))
+    return side_by_side(list(pictures.values()), list(pictures), axis=0)
 
 
 def draw_arrows(picture: np.ndarray, arrows: Sequence[tuple[Point, Point]]) -> np.ndarray:

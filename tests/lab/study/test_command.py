@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import study
+from lab.study import __main__ as study
 from nl_detectron.data.toy import make_long_range
+from tests.commands import error_of
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = {
     "SOLVER.MAX_ITER": 2,
     "SOLVER.STEPS": [],
@@ -31,15 +32,6 @@ def plan(tmp_path):
     }
     path.write_text(yaml.safe_dump(content))
     return path
-
-
-def fail(capsys, *words):
-    """The one line on stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        study.main([str(word) for word in words])
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()[-1:]
-    return line
 
 
 @pytest.mark.slow
@@ -68,6 +60,13 @@ def test_failed_runs_are_named(plan, tmp_path, monkeypatch, capsys):
     assert "0 of 1 runs are finished" in captured.out
 
 
+def test_plans_are_found_where_they_were(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["studies/quick.yaml", "--status"]) == 0
+    assert "waiting" in capsys.readouterr().out
+    assert "none.yaml" in error_of(capsys, study.main, "studies/none.yaml")
+
+
 def test_report_only_trains_nothing(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "TRAIN", ["false"])
     assert study.main([str(plan), "--output", str(tmp_path / "out"), "--report-only"]) == 0
@@ -89,21 +88,22 @@ def test_several_processes_are_torchruns():
     python, *torchrun, script = study.train_command(2)
     assert [python, script] == study.TRAIN
     assert torchrun[-2:] == ["--standalone", "--nproc-per-node=2"]
+    assert study.train_command(1, ["a.py", "b"]) == [*study.TRAIN, "--project=a.py", "--project=b"]
 
 
 def test_nothing_runs_before_the_inputs_are_there(plan, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study, "TRAIN", ["false"])
     words = [plan, "--output", tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "none.pth"]
-    assert "none.pth, a file that does not exist" in fail(capsys, *words)
+    assert "none.pth, a file that does not exist" in error_of(capsys, study.main, *words)
     assert not list(tmp_path.glob("out/*/*/run.log"))
 
 
 def test_errors_of_the_user(plan, tmp_path, capsys):
-    assert "none.yaml" in fail(capsys, tmp_path / "none.yaml")
-    assert "--workers: '0' is not" in fail(capsys, plan, "--workers", "0")
-    assert "--seeds is 'one', not integers" in fail(capsys, plan, "--seeds", "one")
-    assert "a setting is 'ml'" in fail(capsys, plan, "--settings", "ml")
+    assert "none.yaml" in error_of(capsys, study.main, tmp_path / "none.yaml")
+    assert "--workers: '0' is not" in error_of(capsys, study.main, plan, "--workers", "0")
+    assert "--seeds is 'one', not integers" in error_of(capsys, study.main, plan, "--seeds", "one")
+    assert "a setting is 'ml'" in error_of(capsys, study.main, plan, "--settings", "ml")
     plan.write_text(plan.read_text().replace("MAX_ITER", "MAX_ITERS"))
-    assert "did you mean 'SOLVER.MAX_ITER'" in fail(capsys, plan)
+    assert "did you mean 'SOLVER.MAX_ITER'" in error_of(capsys, study.main, plan)
     plan.write_text("nl")
-    assert f"{plan}: a plan is" in fail(capsys, plan)
+    assert f"{plan}: a plan is" in error_of(capsys, study.main, plan)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from lab.benchmarks.comparison import BLOCK, OPERATION, PASSES, Row
+from lab.benchmarks.comparison import BLOCK, OPERATION, PASSES, MeasuredPass
 from lab.benchmarks.implementations import NAMES, OURS, Case
 from lab.benchmarks.measure import (
     DIFFERS,
@@ -46,7 +46,7 @@ _QUANTITIES = {
 }
 
 
-def report(rows: Sequence[Row], style: str, *, growth: bool) -> str:
+def tables(rows: Sequence[MeasuredPass], style: str, *, growth: bool) -> str:
     """Tables in one of tabulate's styles, and notes; with ``growth`` the p of cost ~ N^p."""
     from tabulate import tabulate  # the plots do without
 
@@ -74,7 +74,7 @@ def report(rows: Sequence[Row], style: str, *, growth: bool) -> str:
     return "\n\n".join(parts).rstrip()
 
 
-def _table(rows: Sequence[Row], level: str, style: str) -> str:
+def _table(rows: Sequence[MeasuredPass], level: str, style: str) -> str:
     from tabulate import tabulate
 
     outcomes: dict[tuple[Case, str], list[Outcome]] = {}
@@ -106,9 +106,9 @@ def _cell(outcome: Outcome, ours: Outcome, quantity: str) -> str:
     return f"differs by {outcome.difference:.1e}" if outcome.status == DIFFERS else outcome.status
 
 
-def _series(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+def _series(rows: Iterable[MeasuredPass]) -> dict[tuple[str, str], list[MeasuredPass]]:
     """What was measured of each pairwise function and implementation."""
-    series: dict[tuple[str, str], list[Row]] = {}
+    series: dict[tuple[str, str], list[MeasuredPass]] = {}
     for row in rows:
         points = series.setdefault((row.case.pairwise, row.implementation), [])
         if row.outcome.status == MEASURED:
@@ -116,7 +116,7 @@ def _series(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
     return series
 
 
-def _exponent(rows: Iterable[Row], quantity: str) -> float | None:
+def _exponent(rows: Iterable[MeasuredPass], quantity: str) -> float | None:
     """The slope of log cost over log N at the largest N; None where there are too few points."""
     points = sorted((r.case.positions, getattr(r.outcome, quantity)) for r in rows)
     if len(points) < 2:
@@ -125,7 +125,7 @@ def _exponent(rows: Iterable[Row], quantity: str) -> float | None:
     return float(np.polyfit(log_n, log_cost, 1)[0])
 
 
-def plot_growth(rows: Sequence[Row], file: Path) -> None:
+def plot_growth(rows: Sequence[MeasuredPass], file: Path) -> None:
     """Time and memory over N, both on logarithmic scales; the legends have the exponents."""
     figure = Figure((12, 6), layout="constrained")
     functions = list(dict.fromkeys(row.case.pairwise for row in rows))
@@ -150,7 +150,7 @@ def plot_growth(rows: Sequence[Row], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def plot_ratios(rows: Sequence[Row], file: Path) -> None:
+def plot_ratios(rows: Sequence[MeasuredPass], file: Path) -> None:
     """
     How many times our time and memory the others take, forward + backward, for every case a dot
     each on a logarithmic scale: the whole block above, the operation alone below.
@@ -170,7 +170,7 @@ def plot_ratios(rows: Sequence[Row], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _draw_ratios(axes: Axes, cases: list[Case], rows: list[Row], quantity: str) -> None:
+def _draw_ratios(axes: Axes, cases: list[Case], rows: list[MeasuredPass], quantity: str) -> None:
     axes.set_xscale("log")
     axes.axvline(1, color="black")
     ours = {row.case: getattr(row.outcome, quantity) for row in rows if row.implementation == OURS}

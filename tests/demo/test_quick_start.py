@@ -1,4 +1,5 @@
 import json
+import sys
 from html.parser import HTMLParser
 
 import cv2
@@ -7,8 +8,7 @@ import torch
 import yaml
 from detectron2.structures import Boxes, BoxMode, Instances
 
-import quick_start
-import quick_start_proof
+from demo import proof, quick_start
 from nl_detectron.analysis.partner import SquareAttention
 from nl_detectron.modeling import nonlocal_blocks
 from tests.random_model import save_random_model
@@ -103,49 +103,52 @@ def test_summary(run, capsys):
     [
         (["MODEL.MASK_ONN", "True"], "did you mean 'MODEL.MASK_ON'"),
         (["OUTPUT_DIR"], "OUTPUT_DIR"),
-        (
-            ["--skip-training", "OUTPUT_DIR", "gone"],
-            "config.yaml does not exist; it",
-        ),
+        (["--skip-training", "OUTPUT_DIR", "gone"], "config.yaml does not exist; it"),
     ],
 )
 def test_bad_command_lines(words, message, capsys, monkeypatch):
-    monkeypatch.delattr(quick_start.subprocess, "run")
+    monkeypatch.delattr(quick_start, "run_all")
     with pytest.raises(SystemExit) as exit_info:
         quick_start.main(words)
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("train_net", "study"),
-    [
-        (
-            "while not (study.exists() and study.read_text()): time.sleep(0.01)\nsys.exit(3)",
-            "time.sleep(600)",
-        ),
-        ("pass", "sys.exit(3)"),
-    ],
-)
-def test_failed_training_ends_it(train_net, study, tmp_path, monkeypatch):
-    """The detector's failure ends the models of the proof, too."""
-    (tmp_path / "tools").mkdir()
-    for script, then in (("train_net.py", train_net), ("tools/study.py", study)):
-        (tmp_path / script).write_text(
-            "import pathlib, sys, time\n"
-            "words = pathlib.Path(sys.argv[0] + '.txt')\n"
-            "words.write_text(' '.join(sys.argv[1:]))\n"
-            f"study = pathlib.Path({str(tmp_path)!r}, 'tools', 'study.py.txt')\n{then}\n"
-        )
-    monkeypatch.setattr(quick_start, "ROOT", tmp_path)
-    overrides = ["OUTPUT_DIR", str(tmp_path / "output")]
-    with pytest.raises(SystemExit) as exit_info:
-        quick_start.main(overrides)
-    assert exit_info.value.code == 3
-    words = (tmp_path / "train_net.py.txt").read_text()
-    assert words.endswith(f"quick_start.yaml {' '.join(overrides)}")
-    words = (tmp_path / "tools" / "study.py.txt").read_text()
-    assert f"--output {tmp_path / 'output' / 'proof'}" in words
+FAKE_TRAIN = """
+import json, pathlib, sys
+assert sys.argv[1:3] == ["--resume", "--config-file"]
+folder = pathlib.Path(sys.argv[5])
+with (folder / "starts").open("a") as starts:
+    starts.write("started\\n")
+if folder.name == "demo" and len((folder / "starts").read_text().splitlines()) == 1:
+    sys.exit(3)
+(folder / "metrics.json").write_text(json.dumps({"iteration": 9, "bbox/AP": 50.0}))
+"""
+
+
+def test_goes_on_where_it_has_failed_or_was_interrupted(tmp_path, monkeypatch, capsys):
+    fake = [sys.executable, "-c", FAKE_TRAIN]
+    monkeypatch.setattr(quick_start, "train_command", lambda *_: fake)
+    for name in ("trained_config", "write_page", "print_summary"):
+        monkeypatch.setattr(quick_start, name, lambda *_: None)
+    output = tmp_path / "demo"
+    command = ["OUTPUT_DIR", str(output)]
+    proofs = [output / "proof" / name / "seed_1" for name in proof.PROOF_SETTINGS]
+
+    def starts():
+        return [len((f / "starts").read_text().splitlines()) for f in (output, *proofs)]
+
+    assert quick_start.main(command) == 1
+    assert starts() == [1, 1, 1]
+    assert "FAILED, exit status 3; see" in capsys.readouterr().out
+    for _ in range(2):  # then there is nothing left to train
+        assert quick_start.main(command) == 0
+        assert starts() == [2, 1, 1]
+    assert "1 of 3: what was interrupted goes on" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quick_start.main([*command, "SOLVER.MAX_ITER", "7"])
+    assert f"{output} holds a run with other settings" in capsys.readouterr().err
+    assert starts() == [2, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -168,55 +171,45 @@ def test_the_best_prediction_that_fits_decides(classes, boxes, is_wrong):
             for i, x in enumerate((10, 60))
         ]
     }
-    wrong = quick_start_proof.wrong_objects(lambda _: {"instances": instances}, None, record)
+    wrong = proof.wrong_objects(lambda _: {"instances": instances}, None, record)
     assert wrong == [a for a, is_so in zip(record["annotations"], is_wrong) if is_so]
 
 
 def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypatch):
-    for setting in quick_start.PROOF_SETTINGS:
+    for setting in proof.PROOF_SETTINGS:
         folder = tmp_path / "proof" / setting / "seed_1"
         folder.mkdir(parents=True)
-        save_random_model(
-            folder,
-            *(
-                "DATASETS.TEST",
-                "('long_range_match_val',)",
-                "MODEL.ROI_HEADS.NUM_CLASSES",
-                "2",
-                "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-                "0.0",
-            ),
-            *(NO_BLOCKS if setting == "baseline" else NO_BLOCKS[2:]),  # none in the head
-        )
+        match = ["DATASETS.TEST", "('long_range_match_val',)", "MODEL.ROI_HEADS.NUM_CLASSES", "2"]
+        blocks = NO_BLOCKS if setting == "baseline" else NO_BLOCKS[2:]  # none in the head
+        everything = ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+        save_random_model(folder, *match, *everything, *blocks)
         record = {"iteration": 2, **{f"bbox/{k}": v for k, v in APS.items()}}
         (folder / "metrics.json").write_text(json.dumps(record) + "\n")
-    monkeypatch.setattr(
-        quick_start_proof,
-        "wrong_objects",
-        lambda predictor, _, record: (
-            [] if list(nonlocal_blocks(predictor.model)) else record["annotations"]
-        ),
-    )
+
+    def wrong_objects(predictor, _, record):
+        return [] if list(nonlocal_blocks(predictor.model)) else record["annotations"]
+
+    monkeypatch.setattr(proof, "wrong_objects", wrong_objects)
     is_right = True
 
     def planted(_, squares):
         end = (1, 30)
         return {"block": [SquareAttention(0, 1, 0.1, end, is_right, 0.1)] * len(squares)}
 
-    monkeypatch.setattr(quick_start_proof, "attention_of", lambda *_: None)
-    monkeypatch.setattr(quick_start_proof, "attention_at", planted)
-    monkeypatch.setattr(quick_start_proof, "NUM_INSPECTED", 2)
-    html = quick_start_proof.draw_proof(tmp_path)
+    monkeypatch.setattr(proof, "attention_of", lambda *_: None)
+    monkeypatch.setattr(proof, "attention_at", planted)
+    monkeypatch.setattr(proof, "NUM_INSPECTED", 2)
+    html = proof.draw_proof(tmp_path)
     assert "98 without a block and 98 with a non-local block" in html
     assert "% of 4 cases" in html
     picture = cv2.imread(str(tmp_path / "proof.png"))
     assert picture.shape[0] > 3 * 96  # truth and both models
     assert picture[-7:-4, 3].min() == 255  # the arrow's tip, in a picture three times as large
     is_right = False
-    assert "No picture was found" in quick_start_proof.draw_proof(tmp_path)
+    assert "No picture was found" in proof.draw_proof(tmp_path)
     is_right = True
-    monkeypatch.setattr(quick_start_proof, "wrong_objects", lambda *_: [])
-    assert "No picture was found" in quick_start_proof.draw_proof(tmp_path)
+    monkeypatch.setattr(proof, "wrong_objects", lambda *_: [])
+    assert "No picture was found" in proof.draw_proof(tmp_path)
 
 
 @pytest.mark.slow
@@ -224,19 +217,13 @@ def test_trains_evaluates_and_shows(tmp_path, capfd, monkeypatch):
     plan = yaml.safe_load(quick_start.PROOF.read_text())
     plan["config"] = str(quick_start.ROOT / "configs" / "long_range_match.yaml")
     few = {"SOLVER.MAX_ITER": 1, "SOLVER.STEPS": [], "SOLVER.IMS_PER_BATCH": 2}
-    plan["settings"] = {
-        name: {**plan["settings"][name], **few} for name in quick_start.PROOF_SETTINGS
-    }
-    plan["groups"] = {"Proof": list(quick_start.PROOF_SETTINGS)}
+    plan["settings"] = {name: {**plan["settings"][name], **few} for name in proof.PROOF_SETTINGS}
+    plan["groups"] = {"Proof": list(proof.PROOF_SETTINGS)}
     monkeypatch.setattr(quick_start, "PROOF", tmp_path / "proof.yaml")
     quick_start.PROOF.write_text(yaml.safe_dump(plan))
-    quick_start.main(
-        [
-            *("OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
-            *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
-            *("MODEL.RPN.POST_NMS_TOPK_TEST", "10"),
-        ]
-    )
+    words = ["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"]
+    words += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
+    assert quick_start.main([*words, "MODEL.RPN.POST_NMS_TOPK_TEST", "10"]) == 0
     assert "Trained and evaluated in" in capfd.readouterr().out
     assert "to train and evaluate" in (tmp_path / "index.html").read_text()
     for name in linked_files(tmp_path / "index.html"):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from lab.study.plan import Run
+from lab.study.plan import TrainingRun
 from lab.study.runner import read_result
 from nl_detectron.analysis.curves import COLORS, read_curves
 from nl_detectron.analysis.metrics import TASKS
@@ -35,25 +35,16 @@ _STYLES = ("-", "--", ":", "-.")
 
 def write_report(
     groups: Mapping[str, Sequence[str]],
-    runs: Sequence[Run],
+    runs: Sequence[TrainingRun],
     output: Path,
     title: str,
     paper: Paper | None = None,
 ) -> Path:
     """
-    Write ``report.md`` and its figures into the study's folder, from the runs that are finished.
-
-    Args:
-        groups: the plan's.
-        runs: all of the plan's.
-        output: the study's folder.
-        title: the headline.
-        paper: the plan's.
-
-    Returns:
-        The path of ``report.md``.
+    Write ``report.md`` and its figures into the study's folder, from the runs that are finished of
+    ``runs``, all of the plan's; ``groups`` and ``paper`` are the plan's. Returns the file.
     """
-    finished: dict[str, list[Run]] = {run.setting: [] for run in runs}
+    finished: dict[str, list[TrainingRun]] = {run.setting: [] for run in runs}
     for run in runs:
         if read_result(run) is not None:
             finished[run.setting].append(run)
@@ -79,15 +70,11 @@ def write_report(
     return report
 
 
-def group_table(runs: dict[str, list[Run]], paper: Paper | None = None) -> str:
+def group_table(runs: dict[str, list[TrainingRun]], paper: Paper | None = None) -> str:
     """
-    Args:
-        runs: setting to its finished runs, one or more.
-        paper: the plan's.
-
-    Returns:
-        A Markdown table: of each AP the mean and the sample standard deviation over the seeds, and
-        their number n; then what the paper reports in metrics that are not ours.
+    A Markdown table of settings with one or more finished runs each: of each AP the mean and the
+    sample standard deviation over the seeds, and their number n; then what the paper reports in
+    metrics that are not ours.
     """
     reported = {name: (paper or {}).get(name, {}) for name in runs}
     others = [m for m in dict.fromkeys(itertools.chain(*reported.values())) if not is_ap(m)]
@@ -106,17 +93,11 @@ def group_table(runs: dict[str, list[Run]], paper: Paper | None = None) -> str:
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
-def paper_table(runs: dict[str, list[Run]], paper: Paper) -> str:
+def paper_table(runs: dict[str, list[TrainingRun]], paper: Paper) -> str:
     """
-    Args:
-        runs: setting to its finished runs, one or more.
-        paper: the plan's.
-
-    Returns:
-        A Markdown table: of each AP that the paper reports for one of the settings, our mean, the
-        paper's value, and the mean and the sample standard deviation over the seeds of ours minus
-        the paper's, and how large a difference of AP can be chance (:func:`seed_noise`); empty if
-        it reports none.
+    A Markdown table of each AP that the paper reports for one of the settings: our mean, the
+    paper's value, the mean and the sample standard deviation over the seeds of ours minus the
+    paper's, and how large a difference of AP can be chance; empty if it reports none.
     """
     rows = []
     for name, group in runs.items():
@@ -134,24 +115,16 @@ def paper_table(runs: dict[str, list[Run]], paper: Paper) -> str:
 
 def seed_noise(seeds: int) -> float:
     """
-    Args:
-        seeds: how many runs a setting has, from 1.
-
-    Returns:
-        Two standard deviations of the difference between their mean and a paper's single run, if
-        each run spreads by :data:`SEED_NOISE`: 2 · 0.3 · √(1 + 1/n).
+    Two standard deviations of the difference between the mean of so many runs and a paper's single
+    run, if each run spreads by ``SEED_NOISE``.
     """
     return 2 * SEED_NOISE * float(np.sqrt(1 + 1 / seeds))
 
 
-def draw_group(runs: dict[str, list[Run]]) -> Figure:
+def draw_group(runs: dict[str, list[TrainingRun]]) -> Figure:
     """
-    Args:
-        runs: setting to its finished runs, one or more.
-
-    Returns:
-        For each task a panel with a dot for each run and a line at their mean; then the box AP
-        during training, the mean over the seeds in a band from the lowest to the highest.
+    For each task a panel with a dot for each run and a line at their mean; then the box AP during
+    training, the mean over the seeds in a band from the lowest to the highest.
     """
     values = {name: _values(group) for name, group in runs.items()}
     metrics = [f"{t}/AP" for t in TASKS if any(f"{t}/AP" in v for v in values.values())]
@@ -184,7 +157,7 @@ def draw_group(runs: dict[str, list[Run]]) -> Figure:
     return figure
 
 
-def _values(runs: Sequence[Run]) -> dict[str, list[float]]:
+def _values(runs: Sequence[TrainingRun]) -> dict[str, list[float]]:
     """Metric to its values in the runs."""
     values: dict[str, list[float]] = {}
     for run in runs:
@@ -194,13 +167,7 @@ def _values(runs: Sequence[Run]) -> dict[str, list[float]]:
 
 
 def is_ap(metric: str) -> bool:
-    """
-    Args:
-        metric: such as "bbox/AP75".
-
-    Returns:
-        Whether Detectron2's evaluation on COCO gives it.
-    """
+    """Whether Detectron2's evaluation on COCO gives a metric such as "bbox/AP75"."""
     return metric.split("/")[0] in TASKS
 
 
@@ -211,13 +178,8 @@ def _header(metric: str) -> str:
 
 def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     """
-    Args:
-        values: of one metric, over the seeds.
-        sign: "+" to show the mean with its sign, also where it is positive.
-
-    Returns:
-        Mean and sample standard deviation such as "80.2 ± 2.2"; of a single value the value alone,
-        of none the empty string.
+    Mean and sample standard deviation such as "80.2 ± 2.2"; of a single value the value alone, of
+    none nothing. The sign "+" shows that of positive means, too.
     """
     if not values:
         return ""
@@ -225,7 +187,7 @@ def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.1f}"
 
 
-def _time(finished: dict[str, list[Run]]) -> str:
+def _time(finished: dict[str, list[TrainingRun]]) -> str:
     seconds = [s for group in finished.values() for s in _values(group).get("seconds", [])]
     if not seconds:
         return ""
@@ -241,7 +203,9 @@ def _draw_dots(panel: Axes, values: Sequence[Sequence[float]], colors: Sequence[
     panel.set_ylim(len(values) - 0.5, -0.5)
 
 
-def _draw_curve(panel: Axes, runs: Sequence[Run], label: str, color: str, style: str) -> None:
+def _draw_curve(
+    panel: Axes, runs: Sequence[TrainingRun], label: str, color: str, style: str
+) -> None:
     curves = [c[CURVE] for c in (read_curves(run.folder) for run in runs) if CURVE in c]
     if not curves:  # the AP of models that predict nothing is NaN
         return

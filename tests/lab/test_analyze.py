@@ -5,19 +5,11 @@ import numpy as np
 import pytest
 from detectron2.config import get_cfg
 
-import analyze
+from lab import analyze
+from tests.commands import error_of
 from tests.random_model import QUICK_START, SMALL, save_random_model
 
 SMALLEST = ["--config-file", str(QUICK_START), "--size", "64", "64", "--repeats", "1"]
-
-
-def fail(capsys, *words):
-    """The one line on stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        analyze.main([str(word) for word in words])
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_table_and_json_for_random_weights(tmp_path, capsys):
@@ -80,19 +72,26 @@ def test_size_is_what_evaluation_allows_by_default():
         analyze.evaluation_size(cfg)
 
 
-def test_errors_of_the_user(tmp_path, capsys):
-    config = ["--config-file", QUICK_START]
-    assert "none.yaml does not exist" in fail(capsys, "--config-file", "none.yaml")
-    assert "--image" in fail(capsys, *config, "--weights", "none.pth")
-    assert "none.pth" in fail(capsys, *config, "--weights", "none.pth", "--image", "image.png")
-    assert "--weights" in fail(capsys, *config, "--image", "image.png")
-    assert "--size: '0' is not" in fail(capsys, *config, "--size", 0, 64)
-    assert "--train: '0' is not" in fail(capsys, *config, "--train", 0)
-    assert "--repeats: '0' is not" in fail(capsys, *config, "--repeats", 0)
-    assert "KEY VALUE" in fail(capsys, *config, "MODEL.DEVICE")
-    assert "did you mean 'MODEL.DEVICE'" in fail(capsys, *config, "MODEL.DEVIC", "cpu")
-    no_blocks = [
-        *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
-        *("MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY", 0),
-    ]
-    assert "no non-local blocks" in fail(capsys, *SMALLEST, *no_blocks)
+NO_BLOCKS = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"),
+    *("MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY", 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config-file", "none.yaml"], "none.yaml does not exist"),
+        (["--weights", "none.pth"], "--image"),
+        (["--weights", "none.pth", "--image", "image.png"], "none.pth"),
+        (["--image", "image.png"], "--weights"),
+        (["--size", 0, 64], "--size: '0' is not"),
+        (["--train", 0], "--train: '0' is not"),
+        (["--repeats", 0], "--repeats: '0' is not"),
+        (["MODEL.DEVICE"], "KEY VALUE"),
+        (["MODEL.DEVIC", "cpu"], "did you mean 'MODEL.DEVICE'"),
+        ([*SMALLEST, *NO_BLOCKS], "no non-local blocks"),
+    ],
+)
+def test_errors_of_the_user(words, message, capsys):
+    assert message in error_of(capsys, analyze.main, "--config-file", QUICK_START, *words)

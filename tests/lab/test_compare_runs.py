@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog
 
-import compare_runs
+from lab import compare_runs
 from nl_detectron.config import build_config
 from nl_detectron.data import register_coco_json
+from tests.commands import error_of
 from tests.random_model import QUICK_START
 
 A, B = [4, 4, 20, 20], [34, 4, 24, 20]
@@ -118,8 +119,5 @@ def test_errors_of_the_user(words, message, runs, tmp_path, capsys):
     (folders["broken"] / compare_runs.PREDICTIONS).write_text("[")
     write_run(folders["other"], [], "DATASETS.TEST", "('shapes_val',)")
     write_run(folders["unknown"], [], "DATASETS.TEST", "('compare',)")
-    with pytest.raises(SystemExit) as exit_:
-        main(*(word.format(**folders) for word in words))
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    words = [word.format(**folders) for word in words]
+    assert message in error_of(capsys, compare_runs.main, *words)
