@@ -113,8 +113,9 @@ class GlobalContextBlock(AttentionBlock):
         """
         weights, positions = accumulable(self._logits(x)).softmax(1), accumulable(flat_positions(x))
         with no_autocast(x):
-            context = (weights.unsqueeze(1) @ positions).expand_as(positions).flatten(0, 1)
-            values = torch.func.jvp(self._transform, (context,), (positions.flatten(0, 1),))[1]
+            context = (weights.unsqueeze(1) @ positions).repeat(1, positions.shape[1], 1)
+            inputs = context.flatten(0, 1), positions.flatten(0, 1)
+            values = torch.func.jvp(self._transform, inputs[:1], inputs[1:])[1]
         return values.view(positions.shape).mT.unflatten(2, x.shape[2:])
 
     def _logits(self, x: Tensor) -> Tensor:
