@@ -7,6 +7,8 @@ stands in its place (LoRA, quantisation) then takes part.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -42,3 +44,15 @@ def float_dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype of the first floating point weight; None without any."""
     dtypes = (tensor.dtype for tensor in chain(module.parameters(), module.buffers()))
     return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode of a module and all in it; afterwards each has its own again."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
