@@ -7,6 +7,7 @@ stands in its place (LoRA, quantisation) then takes part.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -23,8 +24,20 @@ def in_full_precision(module: nn.Module, x: Tensor) -> Tensor:
     with no_autocast(x):
         if not any(map(is_half, tensors.values())):
             return module(x)
+        if torch.jit.is_tracing():  # which functional_call refuses
+            return _float_copy(module)(x)
         tensors = {name: accumulable(tensor) for name, tensor in tensors.items()}
         return torch.func.functional_call(module, tensors, (x,))
+
+
+def _float_copy(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module)
+    for part, own in zip(copied.modules(), module.modules()):
+        own_tensors = own.named_parameters(recurse=False), own.named_buffers(recurse=False)
+        for name, tensor in chain(*own_tensors):
+            delattr(part, name)
+            setattr(part, name, accumulable(tensor))
+    return copied
 
 
 def matrix_and_bias(
