@@ -111,9 +111,8 @@ class GlobalContextBlock(AttentionBlock):
         Raises:
             ValueError: x does not fit the block.
         """
+        weights, positions = accumulable(self._logits(x)).softmax(1), accumulable(flat_positions(x))
         with evaluating(self), no_autocast(x):
-            weights = accumulable(self._logits(x)).softmax(1)
-            positions = accumulable(flat_positions(x))
             context = (weights.unsqueeze(1) @ positions).repeat(1, positions.shape[1], 1)
             inputs = context.flatten(0, 1), positions.flatten(0, 1)
             values = torch.func.jvp(self._transform, inputs[:1], inputs[1:])[1]
