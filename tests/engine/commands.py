@@ -63,7 +63,7 @@ class Commands:
         return Command(self._ask(request), output, self)
 
     def status_of(self, process: int, seconds: float) -> int | None:
-        """The exit status, less than 0 if a signal ended it; None if it has not ended by then."""
+        """The exit status; None if it has not ended by then."""
         return self._ask({"process": process, "seconds": seconds})
 
     def _ask(self, request: dict[str, Any]) -> Any:
@@ -90,11 +90,15 @@ class Command:
         """Send a signal."""
         (os.killpg if to_group else os.kill)(self.process, number)
 
+    def status(self) -> int | None:
+        """The exit status, less than 0 if a signal ended it; None while it runs."""
+        return self._commands.status_of(self.process, 0)
+
     def wait_for(self, text: str, seconds: float = SECONDS) -> None:
         """Wait until something is printed."""
         deadline = time.monotonic() + seconds
         while text not in self.printed:
-            if time.monotonic() > deadline or self._commands.status_of(self.process, 0) is not None:
+            if time.monotonic() > deadline or self.status() is not None:
                 self._fail(f"did not print {text!r} in {seconds} s")
             time.sleep(0.02)
 
