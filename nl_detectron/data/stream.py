@@ -48,7 +48,7 @@ def build_train_loader(cfg: CfgNode, **options: Any) -> TrainLoader:
 
 class TrainLoader:
     """
-    An endless iterable of batches, each a function of the seed and its iteration: not of the
+    Loads batches without end, each a function of the seed and its iteration: not of the
     iteration that was started at, not of the number of loader workers, not of any random state.
     The batches of all ranks of an iteration are, one after the other, the batch of one process.
 
@@ -61,6 +61,24 @@ class TrainLoader:
     Attributes:
         seed, start_iteration: what the first batch depends on; read when it is asked for, since
             Detectron2's trainers make the iterator before they know where the run goes on.
+
+    Args:
+        dataset: Detectron2's records, or a dataset with an index that has such records.
+        mapper: from a record to what the model takes, or None to leave the image out.
+        total_batch_size: the images of an iteration, of all ranks together.
+        sampler: one of Detectron2's training samplers, which says how often an image comes in
+            an epoch; by default each comes once.
+        aspect_ratio_grouping: make batches of images that are wide, or are not.
+        seed: of everything that is drawn.
+        start_iteration: the iteration of the first batch.
+        rank, world_size: whose part of the batch is loaded; by default this process's.
+        **options: of torch's ``DataLoader``, such as ``num_workers``, or ``collate_fn`` (by
+            default a batch is a list of samples).
+
+    Raises:
+        ValueError: the dataset is empty or has no index; the ranks cannot share the batch
+            equally; the sampler is of another kind; the workers may open too few files.
+        UnreadableImageError: while it is iterated, a picture cannot be read.
     """
 
     def __init__(
@@ -77,25 +95,6 @@ class TrainLoader:
         world_size: int | None = None,
         **options: Any,
     ) -> None:
-        """
-        Args:
-            dataset: Detectron2's records, or a dataset with an index that has such records.
-            mapper: from a record to what the model takes, or None to leave the image out.
-            total_batch_size: the images of an iteration, of all ranks together.
-            sampler: one of Detectron2's training samplers, which says how often an image comes in
-                an epoch; by default each comes once.
-            aspect_ratio_grouping: make batches of images that are wide, or are not.
-            seed: of everything that is drawn.
-            start_iteration: the iteration of the first batch.
-            rank, world_size: whose part of the batch is loaded; by default this process's.
-            **options: of torch's ``DataLoader``, such as ``num_workers``, or ``collate_fn`` (by
-                default a batch is a list of samples).
-
-        Raises:
-            ValueError: the dataset is empty or has no index; the ranks cannot share the batch
-                equally; the sampler is of another kind; the workers may open too few files.
-            UnreadableImageError: while it is iterated, a picture cannot be read.
-        """
         self._rank = comm.get_rank() if rank is None else rank
         world_size = comm.get_world_size() if world_size is None else world_size
         if total_batch_size < 1 or total_batch_size % world_size:

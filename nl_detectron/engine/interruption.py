@@ -24,22 +24,21 @@ from nl_detectron.files import is_used, make_folder, remove_drafts, sole_user
 logger = logging.getLogger(__name__)
 
 _SECONDS_TO_PASS_ON = 2.0
+_SECONDS_TO_NEXT_STEP = 3.0  # far more than lies between two steps, less an evaluation
 
 
 class Interrupted(SystemExit):
     """A signal ended the run; the process ends with 128 and the signal's number, as in a shell."""
 
     def __init__(self, number: int) -> None:
-        """
-        Args:
-            number: of the signal.
-        """
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
 
 
 class Interruption(HookBase):
     """
+    Lets signals end a run so that it can be resumed.
+
     SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (what SLURM sends before the time is up, if it is told to)
     end a run after the step with a checkpoint and with status 143, 130 or 138; an evaluation is
     not waited for, as resuming does it again. A second signal ends the process at once.
@@ -50,13 +49,12 @@ class Interruption(HookBase):
     torchrun passes it on.
 
     It belongs behind the hooks that change any state, right before :class:`ExactResume`.
+
+    Args:
+        checkpointer: saves the run.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer) -> None:
-        """
-        Args:
-            checkpointer: saves the run.
-        """
         self._checkpointer = checkpointer
         self._process = 0
         self._received = 0
@@ -69,7 +67,7 @@ class Interruption(HookBase):
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """
-        Within the ``with``, which is around ``train``, the signals end the run as the class says.
+        Let signals end the run as the class says, within the ``with``, which is around ``train``.
 
         Raises:
             Interrupted: at the end of the ``with``, if one came.
@@ -84,6 +82,7 @@ class Interruption(HookBase):
             return
         self._process = os.getpid()
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_between_steps)
         try:
             yield
         except BaseException as error:
@@ -100,6 +99,7 @@ class Interruption(HookBase):
             )
             raise interrupted from (None if isinstance(error, Interrupted) else error)
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
@@ -110,12 +110,14 @@ class Interruption(HookBase):
         self._finished = self.trainer.iter
         self._between_steps = self._group is None
         number = self._received if self._group is None else self._agreed()
-        self._between_steps = True
         if number:
             self._save(number)
             if self._group is not None:  # torchrun ends the others as soon as one has ended
                 dist.barrier(self._group)
             raise Interrupted(number)
+        self._between_steps = True
+        if self._received:
+            self._stop_soon()
 
     def after_train(self) -> None:
         # Or an EvalHook would take a signal, or an error, in the last iteration for the end of
@@ -147,8 +149,19 @@ class Interruption(HookBase):
             return
         self._note(number)
         if self._between_steps:
-            self._save(number)
-            raise Interrupted(number)
+            self._stop_soon()
+
+    def _stop_soon(self) -> None:
+        """Stop between steps; of many ranks, which stop after a step, only if that is late."""
+        if self._group is None:
+            self._stop_between_steps()
+        else:
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_NEXT_STEP)
+
+    def _stop_between_steps(self, *_: Any) -> None:
+        if self._between_steps:  # in an evaluation, say
+            self._save(self._received)
+            raise Interrupted(self._received)
 
     def _note(self, number: int) -> None:
         if not self._received:
@@ -175,7 +188,7 @@ class Interruption(HookBase):
 @contextlib.contextmanager
 def sole_run(output_dir: str, patience: float = SECONDS_WITHOUT_PARENT + 5) -> Iterator[None]:
     """
-    Within the ``with``, no other run may be in ``output_dir``, which is made if need be; what
+    Keep other runs out of ``output_dir`` within the ``with``. The folder is made if need be; what
     killed runs left half-written there is removed. All ranks enter it together.
 
     Args:

@@ -63,6 +63,8 @@ class ProcessPlace:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ProcessPlace | None:
         """
+        Read a place from the variables that torchrun sets.
+
         Args:
             environment: the environment variables; torchrun sets ``RANK``, ``WORLD_SIZE``,
                 ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``.

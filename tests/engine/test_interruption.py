@@ -19,7 +19,7 @@ from torch import nn
 from nl_detectron.data import TrainLoader
 from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer
 from nl_detectron.engine.interruption import Interrupted, sole_run
-from tests.engine.processes import run_processes
+from tests.engine.processes import end_of, run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 12
@@ -181,7 +181,7 @@ def test_second_signal_ends_at_once(number, tmp_path):
             (tmp_path / "goes on").touch()
             os.kill(os.getpid(), number)
             os._exit(0)  # not reached
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+    assert end_of(child) == -number
     assert (tmp_path / "goes on").exists()
 
 
@@ -195,7 +195,7 @@ def test_a_forked_process_is_not_the_run(tmp_path):
             (tmp_path / "goes on").touch()
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0)  # not reached
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert end_of(child) == -signal.SIGTERM
     assert (tmp_path / "goes on").exists()
 
 
@@ -235,6 +235,23 @@ def test_ranks_stop_together_when_the_checkpoint_is_written(tmp_path):
     assert second[3] >= first[2]  # torchrun would end the first as soon as the second has ended
 
 
+def stop_between_steps(args):
+    trainer = DrawingTrainer(args.folder, before=4 if comm.get_rank() else None)
+    try:
+        trainer.run()
+    except Interrupted as end:
+        return trainer.iter, end.code
+
+
+def test_one_rank_that_is_told_between_steps_stops_all(tmp_path):
+    args = argparse.Namespace(folder=tmp_path, timeout=1.0, resume=False, eval_only=False)
+    args.num_gpus = args.num_machines = 1
+    first, second = run_processes(2, stop_between_steps, args)
+    assert first == second
+    assert first[1] == 143
+    assert (tmp_path / f"model_{first[0]:07d}.pth").exists()
+
+
 def test_a_run_awaits_the_end_of_the_one_before(tmp_path):
     reader, writer = os.pipe()
     child = os.fork()
@@ -243,10 +260,11 @@ def test_a_run_awaits_the_end_of_the_one_before(tmp_path):
             os.write(writer, b"holds")
             time.sleep(1)
         os._exit(0)
+    os.close(writer)
     assert os.read(reader, 5) == b"holds"
     with sole_run(str(tmp_path)):
         pass
-    os.waitpid(child, 0)
+    assert end_of(child) == 0
 
 
 @pytest.mark.slow
