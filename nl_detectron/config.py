@@ -104,7 +104,9 @@ def use_nonlocal_backbone(cfg: CfgNode) -> None:
     Raises:
         ValueError: the config is frozen, and would have to be changed.
     """
-    if cfg.is_frozen() and ("NONLOCAL" not in cfg.MODEL or cfg.MODEL.BACKBONE.NAME not in _WRAPPERS):
+    if cfg.is_frozen() and (
+        "NONLOCAL" not in cfg.MODEL or cfg.MODEL.BACKBONE.NAME not in _WRAPPERS
+    ):
         raise ValueError(
             "The config is frozen: call use_nonlocal_backbone(cfg) before cfg.freeze(), and before "
             "default_setup(cfg, args), which writes it to config.yaml"
