@@ -128,8 +128,13 @@ def test_blocks_go_on_where_the_last_one_ends(size, batch, shuffle):
     assert first(len(expected), is_wide, batch) == expected
     for start in range(0, len(expected), 3):
         assert first(5, is_wide, batch, start)[: len(expected) - start] == expected[start:][:5]
-    if shuffle and size == 40:  # each epoch is a block of its own
-        assert len({tuple(dict.fromkeys(flat[i : i + 20])) for i in range(0, 200, 40)}) == 5
+
+
+def test_epochs_differ_across_blocks():
+    order = BatchOrder(np.ones(20), np.zeros(20, bool), 20, seed=5, block_size=40)
+    epochs = [tuple(epoch) for epoch in itertools.islice(order.batches(), 10)]
+    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+    assert len(set(epochs)) == 10
 
 
 def test_without_shuffle_epochs_are_in_order():

@@ -33,6 +33,7 @@ class Commands:
             *modules: files, imported before the first fork.
         """
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self._started: set[int] = set()
         self._server = subprocess.Popen(
             [sys.executable, "-W", "ignore", __file__, *map(str, modules)],
             stdin=subprocess.PIPE,
@@ -45,6 +46,9 @@ class Commands:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        for process in self._started:  # a test may have failed before it ended
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
         self._server.kill()
         self._server.communicate()
 
@@ -60,11 +64,17 @@ class Commands:
             "words": list(map(str, words)),
             "environment": {name: str(value) for name, value in environment.items()},
         }
-        return Command(self._ask(request), output, self)
+        process = self._ask(request)
+        self._started.add(process)
+        return Command(process, output, self)
 
     def status_of(self, process: int, seconds: float) -> int | None:
         """The exit status; None if it has not ended by then."""
         return self._ask({"process": process, "seconds": seconds})
+
+    def forget(self, process: int) -> None:
+        """Its whole group has ended, and its number may become another's."""
+        self._started.discard(process)
 
     def _ask(self, request: dict[str, Any]) -> Any:
         assert self._server.stdin is not None
@@ -119,6 +129,7 @@ class Command:
             if time.monotonic() > deadline:
                 self._fail(f"has ended, but left {group_of(self.process)}")
             time.sleep(0.02)
+        self._commands.forget(self.process)
         return status
 
     def _fail(self, problem: str) -> None:
