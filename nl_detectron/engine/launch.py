@@ -271,12 +271,9 @@ def _join(place: ProcessPlace, timeout: timedelta) -> None:
 
 
 def _let_parameters_be_unused() -> None:
-    """Let configs train in many processes that have outputs of an FPN which no head reads."""
-    defaults.create_ddp_model = functools.partial(
-        defaults.create_ddp_model, find_unused_parameters=True
-    )
-    # Where there are none, torch advises against it, for a cost below a thousandth of a step.
-    warnings.filterwarnings("ignore", "find_unused_parameters=True")
+    """Let DistributedDataParallel take models with outputs that nothing reads, as some FPNs have."""
+    # It learns from the first step which parameters take part, and expects no others to.
+    defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, static_graph=True)
 
 
 def _is_of_another(error: Exception) -> bool:
