@@ -271,7 +271,7 @@ def _join(place: ProcessPlace, timeout: timedelta) -> None:
 
 
 def _let_parameters_be_unused() -> None:
-    """Let DistributedDataParallel take models with outputs that nothing reads, as some FPNs have."""
+    """Let DistributedDataParallel take models with outputs that nothing reads, as of some FPNs."""
     # It learns from the first step which parameters take part, and expects no others to.
     defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, static_graph=True)
 
