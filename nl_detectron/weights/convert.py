@@ -17,6 +17,7 @@ from nl_detectron.weights.checkpoint_io import STATE_DICT_KEYS
 from nl_detectron.weights.families import FAMILIES
 from nl_detectron.weights.families.torchvision import convert_torchvision, is_torchvision
 from nl_detectron.weights.family import Family, Target
+from nl_detectron.weights.mmdetection import convert_detector, is_detector
 from nl_detectron.weights.options import Options
 from nl_detectron.weights.reading import read_block
 from nl_detectron.weights.report import Conversion, ConversionError
@@ -24,7 +25,8 @@ from nl_detectron.weights.resnets import is_detectron2, resnet_config
 from nl_detectron.weights.writing import write_block
 
 # "torchvision" is a ResNet of torchvision or timm, "detectron2" what has its names already.
-SOURCES = (*FAMILIES, "torchvision", "detectron2")
+# "mmdetection" a whole detector.
+SOURCES = (*FAMILIES, "torchvision", "detectron2", "mmdetection")
 TARGETS = tuple(name for name, family in FAMILIES.items() if family.target)
 
 # mmdet's plug-ins and timm's attention layers: within a residual block, before its sum.
@@ -76,6 +78,9 @@ def convert(
         raise ConversionError(f"to {to!r} only non-local blocks are converted; there are none here")
     elif family == "torchvision":
         convert_torchvision(tensors, result)
+    else:
+        meta = checkpoint.get("meta")
+        convert_detector(tensors, meta if isinstance(meta, Mapping) else {}, result)
     return result
 
 
@@ -90,6 +95,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
     Raises:
         ConversionError: none has, or several have.
     """
+    if is_detector(tensors):
+        return "mmdetection"
     candidates = [name for name, family in FAMILIES.items() if family.find(tensors)]
     if is_torchvision(tensors):
         candidates.append("torchvision")

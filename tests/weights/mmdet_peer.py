@@ -7,6 +7,7 @@ for an older mmcv; what its detectors use of the operators here is torchvision's
 
 import copy
 import importlib.machinery
+import importlib.util
 import sys
 import types
 import warnings
@@ -54,6 +55,10 @@ class _Finder:
 
     def exec_module(self, module):
         pass
+
+
+def is_installed():
+    return importlib.util.find_spec("mmdet") is not None
 
 
 def load():
