@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nl_detectron.config import add_nonlocal_config
 from nl_detectron.weights import mmdetection_names as theirs
+from nl_detectron.weights.mmdetection_1x import NOTE, is_1x, modern_config, modern_tensors
 from nl_detectron.weights.python_config import read_python_config
 from nl_detectron.weights.report import Conversion, ConversionError
 from nl_detectron.weights.resnets import rename
@@ -51,9 +52,15 @@ def convert_detector(
             compute; the message names the key or the tensor.
     """
     config = _config_of(meta)
+    changes: Mapping[str, str] = {}
+    if is_1x(tensors):
+        config = modern_config(config)
+        tensors, changes = modern_tensors(tensors)
+        result.notes.append(NOTE)
     settings = read_detector(config)
+    is_frozen = settings["MODEL.RESNETS.NORM"] == "FrozenBN"
     for name, tensor in tensors.items():
-        _convert_tensor(name, tensor, settings["MODEL.RESNETS.NORM"] == "FrozenBN", result)
+        _convert_tensor(name, tensor, is_frozen, changes.get(name, ""), result)
     classes = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("CLASSES") or ()
     if settings["MODEL.ROI_HEADS.NUM_CLASSES"] != 80:
         settings["DATASETS.TRAIN"] = settings["DATASETS.TEST"] = []
@@ -85,8 +92,6 @@ def read_detector(config: Mapping[str, Any]) -> Settings:
         "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
         "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
         "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
-        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlignV2",
-        "MODEL.ROI_MASK_HEAD.POOLER_TYPE": "ROIAlignV2",
         "DATASETS.TRAIN": ["coco_2017_train"],
         "DATASETS.TEST": ["coco_2017_val"],
         "SOLVER.BASE_LR": 0.02,
@@ -102,6 +107,10 @@ def read_detector(config: Mapping[str, Any]) -> Settings:
     settings["MODEL.MASK_ON"] = has_masks
     _read_backbone(model["backbone"], settings)
     _read_neck(model["neck"], settings)
+    for head in ("bbox", "mask")[: 1 + has_masks]:
+        is_aligned = model["roi_head"][f"{head}_roi_extractor"]["roi_layer"].get("aligned", True)
+        key = f"MODEL.ROI_{head.replace('bbox', 'box').upper()}_HEAD.POOLER_TYPE"
+        settings[key] = "ROIAlignV2" if is_aligned else "ROIAlign"
     _read_anchors(model["rpn_head"], settings)
     _read_box_head(model["roi_head"]["bbox_head"], settings)
     _read_input(config, settings)
@@ -156,11 +165,9 @@ def _norm(values: Any, path: str) -> str:
     """A norm_cfg in the words of Detectron2's get_norm."""
     if values is None:
         return ""
-    norm: Settings = {}
-    _read(values, theirs.NORM, path, norm)
-    if norm["type"] == "GN":
-        return "GN"
-    return norm["type"] if norm["requires_grad"] else "FrozenBN"
+    _read(values, theirs.NORM, path, {})
+    is_trained = values.get("requires_grad", True) or values["type"] == "GN"
+    return values["type"] if is_trained else "FrozenBN"
 
 
 def _read_backbone(values: Mapping[str, Any], settings: Settings) -> None:
@@ -229,7 +236,9 @@ def _read_input(config: Mapping[str, Any], settings: Settings) -> None:
             settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"] = sorted(scale)
 
 
-def _convert_tensor(name: str, tensor: Tensor, is_frozen: bool, result: Conversion) -> None:
+def _convert_tensor(
+    name: str, tensor: Tensor, is_frozen: bool, change: str, result: Conversion
+) -> None:
     ours = rename(name, theirs.NAMES, theirs.WORDS)
     if name.startswith("ema_"):
         result.leave_out(name, tensor, "a moving average of the training, beside the weights")
@@ -240,7 +249,7 @@ def _convert_tensor(name: str, tensor: Tensor, is_frozen: bool, result: Conversi
     elif ".nonlocal.norm." in ours:
         result.add(name, ours, tensor.flatten(), "its two dimensions of 1 left out")
     else:
-        result.add(name, ours, tensor)
+        result.add(name, ours, tensor, change)
 
 
 def _nested(settings: Settings) -> dict[str, Any]:

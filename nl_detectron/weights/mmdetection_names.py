@@ -98,7 +98,7 @@ def _pooler(head: str) -> dict[str, Any]:
         "roi_layer": {
             "type": ("RoIAlign",),
             "pool_mode": ("avg",),
-            "aligned": (True,),
+            "aligned": (True, False),
             "output_size": To(f"MODEL.{head}.POOLER_RESOLUTION"),
             "sampling_ratio": To(f"MODEL.{head}.POOLER_SAMPLING_RATIO", 0),
         },
@@ -131,8 +131,8 @@ RESNET = {
     **dict.fromkeys(("init_cfg", "pretrained", "with_cp", "zero_init_residual"), ANY),
 }
 NORM = {
-    "type": To("type"),
-    "requires_grad": To("requires_grad", True),
+    "type": ("BN", "SyncBN", "GN"),
+    "requires_grad": ANY,
     "eps": (1e-5,),
     "num_groups": (32,),
     "momentum": ANY,
@@ -179,6 +179,7 @@ RPN_HEAD = {
         "scales": ANY,
         "ratios": ANY,
         "strides": ([4, 8, 16, 32, 64],),
+        "center_offset": To("MODEL.ANCHOR_GENERATOR.OFFSET", 0.0),
     },
     "bbox_coder": {**_BOX_CODER, "target_stds": ([1.0] * 4,)},
     **dict.fromkeys(("in_channels", "feat_channels", "init_cfg", "loss_cls", "loss_bbox"), ANY),

@@ -152,8 +152,13 @@ class Detector:
         found = rpn.predict(self.features, self._samples, rescale=False)[0].bboxes[:60]
         self.rois = torch.cat([found.new_zeros(len(found), 1), found], 1)
         roi_head = self.model.roi_head
-        for layer, spread, key in ((head.fc_cls, 2.0, "cls_score"), (head.fc_reg, 0.5, "bbox_pred")):
-            _centre(layer, spread, lambda key=key: roi_head._bbox_forward(self.features, self.rois)[key])
+        for layer, spread, key in (
+            (head.fc_cls, 2.0, "cls_score"),
+            (head.fc_reg, 0.5, "bbox_pred"),
+        ):
+            _centre(
+                layer, spread, lambda key=key: roi_head._bbox_forward(self.features, self.rois)[key]
+            )
         head.fc_cls.bias[-1] += 5.0  # the background's
         if self.model.with_mask:
             _centre(
