@@ -14,7 +14,9 @@ VERSION = re.search(
 
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 SLURM = ["submitit>=1.5"]
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM]
+TIMM = ["timm>=1.0"]
+TOY = ["shapely"]  # draws the built-in datasets
+TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM, *TIMM, *TOY]
 
 setup(
     name="nl_detectron",
@@ -45,11 +47,12 @@ setup(
         "iopath",
         "pycocotools>=2.0.6",
         "opencv-python-headless",
-        "shapely",
     ],
     extras_require={
+        "toy": TOY,
         "onnx": ONNX,
         "slurm": SLURM,
+        "timm": TIMM,
         "test": TEST,
         "dev": [*TEST, "ruff", "mypy", "import-linter"],
     },

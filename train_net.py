@@ -27,6 +27,7 @@ from nl_detectron.engine import (
 )
 from nl_detectron.engine.command_line import exit_on_user_error
 from nl_detectron.engine.interruption import sole_run
+from nl_detectron.engine.run_config import keep_values_of_checkpoint
 from nl_detectron.engine.setup import (
     check_datasets,
     check_evaluation,
@@ -36,12 +37,12 @@ from nl_detectron.engine.setup import (
     use_own_data,
     use_sync_bn_of_cpu,
 )
+from nl_detectron.project import use_project
 
 logger = logging.getLogger("nl_detectron")
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    cfg = build_config(args.config_file, args.opts)
+def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
     set_up_logging(cfg.OUTPUT_DIR)
     can_resume = args.resume and any(Path(cfg.OUTPUT_DIR).glob("*.pth"))
     if args.eval_only and not cfg.MODEL.WEIGHTS and not can_resume:
@@ -50,23 +51,27 @@ def setup(args: argparse.Namespace) -> CfgNode:
         check_weights_exist("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS)
     if args.train_json is not None:
         files = (args.train_json, args.train_images, args.val_json, args.val_images)
-        use_own_data(cfg, *files, keep_records=not args.eval_only)
+        use_own_data(cfg, *files, eval_only=args.eval_only)
+    if args.resume and not args.eval_only:
+        keep_values_of_checkpoint(cfg, cfg.OUTPUT_DIR)
     check_datasets(cfg, eval_only=args.eval_only)
     check_evaluation(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)
     use_sync_bn_of_cpu(cfg)
     cfg.freeze()
     default_setup(cfg, args)
-    return cfg
 
 
 def main(args: argparse.Namespace) -> dict | None:
     with contextlib.ExitStack() as run:
         # Errors of the user show up until all is built and loaded; later ones are the program's.
         with exit_on_user_error(traceback=args.traceback):
+            for project in args.project:  # in the processes that launch has spawned
+                use_project(project)
+            cfg = build_config(args.config_file, args.opts)
             if not args.eval_only:
-                run.enter_context(sole_run(build_config(args.config_file, args.opts).OUTPUT_DIR))
-            cfg = setup(args)
+                run.enter_context(sole_run(cfg.OUTPUT_DIR))
+            setup(cfg, args)
             if args.eval_only:
                 model = Trainer.build_model(cfg)
                 checkpointer = NonLocalCheckpointer(

@@ -24,17 +24,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from tqdm import tqdm
 
-from nl_detectron.analysis.attention import (
-    AttentionRecord,
-    check_points,
-    choose_blocks,
-    record_attention,
-    scoring_blocks,
-)
+from nl_detectron.analysis.attention import AttentionRecord, record_attention
 from nl_detectron.analysis.attention_figure import draw_attention
 from nl_detectron.analysis.attention_page import write_attention_page
+from nl_detectron.analysis.attention_record import check_points
 from nl_detectron.analysis.contribution import WHAT
 from nl_detectron.analysis.placement import Point
+from nl_detectron.analysis.recording import choose_blocks, scoring_blocks
 from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
 from nl_detectron.engine.predictor import trained_config

@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
 from PIL import Image
 
-import nl_detectron  # noqa: F401  registers the sets
+import nl_detectron.data.toy  # noqa: F401  registers the sets
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("picture", help="the PNG to write")

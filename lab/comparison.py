@@ -66,19 +66,9 @@ def match_predictions(
     truth: COCO, predictions: Sequence[Record], task: str, oks_sigmas: Sequence[float] = ()
 ) -> COCOeval:
     """
-    Match predictions with objects, as Detectron2's evaluator does.
-
-    Args:
-        truth: a dataset.
-        predictions: in COCO's format for results, as in ``coco_instances_results.json``.
-        task: "bbox", "segm" or "keypoints".
-        oks_sigmas: for "keypoints", one for each; COCO's own by default.
-
-    Returns:
-        COCO's evaluation, not accumulated yet.
-
-    Raises:
-        ValueError: the predictions are for pictures that are not in the dataset.
+    Match predictions, in COCO's format for results, with the objects of a dataset, as Detectron2's
+    evaluator does; the result is not accumulated yet. ``oks_sigmas`` are for "keypoints", by
+    default COCO's own. ValueError: predictions for pictures that are not in the dataset.
     """
     if unknown := {p["image_id"] for p in predictions} - set(truth.getImgIds()):
         raise ValueError(f"there are predictions for image {min(unknown)}, which the dataset lacks")
@@ -103,10 +93,6 @@ class AveragePrecisions:
     """The APs of predictions, for any sample of the pictures that they were made for."""
 
     def __init__(self, evaluation: COCOeval) -> None:
-        """
-        Args:
-            evaluation: what :func:`match_predictions` returns.
-        """
         params = evaluation.params
         classes = evaluation.cocoGt.loadCats(params.catIds)
         self.classes = [category["name"] for category in classes]
@@ -121,13 +107,9 @@ class AveragePrecisions:
 
     def __call__(self, counts: np.ndarray | None = None) -> dict[str, float]:
         """
-        Args:
-            counts: (pictures,), int: how often each picture is in the sample, in the order of
-                ``image_ids``; once by default.
-
-        Returns:
-            "AP", "AP50", "AP75", "APs", "APm", "APl" and for each class "AP-name", in percent, as
-            Detectron2 writes them; NaN where there are no objects. Keypoints have no "APs".
+        "AP", "AP50", "AP75", "APs", "APm", "APl" and for each class "AP-name", in percent, as
+        Detectron2 writes them; NaN where there are no objects. Keypoints have no "APs". ``counts``
+        (pictures,) tells how often each picture is in the sample, in the order of ``image_ids``.
         """
         if counts is None:
             counts = np.ones(len(self.image_ids), dtype=int)
@@ -142,10 +124,7 @@ class AveragePrecisions:
         return {name: _mean(precisions) for name, precisions in parts.items()}
 
     def num_pictures(self) -> list[int]:
-        """
-        Returns:
-            How many pictures have objects that each of the APs is about, in their order.
-        """
+        """How many pictures have objects that each of the APs is about, in their order."""
         has = {
             size: np.stack([m.objects > 0 for m in matches])
             for size, matches in self._matches.items()
@@ -156,23 +135,21 @@ class AveragePrecisions:
 
     def of_pictures(self) -> np.ndarray:
         """
-        Returns:
-            (pictures,), float, in percent: the AP of each picture alone, with all classes in one
-            ranking, so that a wrong class that scores higher counts; NaN for pictures without
-            objects.
+        (pictures,), in percent: the AP of each picture alone, with all classes in one ranking, so
+        that a wrong class that scores higher counts; NaN for pictures without objects.
         """
-        classes = self._matches["all"]
-        order = np.argsort(-np.concatenate([m.scores for m in classes]), kind="stable")
-        picture = np.concatenate([m.picture for m in classes])[order]
-        right = np.concatenate([m.right for m in classes], axis=1)[:, order]
-        wrong = np.concatenate([m.wrong for m in classes], axis=1)[:, order]
-        objects = np.sum([m.objects for m in classes], axis=0)
-        return np.array(
-            [
-                _mean(self._precisions(right[:, picture == i], wrong[:, picture == i], number))
-                for i, number in enumerate(objects)
-            ]
+        of_classes = self._matches["all"]
+        scores, picture, right, wrong = (
+            np.concatenate(parts, axis=-1) for parts in list(zip(*of_classes))[:4]
         )
+        order = np.argsort(-scores, kind="stable")
+        picture, right, wrong = picture[order], right[:, order], wrong[:, order]
+        objects = np.sum([m.objects for m in of_classes], axis=0)
+        aps = [
+            _mean(self._precisions(right[:, picture == i], wrong[:, picture == i], number))
+            for i, number in enumerate(objects)
+        ]
+        return np.array(aps)
 
     def _sampled(self, matches: _Matches, counts: np.ndarray) -> np.ndarray:
         of_predictions = counts[matches.picture]
@@ -203,13 +180,14 @@ def _collect(pictures: Sequence[Record | None]) -> _Matches:
         return _Matches(np.zeros(0), np.zeros(0, dtype=int), none, none, objects)
     for i, p in present:
         objects[i] = np.count_nonzero(p["gtIgnore"] == 0)
-    scores = np.concatenate([p["dtScores"] for _, p in present])
-    order = np.argsort(-scores, kind="stable")  # as COCOeval's
-    matched = np.concatenate([p["dtMatches"] for _, p in present], axis=1)[:, order] > 0
-    counted = ~np.concatenate([p["dtIgnore"] for _, p in present], axis=1)[:, order].astype(bool)
     picture = np.concatenate([np.full(len(p["dtScores"]), i, dtype=int) for i, p in present])
-    right, wrong = matched & counted, ~matched & counted
-    return _Matches(scores[order], picture[order], right, wrong, objects)
+    scores, matched, ignored = (
+        np.concatenate([p[key] for _, p in present], axis=-1)
+        for key in ("dtScores", "dtMatches", "dtIgnore")
+    )
+    order = np.argsort(-scores, kind="stable")  # as COCOeval's
+    matched, counted = matched[:, order] > 0, ~ignored[:, order].astype(bool)
+    return _Matches(scores[order], picture[order], matched & counted, ~matched & counted, objects)
 
 
 def _mean(precisions: np.ndarray) -> float:
@@ -221,18 +199,9 @@ def compare_aps(
     a: AveragePrecisions, b: AveragePrecisions, resamples: int = 1000, seed: int = 0
 ) -> dict[str, Difference]:
     """
-    The APs of two models and, by a paired bootstrap over the pictures (percentiles), the 95 %
-    interval of their differences. It is about other pictures of the same kind; what another seed
-    of training would change is not in it.
-
-    Args:
-        a: of one model.
-        b: of another, for the same pictures.
-        resamples: how often as many pictures are drawn, with replacement, for both models.
-        seed: of the drawing.
-
-    Returns:
-        By name of the AP, as :class:`AveragePrecisions` has them.
+    The APs of two models for the same pictures and, by a paired bootstrap over the pictures
+    (percentiles), the 95 % interval of their differences. It is about other pictures of the same
+    kind; what another seed of training would change is not in it.
     """
     random = np.random.default_rng(seed)
     whole_a, whole_b, number = a(), b(), len(a.image_ids)
@@ -251,18 +220,9 @@ def compare_aps(
 
 def kinds_of_errors(truth: COCO, predictions: Sequence[Record], task: str) -> Errors:
     """
-    TIDE's kinds of errors (Bolya et al., ECCV 2020) at an overlap of 0.5, by ``tidecv``.
-
-    Args:
-        truth: a dataset.
-        predictions: in COCO's format for results.
-        task: "bbox" or "segm".
-
-    Returns:
-        What each kind costs, and which classes are confused.
-
-    Raises:
-        ValueError: ``tidecv`` is not installed.
+    What each of TIDE's kinds of errors (Bolya et al., ECCV 2020) costs at an overlap of 0.5, and
+    which classes are confused, for the task "bbox" or "segm"; by ``tidecv``. ValueError: it is not
+    installed.
     """
     try:
         import tidecv

@@ -66,19 +66,9 @@ class TrainingCost:
 
 def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
     """
-    Measure a model in evaluation mode, on the device it is on. It is timed with and without its
-    blocks in turn, so that whatever else the machine does falls on both.
-
-    Args:
-        model: a detector, or another module that takes one argument.
-        inputs: what it is called with, such as ``[{"image": image}]``.
-        repeats: how many calls are timed, from 1.
-
-    Returns:
-        The cost of the whole, of the whole without its blocks, and of each block.
-
-    Raises:
-        ValueError: the model has no non-local blocks.
+    Measure a model in evaluation mode, on the device it is on, called ``repeats`` times with what
+    it takes, such as ``[{"image": image}]``. It is timed with and without its blocks in turn, so
+    that whatever else the machine does falls on both. ValueError: it has no non-local blocks.
     """
     blocks = nonlocal_blocks(model)
     if not blocks:
@@ -102,13 +92,9 @@ def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
             name: _measure_block(block, block_inputs[name], repeats)
             for name, block in tqdm(blocks.items(), "each block", leave=False)
         }
-    return CostReport(
-        with_blocks=cost,
-        without_blocks=cost_without,
-        time_ratio=statistics.median(a / b for a, b in zip(seconds, seconds_without)),
-        blocks=costs,
-        block_inputs={n: [tuple(x.shape) for x in calls] for n, calls in block_inputs.items()},
-    )
+    ratio = statistics.median(a / b for a, b in zip(seconds, seconds_without))
+    shapes = {name: [tuple(x.shape) for x in of_block] for name, of_block in block_inputs.items()}
+    return CostReport(cost, cost_without, ratio, costs, shapes)
 
 
 def measure_training(
@@ -116,23 +102,15 @@ def measure_training(
 ) -> tuple[TrainingCost, TrainingCost]:
     """
     Measure iterations of training, with and without the blocks in turn, after one of each that is
-    not counted; last comes one of each for the memory.
-
-    Args:
-        trainer: Detectron2's ``SimpleTrainer`` or ``AMPTrainer``, of a model in training mode. Let
-            the learning rate be 0, and the model stays as it is.
-        iterations: how many are counted of each.
-
-    Returns:
-        The cost with the blocks, and that without.
+    not counted; last comes one of each for the memory. Let the learning rate be 0, and the model
+    stays as it is. Returns the cost with the blocks, and that without.
     """
     model, device = trainer.model, next(trainer.model.parameters()).device
+    contexts: list[Callable[[], AbstractContextManager[None]]]
+    contexts = [nullcontext, lambda: without_blocks(model)]
     times: list[list[tuple[float, float]]] = [[], []]
     peaks = []
     with EventStorage() as storage:
-
-        def in_turn(is_whole: bool) -> AbstractContextManager[None]:
-            return nullcontext() if is_whole else without_blocks(model)
 
         def step() -> None:
             trainer.iter = storage.iter
@@ -140,12 +118,12 @@ def measure_training(
             storage.step()
 
         for _ in tqdm(range(iterations + 1), "training", leave=False):
-            for of_kind, is_whole in zip(times, (True, False)):
-                with in_turn(is_whole):
+            for of_kind, context in zip(times, contexts):
+                with context():
                     seconds = _time(step)
                 of_kind.append((seconds, storage.history("data_time").latest()))
-        for is_whole in (True, False):
-            with in_turn(is_whole):
+        for context in contexts:
+            with context():
                 trainer.optimizer.zero_grad()
                 peaks.append(_held(trainer.optimizer, model) + peak_memory(step, device))
     with_blocks, without = (_training_cost(t[1:], peak) for t, peak in zip(times, peaks))
@@ -168,12 +146,7 @@ def _held(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
 
 @contextmanager
 def without_blocks(model: nn.Module) -> Iterator[None]:
-    """
-    Within the ``with``, every non-local block of a model is replaced by the identity.
-
-    Args:
-        model: any; it is changed, and as it was again at the end.
-    """
+    """Within the ``with``, every non-local block of a model is replaced by the identity."""
     blocks = nonlocal_blocks(model)
     _replace(model, {name: nn.Identity() for name in blocks})
     try:
@@ -194,23 +167,16 @@ def _measure_block(block: nn.Module, inputs: Sequence[Tensor], repeats: int) -> 
         for x in inputs
         if x.numel()
     ]
-    return Cost(
-        parameters=_count_parameters(block),
-        macs=sum(cost.macs for cost in costs),
-        seconds=sum(cost.seconds for cost in costs),
-        peak_memory=max((cost.peak_memory for cost in costs), default=0),
-    )
+    macs, seconds = sum(cost.macs for cost in costs), sum(cost.seconds for cost in costs)
+    peak = max((cost.peak_memory for cost in costs), default=0)
+    return Cost(_count_parameters(block), macs, seconds, peak)
 
 
 def _measure(
     module: nn.Module, inputs: Any, device: torch.device, seconds: Sequence[float]
 ) -> Cost:
-    return Cost(
-        parameters=_count_parameters(module),
-        macs=_count_macs(module, inputs),
-        seconds=statistics.median(seconds),
-        peak_memory=peak_memory(lambda: module(inputs), device),
-    )
+    macs, peak = _count_macs(module, inputs), peak_memory(lambda: module(inputs), device)
+    return Cost(_count_parameters(module), macs, statistics.median(seconds), peak)
 
 
 def _count_parameters(module: nn.Module) -> int:

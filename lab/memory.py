@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import tempfile
@@ -17,17 +18,11 @@ _CPU = 0  # in a trace, c10::DeviceType
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """
-    Call ``function`` and measure the most memory that PyTorch's allocator held for it at a time,
-    beyond what was held before: intermediate values, what is saved for the backward pass, and the
-    result, but not the weights and inputs that were there already. On CUDA, let it run once
-    before: libraries allocate their workspaces at the first call.
-
-    Args:
-        function: what to measure, on ``device``. Exceptions pass through.
-        device: where it computes: the CPU or a CUDA device.
-
-    Returns:
-        bytes. What libraries allocate past PyTorch, such as MKL's packing buffers, is not in it.
+    Call ``function``, which computes on ``device``, and return the most bytes that PyTorch's
+    allocator held for it at a time, beyond what was held before: intermediate values, what is saved
+    for the backward pass, and the result, but not the weights and inputs. What libraries allocate
+    past PyTorch, such as MKL's packing buffers, is not in it. On CUDA, let it run once before:
+    libraries allocate their workspaces at the first call.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -40,7 +35,7 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's library would log its steps
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    return _peak(_allocations(profiler))
+    return max(itertools.accumulate(_allocations(profiler), initial=0))
 
 
 def _allocations(profiler: profile) -> list[int]:
@@ -52,11 +47,3 @@ def _allocations(profiler: profile) -> list[int]:
     memory = [event for event in events if event["name"] == "[memory]"]
     memory.sort(key=lambda event: event["ts"])
     return [e["args"]["Bytes"] for e in memory if e["args"]["Device Type"] == _CPU]
-
-
-def _peak(allocations: list[int]) -> int:
-    held = peak = 0
-    for size in allocations:
-        held += size
-        peak = max(peak, held)
-    return peak

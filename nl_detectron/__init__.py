@@ -1,8 +1,9 @@
 """
-Non-local blocks for Detectron2. Importing this package registers all that it provides.
+Non-local blocks for Detectron2. Importing this package registers its blocks, backbones and heads.
 
-Without Detectron2 there is nothing to register with: then only :mod:`nl_detectron.layers`, which
-needs PyTorch alone, can be used, and an ImportError says so of the other names.
+The other subpackages, such as ``nl_detectron.engine``, are loaded when they are asked for. Without
+Detectron2 there is nothing to register with: then only :mod:`nl_detectron.layers`, which needs
+PyTorch alone, can be used, and an ImportError says so of the other names.
 """
 
 import warnings
@@ -21,10 +22,10 @@ else:
 __version__ = "0.1.0"
 
 from nl_detectron.layers import GlobalContextBlock, NonLocalBlock
+from nl_detectron.submodules import submodules
 
 if _HAS_DETECTRON2:
-    import nl_detectron.data  # noqa: F401
-    from nl_detectron.config import add_nonlocal_config
+    from nl_detectron.config import add_nonlocal_config, use_nonlocal_backbone
     from nl_detectron.modeling import (
         NONLOCAL_BLOCK_REGISTRY,
         NonLocalKeypointHead,
@@ -32,16 +33,18 @@ if _HAS_DETECTRON2:
         insert_blocks,
         insert_nonlocal_blocks,
     )
-else:
 
-    def __getattr__(name: str) -> object:
-        if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+_submodule = submodules(__name__)
+
+
+def __getattr__(name: str) -> object:
+    if not _HAS_DETECTRON2 and name in __all__:
         raise ImportError(
             f"nl_detectron.{name} needs Detectron2, which is not installed here: run `make setup` "
             "in nl_detectron's folder, or install it as "
             "https://detectron2.readthedocs.io/tutorials/install.html says."
         )
+    return _submodule(name)
 
 
 __all__ = [
@@ -53,4 +56,5 @@ __all__ = [
     "build_nonlocal_backbone",
     "insert_blocks",
     "insert_nonlocal_blocks",
+    "use_nonlocal_backbone",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tabulate import tabulate
 
 import nl_detectron
 from nl_detectron import model_zoo
+from nl_detectron.data import register_built_in
 
 
 def describe() -> str:
@@ -50,6 +52,7 @@ def _own(registry: object) -> str:
 
 def _datasets() -> list[str]:
     """The registered datasets that are this package's own, or whose annotations are here."""
+    register_built_in(sys.argv)
     return [
         name
         for name in sorted(DatasetCatalog.list())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,34 +13,45 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 
 from nl_detectron.files import missing
-from nl_detectron.validation import did_you_mean
+from nl_detectron.validation import ArgumentError, check_yaml_size, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_WRAPPER = "build_nonlocal_backbone"
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
     """
     Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO,
-    ``SOLVER.CHECKPOINT_KEEP_LAST`` and ``TEST.BEST_CHECKPOINT_METRIC``.
+    ``SOLVER.CHECKPOINT_KEEP_LAST`` and ``TEST.BEST_CHECKPOINT_METRIC``. What is there is kept.
 
     Args:
         cfg: Detectron2's config, changed in place.
+
+    Raises:
+        AttributeError: something is missing, and the config is frozen.
     """
     # Keep only so many checkpoints beside model_final.pth, the last ones; 0 keeps all.
-    cfg.SOLVER.CHECKPOINT_KEEP_LAST = 0
+    _add_missing(cfg.SOLVER, {"CHECKPOINT_KEEP_LAST": 0})
     # Keep the weights of the best evaluation (each TEST.EVAL_PERIOD) in model_best.pth: by what is
     # highest then, such as "bbox/AP" (with several test datasets "NAME/bbox/AP"); "" keeps none.
-    cfg.TEST.BEST_CHECKPOINT_METRIC = ""
+    _add_missing(cfg.TEST, {"BEST_CHECKPOINT_METRIC": ""})
 
-    cfg.MODEL.NONLOCAL = node = CfgNode()
+    node = CfgNode()
 
     # The registered backbone that build_nonlocal_backbone builds and puts blocks into.
     node.BACKBONE = "build_resnet_fpn_backbone"
     # For each stage (res2, res3, res4, res5) the residual blocks after which a non-local block
     # comes; negatives count from the end, so -2 is "right before the last residual block".
     node.AFTER_BLOCKS_PER_STAGE = [[], [], [-2], []]
+    # Names, or patterns as in fnmatch, of modules in the backbone after which a block comes, too,
+    # such as "fpn_output*" or "bottom_up.res4.*.conv3".
+    node.AFTER_MODULES = []
 
     # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, GlobalContextBlock (GCNet; see
-    # docs/BLOCKS.md), LocalBlock (a control without attention), or one of your own. Each reads
-    # those of the keys below that mean something to it: GlobalContextBlock REDUCTION and ZERO_INIT.
+    # docs/BLOCKS.md), LocalBlock (a control without attention), TimmAttention, or one of your own.
+    # Each reads those of the keys below that mean something to it: GlobalContextBlock REDUCTION and
+    # ZERO_INIT.
     node.BLOCK = "NonLocalBlock"
     # The pairwise function: gaussian, embedded_gaussian, dot_product, concatenation, or
     # disentangled (DNL; see docs/BLOCKS.md).
@@ -56,6 +69,8 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     node.SUBSAMPLE = "embeddings"
     # The normalisation after W_z; anything that Detectron2's get_norm knows.
     node.NORM = "BN"
+    # TimmAttention's layer, by its name in timm.layers.create_attn: se, eca, cbam, ge, gc, ...
+    node.TIMM = "se"
     # Start each block as the identity.
     node.ZERO_INIT = True
     # By zeros in "norm" (gamma, as in the paper) or in "out" (W_z, which learns much sooner:
@@ -74,18 +89,34 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # NonLocalKeypointHead has a block after every so many of its convolutions; 0 is none.
     node.KEYPOINT_HEAD_EVERY = 2
 
+    _add_missing(cfg.MODEL, {"NONLOCAL": CfgNode()})
+    _add_missing(cfg.MODEL.NONLOCAL, node)
 
-def nonlocal_node(cfg: CfgNode) -> CfgNode:
+
+def use_nonlocal_backbone(cfg: CfgNode) -> None:
     """
-    Args:
-        cfg: a config.
+    Let ``build_nonlocal_backbone`` build the backbone of a config around the one that it has, as
+    ``MODEL.NONLOCAL`` says. Call it when all is merged; a second call changes nothing.
 
-    Returns:
-        Its ``MODEL.NONLOCAL``.
+    Args:
+        cfg: Detectron2's config, changed in place. What is missing of ``MODEL.NONLOCAL`` is added.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the config is frozen, and would have to be changed.
     """
+    if cfg.is_frozen() and ("NONLOCAL" not in cfg.MODEL or cfg.MODEL.BACKBONE.NAME != _WRAPPER):
+        raise ValueError(
+            "The config is frozen: call use_nonlocal_backbone(cfg) before cfg.freeze(), and before "
+            "default_setup(cfg, args), which writes it to config.yaml"
+        )
+    add_nonlocal_config(cfg)
+    if cfg.MODEL.BACKBONE.NAME != _WRAPPER:
+        cfg.MODEL.NONLOCAL.BACKBONE = cfg.MODEL.BACKBONE.NAME
+        cfg.MODEL.BACKBONE.NAME = _WRAPPER
+
+
+def nonlocal_node(cfg: CfgNode) -> CfgNode:
+    """``cfg.MODEL.NONLOCAL``; a ValueError says that there is none."""
     if "NONLOCAL" not in cfg.MODEL:
         raise ValueError("The config has no MODEL.NONLOCAL: call add_nonlocal_config(cfg) first")
     return cfg.MODEL.NONLOCAL
@@ -94,26 +125,28 @@ def nonlocal_node(cfg: CfgNode) -> CfgNode:
 @contextmanager
 def keys_for_arguments(node: CfgNode) -> Iterator[None]:
     """
-    Where a call that is made from the config fails because of an argument, name its key.
+    Where a call that is made from the config refuses an argument, name its key.
 
     Args:
         node: ``MODEL.NONLOCAL``; the key of an argument has its name.
 
     Raises:
-        ValueError: in the place of one whose message begins with the name of an argument.
+        ArgumentError: with the key in the place of the argument.
     """
     try:
         yield
-    except ValueError as error:
-        argument, _, rest = str(error).partition(" ")
-        if argument.upper() not in node:
+    except ArgumentError as error:
+        key = error.argument.upper()
+        if key not in node:
             raise
-        raise ValueError(f"MODEL.NONLOCAL.{argument.upper()} {rest}") from error
+        raise ArgumentError(f"MODEL.NONLOCAL.{key}", error.problem) from error
 
 
 def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
     """
-    Detectron2's defaults, ``MODEL.NONLOCAL``, a config file, then overrides.
+    Detectron2's defaults, ``MODEL.NONLOCAL``, a config file, then overrides. A whole number is
+    taken wherever a float is asked. With a project (:func:`~nl_detectron.project.use_project`) the
+    file may have keys that nobody declared; a warning names them.
 
     Args:
         config_file: plain YAML; a tag that would run Python is an error.
@@ -134,14 +167,19 @@ def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgN
     if len(overrides) % 2:
         words = " ".join(map(str, overrides))
         raise ValueError(f"overrides come in pairs of KEY VALUE, but got {words}")
-    cfg = get_cfg()
-    add_nonlocal_config(cfg)
+    defaults = get_cfg()
+    add_nonlocal_config(defaults)
+    cfg = _LenientConfig(defaults)
+    cfg.set_new_allowed(defaults.is_new_allowed())
+    declared = {key for key, _ in walk(cfg)}
     try:
         cfg.merge_from_file(str(config_file), allow_unsafe=False)
     # The parsers know only sound files: on others they fail with any error at all.
     except Exception as error:
         if message := _unknown_key(cfg, error):
-            raise KeyError(f"{config_file}: {message}") from None
+            raise KeyError(
+                f"{config_file}: {message} (--project names the code that adds other keys)"
+            ) from None
         if message := _wrong_type(error):
             raise ValueError(f"{config_file}: {message}") from error
         reason = " ".join(str(error).split())
@@ -149,6 +187,8 @@ def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgN
         raise ValueError(
             f"{config_file} cannot be read as a config: {type(error).__name__}: {reason}{hint}"
         ) from error
+    if unknown := [key for key, _ in walk(cfg) if key not in declared]:
+        logger.warning(f"{config_file} has keys that nobody declared: {', '.join(unknown)}")
     try:
         cfg.merge_from_list(list(overrides))
     # An assertion is how yacs refuses a key.
@@ -156,7 +196,59 @@ def build_config(config_file: str | Path, overrides: Sequence[Any] = ()) -> CfgN
         if message := _unknown_key(cfg, error):
             raise KeyError(message) from None
         raise ValueError(_wrong_type(error) or str(error)) from error
-    return cfg
+    return CfgNode(cfg)
+
+
+def walk(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys of a config by their full names, with their values; a node before what is in it."""
+    for key, value in node.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, CfgNode):
+            yield from walk(value, f"{prefix}{key}.")
+
+
+class _LenientConfig(CfgNode):
+    """
+    A config that takes a whole number where a float is asked, which yacs does not, and opens no
+    file whose aliases stand for more than a config can hold.
+    """
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> io.StringIO:
+        with super()._open_cfg(filename) as file:
+            text = file.read()
+        check_yaml_size(text)
+        return io.StringIO(text)
+
+    def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
+        super().merge_from_other_cfg(_with_floats(cfg_other, self))
+
+    def merge_from_list(self, cfg_list: list[Any]) -> None:
+        present = dict(walk(self))
+        values = [
+            _as_float(self._decode_cfg_value(value), present.get(key))
+            for key, value in zip(cfg_list[::2], cfg_list[1::2])
+        ]
+        super().merge_from_list([x for pair in zip(cfg_list[::2], values) for x in pair])
+
+
+def _with_floats(node: CfgNode, present: Any) -> CfgNode:
+    """A node to be merged, with floats where ``present``, into which it is merged, has them."""
+    for key, value in node.items():
+        old = present.get(key) if isinstance(present, CfgNode) else None
+        is_node = isinstance(value, CfgNode)
+        node[key] = _with_floats(value, old) if is_node else _as_float(value, old)
+    return node
+
+
+def _as_float(value: Any, present: Any) -> Any:
+    return float(value) if type(value) is int and type(present) is float else value
+
+
+def _add_missing(node: CfgNode, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if key not in node:
+            setattr(node, key, value)
 
 
 def _unknown_key(cfg: CfgNode, error: Exception) -> str | None:
@@ -164,7 +256,7 @@ def _unknown_key(cfg: CfgNode, error: Exception) -> str | None:
     unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
     if unknown is None:
         return None
-    return f"Unknown config key {unknown[1]}{did_you_mean(unknown[1], _keys(cfg))}"
+    return f"Unknown config key {unknown[1]}{did_you_mean(unknown[1], [k for k, _ in walk(cfg)])}"
 
 
 def _wrong_type(error: Exception) -> str | None:
@@ -178,12 +270,3 @@ def _wrong_type(error: Exception) -> str | None:
         return None
     legal, wrong, example, value, key = match.groups()
     return f"{key} is {value!r}, of type {wrong}, but must be of type {legal}, such as {example}"
-
-
-def _keys(node: CfgNode, prefix: str = "") -> list[str]:
-    keys = []
-    for key, value in node.items():
-        keys.append(prefix + key)
-        if isinstance(value, CfgNode):
-            keys.extend(_keys(value, f"{prefix}{key}."))
-    return keys

@@ -1,4 +1,4 @@
-"""The old place of what :mod:`nl_detectron.weights` converts with."""
+"""The old place, and names, of what :mod:`nl_detectron.weights` converts with."""
 
 from nl_detectron.weights import (
     SOURCES,
@@ -6,10 +6,10 @@ from nl_detectron.weights import (
     Conversion,
     ConversionError,
     Options,
-    Row,
     convert,
     recognise,
 )
+from nl_detectron.weights import ConvertedTensor as Row
 
 __all__ = [
     "SOURCES",

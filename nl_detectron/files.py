@@ -3,38 +3,61 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import os
 import re
+import socket
+import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _DRAFT = "draft"
 
 
 def missing(path: str | Path) -> str:
-    """
-    Args:
-        path: where a file is expected.
-
-    Returns:
-        What is wrong with it, such as "does not exist"; empty if it is a file.
-    """
+    """What is wrong with a path to a file, such as "does not exist"; empty if there is one."""
     if Path(path).is_dir():
         return "is a folder, not a file"
     return "" if Path(path).is_file() else "does not exist"
 
 
+def check_target(
+    name: str, path: str | Path, sources: Iterable[str | Path] = (), *, overwrite: bool = False
+) -> None:
+    """
+    Check that a file may be written, before the work for it is done.
+
+    Args:
+        name: what names the file on the command line, for the message.
+        path: the file.
+        sources: the files that are read, which are never written to.
+        overwrite: whether the user allows it to be there already.
+
+    Raises:
+        ValueError: it is a source or a folder, or it is there and ``overwrite`` is not given.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{name} is {path}, which is a folder, not a file")
+    if not path.exists():
+        return
+    if any(Path(source).exists() and path.samefile(source) for source in sources):
+        raise ValueError(f"{name} is {path}, which is the source: name another one")
+    if not overwrite:
+        raise ValueError(f"{name} is {path}, which exists: name another one, or add --overwrite")
+
+
 def make_folder(name: str, path: str | Path) -> Path:
     """
+    Make a folder, and those above it, unless it is there.
+
     Args:
         name: what the folder is, for the message.
-        path: the folder; it is made, with those above it, if it is not there.
-
-    Returns:
-        The path.
+        path: the folder.
 
     Raises:
         ValueError: no file can be written there.
@@ -85,8 +108,8 @@ def remove_drafts(folder: Path) -> None:
 @contextlib.contextmanager
 def sole_user(folder: Path, what: str) -> Iterator[None]:
     """
-    Within the ``with``, no other process may be in a ``with`` of the same folder. The lock ends
-    with the process, however that ends.
+    Within the ``with``, no other process may be in a ``with`` of the same folder, even if that is
+    removed and made anew (on Linux). The lock ends with the process, however that ends.
 
     Args:
         folder: it exists.
@@ -95,24 +118,30 @@ def sole_user(folder: Path, what: str) -> Iterator[None]:
     Raises:
         ValueError: one is.
     """
-    with (folder / ".lock").open("w") as lock:
-        # A child, such as a loader's worker that outlives this process, must not hold it.
-        os.register_at_fork(after_in_child=lock.close)
+    with (folder / ".lock").open("w") as lock, socket.socket(socket.AF_UNIX) as place:
+        for held in (lock, place):
+            # A child, such as a loader's worker that outlives this process, must not hold it.
+            os.register_at_fork(after_in_child=held.close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if sys.platform == "linux":
+                place.bind(_address(folder))
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EADDRINUSE):
+                raise
             raise ValueError(f"{folder} is where another {what} is running now") from None
         yield
 
 
-def is_used(folder: Path) -> bool:
-    """
-    Args:
-        folder: any folder; it need not exist.
+def _address(folder: Path) -> str:
+    """A name without a file for the place of a folder, whatever folder is there."""
+    parent = folder.resolve().parent.stat()  # another container may have another of the same path
+    place = f"{parent.st_dev} {parent.st_ino} {folder.resolve().name}"
+    return f"\0nl_detectron {hashlib.sha256(place.encode()).hexdigest()}"
 
-    Returns:
-        Whether a process of this machine is in a ``with`` of :func:`sole_user` there.
-    """
+
+def is_used(folder: Path) -> bool:
+    """Whether a process of this machine is in a ``with`` of :func:`sole_user` in a folder."""
     try:
         with (folder / ".lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -132,13 +161,7 @@ def _sync(path: Path) -> None:
 
 
 def run_name(folder: Path) -> str:
-    """
-    Args:
-        folder: what a run has written to.
-
-    Returns:
-        Its name; for a run of a study that of the setting, too, such as ``baseline/seed_1``.
-    """
+    """The name of a run by its folder; in a study with the setting, such as ``baseline/seed_1``."""
     folder = folder.resolve()
     is_of_study = re.fullmatch(r"seed_\d+", folder.name) is not None
     return f"{folder.parent.name}/{folder.name}" if is_of_study else folder.name

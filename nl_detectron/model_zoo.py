@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from torch import nn
 
 from nl_detectron.config import build_config
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
+from nl_detectron.engine.setup import check_weights_exist, device_here
 from nl_detectron.validation import did_you_mean
 
 __all__ = ["get_config", "get_config_file", "get_model", "list_configs"]
@@ -19,9 +20,11 @@ __all__ = ["get_config", "get_config_file", "get_model", "list_configs"]
 
 def list_configs() -> list[str]:
     """
-    The names of all configs that train a model, such as
-    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml". Those ending in ``.py`` are
-    Detectron2's LazyConfigs.
+    The names of all configs that train a model.
+
+    Returns:
+        Such as "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml", sorted. Those ending in
+        ``.py`` are Detectron2's LazyConfigs.
     """
     folder = _folder()
     files = [path for suffix in ("yaml", "py") for path in folder.glob(f"**/*.{suffix}")]
@@ -31,11 +34,13 @@ def list_configs() -> list[str]:
 
 def get_config_file(name: str) -> str:
     """
+    The path of a config's file.
+
     Args:
         name: one of :func:`list_configs`; ``.yaml`` may be left out.
 
     Returns:
-        The path of the file.
+        The path.
 
     Raises:
         ValueError: there is no such config; the message names the nearest one.
@@ -51,6 +56,8 @@ def get_config_file(name: str) -> str:
 
 def get_config(name: str) -> Any:
     """
+    A config by its name.
+
     Args:
         name: as for :func:`get_config_file`.
 
@@ -63,11 +70,15 @@ def get_config(name: str) -> Any:
     file = get_config_file(name)
     if file.endswith(".py"):
         return LazyConfig.load(file)
-    return build_config(file)
+    cfg = build_config(file)
+    register_built_in((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    return cfg
 
 
 def get_model(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:
     """
+    The model that a config describes.
+
     Args:
         name: as for :func:`get_config_file`.
         weights: a checkpoint's file or URL; "config" for what the config starts training from, for
@@ -79,19 +90,19 @@ def get_model(name: str, weights: str | None = None, device: str | None = None) 
 
     Raises:
         ValueError: there is no such config; the message names the nearest one.
+        FileNotFoundError: there are no such weights, or they cannot be downloaded.
         CheckpointError: see :meth:`NonLocalCheckpointer.load`.
     """
     cfg = get_config(name)
-    if device is None and not torch.cuda.is_available():
-        device = "cpu"
     if isinstance(cfg, CfgNode):
-        cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
+        cfg.MODEL.DEVICE = device or device_here("MODEL.DEVICE", cfg.MODEL.DEVICE)
         model, own_weights = build_model(cfg), cfg.MODEL.WEIGHTS
     else:
         model, own_weights = instantiate(cfg.model), cfg.train.init_checkpoint
-        model.to(device or cfg.train.device)
+        model.to(device or device_here("train.device", cfg.train.device))
     path = own_weights if weights == "config" else weights
     if path:
+        check_weights_exist("weights", path)
         NonLocalCheckpointer(model).load(path)
     return model
 

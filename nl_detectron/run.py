@@ -28,7 +28,7 @@ import nl_detectron
 from detectron2.config import defaults
 
 from nl_detectron.analysis.flops import register_flop_handles
-from nl_detectron.data import register_coco_json
+from nl_detectron.data import register_built_in, register_coco_json
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.files import missing
 
@@ -66,6 +66,9 @@ def prepare(arguments: list[str]) -> Any:
         raise FileNotFoundError(f"the script {args.script} {problem}")
     nl_detectron.add_nonlocal_config(defaults._C)
     register_flop_handles()
+    register_built_in(
+        [str(args.script), *args.arguments]
+    )  # any of these words may name one, or a config with one
     for name, json_file, images in args.data:
         register_coco_json(name, json_file, images)
     sys.argv = [str(args.script), *args.arguments]

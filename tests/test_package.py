@@ -1,5 +1,6 @@
 """The package as it is installed and imported."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def python(*arguments, **options):
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, check=False, **options
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,
     )
 
 
@@ -72,17 +78,56 @@ def test_a_broken_detectron2_is_not_taken_for_none():
     assert result.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'fvcore'"
 
 
-def test_importing_registers_everything():
+def test_importing_registers_blocks_and_loads_nothing_else():
     script = """
+import sys
 import nl_detectron
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.roi_heads import ROI_KEYPOINT_HEAD_REGISTRY
 assert "build_nonlocal_backbone" in BACKBONE_REGISTRY
 assert "NonLocalKeypointHead" in ROI_KEYPOINT_HEAD_REGISTRY
-assert {"shapes_train", "shapes_val"} <= set(DatasetCatalog.list())
+print(*{name.split(".")[1] for name in sys.modules if name.startswith("nl_detectron.")})
+assert not {"shapes_train", "long_range_val"} & set(DatasetCatalog.list())
+nl_detectron.data.toy
+assert {"shapes_train", "long_range_val"} <= set(DatasetCatalog.list())
 """
-    assert python("-c", script, cwd=ROOT).returncode == 0
+    result = python("-c", script, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    helpers = {"files", "submodules", "validation"}
+    assert set(result.stdout.split()) - helpers == {"config", "layers", "modeling"}
+
+
+def names_in_docs():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    return sorted({n for text in texts for n in re.findall(r"\bnl_detectron(?:\.\w+)+", text)})
+
+
+def test_names_in_docs_resolve_after_one_import():
+    names = names_in_docs()
+    assert {"nl_detectron.engine.scale_block_lr", "nl_detectron.model_zoo"} <= set(names)
+    # Each in a state in which no other has loaded anything.
+    script = f"""
+import os
+import nl_detectron
+for name in {names}:
+    if (pid := os.fork()) == 0:
+        try:
+            eval(name)
+        except BaseException as error:
+            print(name, repr(error), flush=True)
+        os._exit(0)
+    os.waitpid(pid, 0)
+"""
+    result = python("-c", script, cwd=ROOT)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+def test_no_notice_of_other_packages_on_the_screen():
+    for module in ("nl_detectron", "nl_detectron.run", "nl_detectron.model_zoo", "train_net"):
+        result = python("-c", f"import nl_detectron, {module}", cwd=ROOT)
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_configs_are_installed_with_the_package(tmp_path):

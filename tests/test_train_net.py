@@ -97,6 +97,7 @@ def test_errors_of_the_user(words, message, is_logged, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     check_line(done.returncode, done.stderr, TRAIN_NET, message)
     check_log(tmp_path, is_logged)
@@ -166,6 +167,13 @@ def test_errors_of_the_user(words, message, is_logged, tmp_path):
             True,
         ),
         (["MODEL.WEIGHTS", "bad.yaml"], "bad.yaml", True),
+        (
+            ["MODEL.WEIGHTS", "http://localhost:9/model.pth", "DATASETS.TRAIN", "('gone',)"],
+            "MODEL.WEIGHTS is http://localhost:9/model.pth, which cannot be downloaded (",
+            True,
+        ),
+        (["--project", "no_such"], "--project: no_such cannot be imported: No module", False),
+        (["--project", "no.py"], "no.py cannot be imported: the file does not exist", False),
         (["DATASETS.TEST", "('shape_val',)"], "did you mean 'shapes_val'?", True),
         (["DATASETS.TRAIN", "('gone',)"], "gone.json", True),
         (
@@ -224,9 +232,11 @@ def test_a_bug_while_setting_up_is_the_programs(tmp_path, monkeypatch):
     def fail(*args):
         raise TypeError("inside")
 
-    for script, word in ((train_net, "OUTPUT_DIR={}"), (lazy_train_net, "train.output_dir={}")):
+    lazy_words = [f"train.output_dir={tmp_path}", "train.init_checkpoint="]
+    for script, config, words in (
+        (train_net, QUICK_START, ["OUTPUT_DIR", str(tmp_path)]),
+        (lazy_train_net, LAZY, lazy_words),
+    ):
         monkeypatch.setattr(script, "default_setup", fail)
-        config = QUICK_START if script is train_net else LAZY
-        words = word.format(tmp_path).split("=") if script is train_net else [word.format(tmp_path)]
         with pytest.raises(TypeError, match="inside"):
             script.main(script.parse_arguments(["--config-file", str(config), *words]))

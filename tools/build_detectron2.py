@@ -77,6 +77,8 @@ class Patch(NamedTuple):
 
 
 NUMPY = "NumPy 1.24 removed its aliases of the builtin types"
+COPY = "NumPy 2 raises where copy=False cannot be kept"
+PILLOW = "Pillow 10 removed the alias"
 PYCOCOTOOLS = "the C++ evaluation is not compiled; pycocotools computes the same AP"
 PKG_RESOURCES = "setuptools removed pkg_resources"
 SCHEDULER = "torch 2's schedulers are LRSchedulers: their state was silently not saved"
@@ -84,27 +86,16 @@ MESHGRID = "torch warns when `indexing` is not given"
 MISSING_OPERATION = "the error of a missing operation should say how to get it"
 
 PATCHES = (
-    Patch("data/build.py", "dtype=np.int)", "dtype=int)", NUMPY),
-    Patch("data/build.py", "dtype=np.int\n", "dtype=int\n", NUMPY),
+    Patch("data/build.py", "dtype=np.int", "dtype=int", NUMPY, 2),
     Patch("data/datasets/pascal_voc.py", "dtype=np.str)", "dtype=str)", NUMPY),
     Patch("evaluation/pascal_voc_evaluation.py", "np.bool)", "bool)", NUMPY, 2),
     Patch("evaluation/sem_seg_evaluation.py", "dtype=np.int)", "dtype=int)", NUMPY, 2),
     Patch("evaluation/sem_seg_evaluation.py", "np.float)", "float)", NUMPY, 5),
-    Patch(
-        "layers/mask_ops.py",
-        "np.array(mask, copy=False)",
-        "np.asarray(mask)",
-        "NumPy 2 raises where copy=False cannot be kept",
-    ),
+    Patch("layers/mask_ops.py", "np.array(mask, copy=False)", "np.asarray(mask)", COPY),
     Patch("structures/masks.py", "np.bool)", "bool)", NUMPY, 3),
     Patch("utils/video_visualizer.py", "dtype=np.bool)", "dtype=bool)", NUMPY),
     Patch("utils/visualizer.py", "astype(np.bool)", "astype(bool)", NUMPY, 3),
-    Patch(
-        "data/transforms/transform.py",
-        "Image.LINEAR",
-        "Image.BILINEAR",
-        "Pillow 10 removed the alias",
-    ),
+    Patch("data/transforms/transform.py", "Image.LINEAR", "Image.BILINEAR", PILLOW),
     Patch(
         "data/common.py",
         "self._rng.sample(self._fallback_candidates, k=1)",
@@ -146,12 +137,7 @@ PATCHES = (
         "\n\nCOCOeval_opt = COCOeval\n\n\nclass _CompiledCOCOeval(COCOeval):",
         PYCOCOTOOLS,
     ),
-    Patch(
-        "evaluation/coco_evaluation.py",
-        "self._use_fast_impl = use_fast_impl",
-        "self._use_fast_impl = False",
-        PYCOCOTOOLS,
-    ),
+    Patch("evaluation/coco_evaluation.py", "_impl = use_fast_impl", "_impl = False", PYCOCOTOOLS),
     Patch(
         "layers/nms.py",
         "from torchvision.ops import nms  # BC-compat\n",
@@ -179,24 +165,12 @@ PATCHES = (
 SUBSTITUTE = '''\
 """Stands in for Detectron2's compiled operations, which this pure-Python build does not have."""
 
-_OPERATIONS = {
-    "COCOevalAccumulate",
-    "COCOevalEvaluateImages",
-    "ImageEvaluation",
-    "InstanceAnnotation",
-    "box_iou_rotated",
-    "deform_conv_backward_filter",
-    "deform_conv_backward_input",
-    "deform_conv_forward",
-    "get_compiler_version",
-    "get_cuda_version",
-    "has_cuda",
-    "modulated_deform_conv_backward",
-    "modulated_deform_conv_forward",
-    "nms_rotated",
-    "roi_align_rotated_backward",
-    "roi_align_rotated_forward",
-}
+_OPERATIONS = """
+COCOevalAccumulate COCOevalEvaluateImages ImageEvaluation InstanceAnnotation box_iou_rotated
+deform_conv_backward_filter deform_conv_backward_input deform_conv_forward get_compiler_version
+get_cuda_version has_cuda modulated_deform_conv_backward modulated_deform_conv_forward nms_rotated
+roi_align_rotated_backward roi_align_rotated_forward
+""".split()
 
 
 def __getattr__(name):
@@ -216,18 +190,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=DEFAULT_OUTPUT,
-        metavar="DIR",
-        help="where the archive is kept and the wheel is put (default: build/detectron2)",
-    )
-    parser.add_argument(
-        "--install",
-        action="store_true",
-        help="also install the wheel with pip; a Detectron2 that is already there is left alone",
-    )
+    where = "where the archive is kept and the wheel is put (default: build/detectron2)"
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help=where)
+    what = "also install the wheel with pip; a Detectron2 that is already there is left alone"
+    parser.add_argument("--install", action="store_true", help=what)
     options = parser.parse_args(arguments)
     try:
         if options.install:
@@ -314,12 +280,8 @@ def download(archive: Path) -> None:
 
 def pip_config() -> dict[str, str]:
     """pip's settings for installing, by option name; its own order of precedence applies."""
-    listing = subprocess.run(
-        [sys.executable, "-m", "pip", "config", "list"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-    ).stdout
+    command = [sys.executable, "-m", "pip", "config", "list"]
+    listing = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
     settings = dict(line.split("=", 1) for line in listing.splitlines() if "=" in line)
     return {
         key.split(".", 1)[1]: ast.literal_eval(value)

@@ -16,7 +16,7 @@ from pathlib import Path
 from nl_detectron.data.coco_checks import Problem, check_coco, count_kinds, without_bad
 from nl_detectron.data.coco_format import Record, read_coco
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.files import whole_file
+from nl_detectron.files import check_target, whole_file
 
 
 @exit_on_user_error()
@@ -29,11 +29,13 @@ def main() -> int:
         type=Path,
         metavar="OUT.json",
         help="write the dataset without images and annotations that have an error, files that are "
-        "listed again, and boxes that are negative, empty or outside",
+        "listed again, boxes that are negative, empty or outside, and annotations without a mask "
+        "where others have one",
     )
+    parser.add_overwrite()
     args = parser.parse_args()
-    if args.drop_bad and args.drop_bad.resolve() == args.json_file.resolve():
-        parser.error(f"--drop-bad {args.drop_bad} is the file to check: name another one")
+    if args.drop_bad:
+        check_target("--drop-bad", args.drop_bad, [args.json_file], overwrite=args.overwrite)
     coco = read_coco(args.json_file)
     print(f"{_size_of(coco)} in {args.json_file}; pictures of {args.image_root}", flush=True)
     problems = check_coco(coco, args.image_root, "decoded")
@@ -62,7 +64,7 @@ def _print_report(problems: list[Problem]) -> None:
 def _drop_bad(coco: Record, problems: list[Problem], target: Path) -> list[Problem]:
     """Write what is left, and return the errors of this."""
     clean = without_bad(coco, problems)
-    if not clean["images"] or not clean["annotations"]:
+    if not clean["images"] or (coco["annotations"] and not clean["annotations"]):
         raise ValueError(f"{target} is not written: no image or no annotation is without an error")
     with whole_file(target) as draft:
         draft.write_text(json.dumps(clean), encoding="utf-8")

@@ -32,6 +32,7 @@ from typing import Any
 from nl_detectron.config import build_config
 from nl_detectron.engine.block_settings import block_of
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
+from nl_detectron.files import check_target, whole_file
 from nl_detectron.layers import PAIRWISE, SUBSAMPLE
 from nl_detectron.weights import SOURCES, TARGETS, Options, convert
 from nl_detectron.weights.checkpoint_io import load_checkpoint, save_checkpoint
@@ -85,6 +86,12 @@ def make_parser() -> Parser:
         type=old_and_new,
         help="the source's name of a block, or of what it is in, and ours; repeatable",
     )
+    parser.add_argument(
+        "--detector-config",
+        metavar="FILE.py",
+        help="mmdetection's config of a detector, for a file that does not carry it",
+    )
+    parser.add_overwrite()
     return parser
 
 
@@ -97,8 +104,12 @@ def old_and_new(text: str) -> tuple[str, str]:
 
 def run(args: argparse.Namespace) -> None:
     settings_file = args.target.with_suffix(".yaml")
+    for target in (args.target, settings_file):
+        check_target("target", target, [args.source], overwrite=args.overwrite)
     options = {option.name: getattr(args, option.name) for option in fields(Options)}
     options["rename"] = dict(args.rename)
+    if args.detector_config:
+        options["detector_config"] = Path(args.detector_config).read_text(encoding="utf-8")
     checkpoint = load_checkpoint(args.source)
     options = {**options, **options_of_config(args.source, checkpoint, options)}
     conversion = convert(checkpoint, args.family, to=args.to, **options)
@@ -112,7 +123,8 @@ def run(args: argparse.Namespace) -> None:
                 f"only, so not in {args.target}: it would load nothing."
             )
     save_checkpoint(conversion.state_dict, args.target)
-    settings_file.write_text(conversion.to_yaml())
+    with whole_file(settings_file) as draft:
+        draft.write_text(conversion.to_yaml())
     left_out = sum(not row.target for row in conversion.rows)
     print(conversion.table())
     print(

@@ -15,14 +15,14 @@ from pathlib import Path
 import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
 
 # isort: split
-from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 
 from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.command_line import USER_ERRORS, Parser, exit_on_user_error
-from nl_detectron.engine.predictor import trained_config
+from nl_detectron.engine.predictor import image_mapper, trained_config
 from nl_detectron.export import FORMATS, ExportError, export_detector
+from nl_detectron.files import check_target
 
 EPILOG = """
 Examples:
@@ -36,7 +36,7 @@ Your own, without keypoints, for ONNX Runtime (onnx and onnxruntime have to be i
         --image photo.jpg --output model.onnx
 
 The config that fits weights best is the config.yaml that train_net.py writes beside them. Faster
-and Mask R-CNN can be exported in all formats, Keypoint R-CNN as TorchScript, Cascade R-CNN as ONNX
+and Mask R-CNN can be exported in both formats, Keypoint R-CNN as TorchScript, Cascade R-CNN as ONNX
 (with Detectron2's main branch traced, too): as far as Detectron2's own can.
 
 The file takes an image of any size, and returns what is found in it before Detectron2 scales boxes
@@ -70,12 +70,20 @@ def make_parser() -> Parser:
     parser.add_argument("--output", type=Path, metavar="FILE", required=True, help="to be written")
     parser.add_argument(
         "--format",
+        type=exportable,
         choices=FORMATS,
-        help="traced or scripted TorchScript, or ONNX (default: onnx for an --output of that "
-        "suffix, else traced)",
+        help="traced TorchScript, or ONNX (default: onnx for an --output of that suffix, else "
+        "traced)",
     )
+    parser.add_overwrite()
     parser.add_overrides()
     return parser
+
+
+def exportable(format: str) -> str:
+    if format == "scripted":
+        raise argparse.ArgumentTypeError("PyTorch deprecates scripting: use traced, or onnx")
+    return format
 
 
 @exit_on_user_error((*USER_ERRORS, ImportError))
@@ -93,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(args: argparse.Namespace) -> None:
     cfg = trained_config(args.config_file, args.weights, args.opts)
     cfg.MODEL.DEVICE = "cpu"
-    image = DatasetMapper(cfg, is_train=False)({"file_name": args.image})["image"].float()
+    sources = [args.config_file, cfg.MODEL.WEIGHTS, args.image]
+    check_target("--output", args.output, sources, overwrite=args.overwrite)
+    image = image_mapper(cfg)({"file_name": args.image})["image"].float()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     model = build_model(cfg)
     NonLocalCheckpointer(model, strict=True).load(cfg.MODEL.WEIGHTS)

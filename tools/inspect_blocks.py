@@ -31,25 +31,28 @@ import nl_detectron  # noqa: F401  first: keeps warnings of Detectron2 away
 
 # isort: split
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetCatalog
 from tabulate import tabulate
 
-from nl_detectron.analysis.block_report import BlockReport, inspect_blocks
+from nl_detectron.analysis.block_report import BlockReport, inspect_records
 from nl_detectron.analysis.partner import describe_squares, inspect_squares
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
+from nl_detectron.files import check_target
 
-HEADERS = (
-    "block",
-    "pairwise",
-    "||W_z||",
-    "|gamma|",
-    "effective",
-    "change",
-    "entropy",
-    "dependence",
-)
+# An entropy of 0.9999 is not 1.
+COLUMNS = {
+    "block": ("block", ""),
+    "pairwise": ("pairwise", ""),
+    "||W_z||": ("out_weight_norm", ".3g"),
+    "|gamma|": ("mean_abs_gamma", ".3g"),
+    "effective": ("effective_norm", ".3g"),
+    "change": ("relative_change", ".3g"),
+    "entropy": ("attention_entropy", ".4f"),
+    "dependence": ("query_dependence", ".2g"),
+}
+"""Header to a field of BlockReport, and how it is written."""
 
 
 @exit_on_user_error()
@@ -58,12 +61,13 @@ def main(arguments: list[str] | None = None) -> None:
     config_file = args.config_file or Path(args.checkpoint).with_name("config.yaml")
     if not Path(config_file).is_file():
         raise FileNotFoundError(f"{config_file} does not exist: name the config with --config-file")
+    if args.json:
+        sources = [args.checkpoint, config_file, *(args.image or ())]
+        check_target("--json", args.json, sources, overwrite=args.overwrite)
     cfg = trained_config(str(config_file), args.checkpoint, args.opts)
     records = load_records(cfg, args.image, args.num_images)
-    mapper = DatasetMapper(cfg, is_train=False)
-    images = [mapper(record) for record in records]
     predictor = Predictor(cfg)
-    reports = inspect_blocks(predictor.model, ([image] for image in images))
+    reports = inspect_records(predictor, records)
     if not reports:
         raise ValueError(f"the model of {config_file} has no non-local blocks")
     print(table(reports))
@@ -76,22 +80,13 @@ def main(arguments: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as model_final.pth")
-    parser.add_argument(
-        "--config-file", metavar="FILE", help="default: config.yaml in the checkpoint's folder"
-    )
-    parser.add_argument(
-        "--image", action="append", metavar="FILE", help="what to look at; may be repeated"
-    )
-    parser.add_argument(
-        "--num-images",
-        type=positive_int,
-        default=4,
-        metavar="N",
-        help="without --image: the first N of the config's test dataset (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write the measurements here, too"
-    )
+    add = parser.add_argument
+    add("--config-file", metavar="FILE", help="default: config.yaml in the checkpoint's folder")
+    add("--image", action="append", metavar="FILE", help="what to look at; may be repeated")
+    first = "without --image: the first N of the config's test dataset (default: %(default)s)"
+    add("--num-images", type=positive_int, default=4, metavar="N", help=first)
+    add("--json", type=Path, metavar="FILE", help="write the measurements here, too")
+    parser.add_overwrite()
     parser.add_overrides()
     return parser
 
@@ -110,22 +105,9 @@ def load_records(cfg: CfgNode, files: list[str] | None, count: int) -> list[Reco
 
 
 def table(reports: list[BlockReport]) -> str:
-    rows = [
-        (
-            report.block,
-            report.pairwise,
-            report.out_weight_norm,
-            report.mean_abs_gamma,
-            report.effective_norm,
-            report.relative_change,
-            report.attention_entropy,
-            report.query_dependence,
-        )
-        for report in reports
-    ]
-    # An entropy of 0.9999 is not 1.
-    formats = ["", "", *[".3g"] * 4, ".4f", ".2g"]
-    numbers = tabulate(rows, HEADERS, floatfmt=formats, missingval="-")
+    rows = [[getattr(report, field) for field, _ in COLUMNS.values()] for report in reports]
+    formats = [form for _, form in COLUMNS.values()]
+    numbers = tabulate(rows, list(COLUMNS), floatfmt=formats, missingval="-")
     return "\n".join([numbers, "", *(f"{report.block}: {report.sentence()}" for report in reports)])
 
 

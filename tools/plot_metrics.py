@@ -17,35 +17,32 @@ from pathlib import Path
 
 from nl_detectron.analysis.curves import plot_metrics
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.files import run_name
+from nl_detectron.files import check_target, run_name
 
 
 @exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_args(arguments)
+    sources = [run / "metrics.json" if run.is_dir() else run for run in args.runs]
+    check_target("--output", args.output, sources, overwrite=args.overwrite)
     plot_metrics(label_runs(args.runs, args.labels)).savefig(args.output)
     print(args.output)
 
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="metrics.json, or the folder it lies in"
-    )
-    parser.add_argument(
-        "--labels", nargs="+", metavar="LABEL", help="one for each run (default: folder names)"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
-    )
+    add = parser.add_argument
+    where = "metrics.json, or the folder it lies in"
+    add("runs", type=Path, nargs="+", metavar="RUN", help=where)
+    names = "one for each run (default: folder names)"
+    add("--labels", nargs="+", metavar="LABEL", help=names)
+    add("--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg")
+    parser.add_overwrite()
     return parser
 
 
 def label_runs(runs: list[Path], labels: list[str] | None) -> dict[str, Path]:
-    """
-    Raises:
-        ValueError: there are not as many labels as runs, or two runs have the same.
-    """
+    """ValueError: there are not as many labels as runs, or two runs have the same."""
     if labels is None:
         labels = [run_name(run.parent if run.is_file() else run) for run in runs]
     if len(labels) != len(runs):

@@ -30,17 +30,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("environment", type=Path, help="the virtual environment's folder")
-    parser.add_argument(
-        "--requirements",
-        default="requirements.txt",
-        metavar="FILE",
-        help="the versions to install where there is no Detectron2 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--detectron2",
-        metavar="SOURCE",
-        help="compile this Detectron2, a folder or a URL for pip, whatever is there already",
-    )
+    versions = "the versions to install where there is no Detectron2 (default: %(default)s)"
+    parser.add_argument("--requirements", default="requirements.txt", metavar="FILE", help=versions)
+    source = "compile this Detectron2, a folder or a URL for pip, whatever is there already"
+    parser.add_argument("--detectron2", metavar="SOURCE", help=source)
     options = parser.parse_args()
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
@@ -65,9 +58,8 @@ class Environment:
 
     @property
     def site_packages(self) -> Path:
-        return Path(
-            output(self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-        )
+        script = "import sysconfig; print(sysconfig.get_path('purelib'))"
+        return Path(output(self.python, "-c", script))
 
     def create(self) -> None:
         """Make a new environment, unless there is one that works and is not incomplete."""
@@ -84,9 +76,6 @@ class Environment:
         """Make the packages in these folders visible, after the environment's own."""
         lines = (f"import site; site.addsitedir({folder!r})\n" for folder in folders)
         (self.site_packages / LINK).write_text("".join(lines), encoding="utf-8")
-
-    def unlink(self) -> None:
-        (self.site_packages / LINK).unlink(missing_ok=True)
 
     def pip_install(self, *arguments: str) -> None:
         pip = (self.python, "-m", "pip", "--disable-pip-version-check")
@@ -107,9 +96,7 @@ def fill(environment: Environment, requirements: str, source: str | None) -> Non
 
 
 def install_detectron2(environment: Environment, requirements: str, source: str | None) -> None:
-    print(
-        "PyTorch and all else come now: 3 GB to download, 6 GB on disk, some minutes.", flush=True
-    )
+    print("PyTorch and the rest come now: 3 GB to download, 6 GB on disk, minutes.", flush=True)
     environment.pip_install("--requirement", requirements)
     if source:
         # Its setup.py imports torch, so that it is built here and not in isolation.
@@ -128,7 +115,7 @@ def find_existing_detectron2(environment: Environment) -> str | None:
         return None
     if location := detectron2_of(environment.python):
         return location
-    environment.unlink()
+    (environment.site_packages / LINK).unlink(missing_ok=True)
     if not (location := detectron2_of(sys.executable)):
         return None
     packages = ("site-packages", "dist-packages")

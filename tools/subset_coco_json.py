@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
+from nl_detectron.files import check_target, whole_file
 
 
 @exit_on_user_error()
@@ -22,12 +23,15 @@ def main() -> None:
     parser.add_argument(
         "--images", type=positive_int, required=True, help="how many images to take"
     )
+    parser.add_overwrite()
     args = parser.parse_args()
+    check_target("target", args.target, [args.source], overwrite=args.overwrite)
     try:
         coco = first_images(json.loads(args.source.read_text()), args.images)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{args.source} is not in COCO's format: {error!r}") from error
-    args.target.write_text(json.dumps(coco))
+    with whole_file(args.target) as draft:
+        draft.write_text(json.dumps(coco))
     print(f"{args.target}: {len(coco['images'])} images, {len(coco['annotations'])} annotations")
 
 

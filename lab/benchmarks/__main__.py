@@ -14,11 +14,19 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from tqdm import tqdm
 
-from lab.benchmarks import report
-from lab.benchmarks.comparison import OPERATION, PASSES, Row, available_memory, compare, run_limited
+from lab.benchmarks.benchmark_report import plot_growth, plot_ratios, tables
+from lab.benchmarks.comparison import (
+    OPERATION,
+    PASSES,
+    MeasuredPass,
+    available_memory,
+    compare,
+    run_limited,
+)
 from lab.benchmarks.implementations import FUNCTIONS, NAMES, OURS, STAGES, SUBSAMPLE, TEXTBOOK, Case
 from lab.benchmarks.machine import describe_machine, machine_line
 from lab.benchmarks.measure import DIFFERS, MEASURED, is_out_of_memory
+from nl_detectron.engine.command_line import Parser, positive_int
 
 HELP = """
 Time and peak memory of the non-local block (forward, forward + backward) and of the operation alone
@@ -60,13 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, is_complete = _measure(_scaling_cases(args) if args.scaling else _cases(args), args)
     if not rows:
         sys.exit("nothing could be measured")
-    print(report.report(rows, "github" if args.markdown else "simple", growth=args.scaling))
+    print(tables(rows, "github" if args.markdown else "simple", growth=args.scaling))
     if args.json:
         mode = "scaling" if args.scaling else "comparison"
         content = {"machine": machine, mode: [row.as_dict() for row in rows]}
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if args.plot:
-        (report.plot_growth if args.scaling else report.plot_ratios)(rows, args.plot)
+        (plot_growth if args.scaling else plot_ratios)(rows, args.plot)
     statuses = [(row.implementation, row.outcome.status) for row in rows]
     is_sound = all(s == MEASURED if name == OURS else s != DIFFERS for name, s in statuses)
     return 0 if is_complete and is_sound else 1
@@ -94,12 +102,12 @@ def _scaling_cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _measure(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row], bool]:
+def _measure(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[MeasuredPass], bool]:
     """The rows of all cases, and whether all could be measured."""
     levels, names = ((OPERATION,), (OURS, TEXTBOOK)) if args.scaling else (tuple(PASSES), NAMES)
     budget = QUICK_BUDGET if args.quick else BUDGET
     limits = {"device": args.device, "threads": args.threads, "memory_limit": args.memory_limit}
-    rows: list[Row] = []
+    rows: list[MeasuredPass] = []
     is_complete = True
     for case in (progress := tqdm(cases, unit="case")):
         progress.set_description(str(case))
@@ -117,12 +125,8 @@ def _measure(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[Row]
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked. Errors of the user end the process."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lab.benchmarks",
-        usage="%(prog)s [options]",
-        description=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(HELP)
+    parser.prog, parser.usage = "python -m lab.benchmarks", "%(prog)s [options]"
     add = parser.add_argument
     for option, legal, default in (
         ("--stages", tuple(STAGES), "all"),
@@ -131,22 +135,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     ):
         words = f"of {', '.join(legal)} (default: {default})"
         add(option, nargs="+", choices=legal, metavar=option[2:].upper(), help=words)
-    add("--batch", type=_positive, default=1, help="images (default: 1)")
+    add("--batch", type=positive_int, default=1, help="images (default: 1)")
     scaling = "instead: the operation over N = 1k ... 256k positions, with exponents"
     add("--scaling", action="store_true", help=scaling)
     add("--quick", action="store_true", help="res2 of a small image, not pooled, and short timing")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
     threads = torch.get_num_threads()
-    add("--threads", type=_positive, default=threads, help="on the CPU (default: %(default)s)")
-    add(
-        "--memory-limit",
-        type=_gibibytes,
-        metavar="GIB",
-        help="what an implementation may take before it counts as out of memory (default: on the "
-        "CPU 8, with --quick 2, or 80%% of what is available; on a GPU all of it). On a CPU only "
-        "Linux heeds it",
+    add("--threads", type=positive_int, default=threads, help="on the CPU (default: %(default)s)")
+    words = (
+        "what an implementation may take before it counts as out of memory (default: on the CPU 8, "
+        "with --quick 2, or 80%% of what is available; on a GPU all of it). On a CPU only Linux "
+        "heeds it"
     )
+    add("--memory-limit", type=_gibibytes, metavar="GIB", help=words)
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--json", type=_file, metavar="FILE", help="write all figures to FILE")
     add("--plot", type=_picture, metavar="FILE", help="draw them, as .png, .svg, ...")
@@ -162,12 +164,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         limit = QUICK_CPU_LIMIT if args.quick else CPU_LIMIT
         args.memory_limit = min(limit, int(0.8 * available_memory()))
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return int(text)
 
 
 def _gibibytes(text: str) -> int:

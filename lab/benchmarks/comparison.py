@@ -55,7 +55,7 @@ _PRELOAD = [
 Result = TypeVar("Result")
 
 
-class Row(NamedTuple):
+class MeasuredPass(NamedTuple):
     """One implementation in one case; ``level`` and ``which`` as in ``PASSES``."""
 
     case: Case
@@ -84,7 +84,7 @@ def compare(
     names: Sequence[str] = NAMES,
     passes: Mapping[str, Sequence[str]] = PASSES,
     implementations: Sequence[Implementation] = IMPLEMENTATIONS,
-) -> list[Row]:
+) -> list[MeasuredPass]:
     """
     Measure the implementations ``names`` in one case, with a budget for each level and pass. Those
     whose operation cannot be taken out of the block have no row for the operation.
@@ -93,13 +93,13 @@ def compare(
     trials, reasons = make_trials(case, device, names, implementations)
     tolerance = TOLERANCES[case.precision]
     rows = [
-        Row(case, name, level, which, outcome)
+        MeasuredPass(case, name, level, which, outcome)
         for level in levels
         for which in passes[level]
         for name, outcome in measure(trials[level], which, device, budget, tolerance).items()
     ]
     return rows + [
-        Row(case, name, BLOCK, which, Outcome(UNAVAILABLE, note=reason))
+        MeasuredPass(case, name, BLOCK, which, Outcome(UNAVAILABLE, note=reason))
         for which in passes.get(BLOCK, ())
         for name, reason in reasons.items()
     ]
@@ -127,21 +127,11 @@ def make_trials(
     x = x.to(dtype).requires_grad_()
     grad_z = torch.randn_like(x)
     for name, (module, operation) in built.items():
-        run = module if dtype == torch.float32 else _under_autocast(module, device, dtype)
+        run = module if dtype == torch.float32 else torch.autocast(device.type, dtype)(module)
         trials[BLOCK][name] = Trial(run, (x,), grad_z, tuple(module.parameters()))
         if operation is not None:
             trials[OPERATION][name] = Trial(operation, inputs, grad_y)
     return trials, reasons
-
-
-def _under_autocast(
-    function: Callable[..., torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> Callable[..., torch.Tensor]:
-    def run(*inputs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype):
-            return function(*inputs)
-
-    return run
 
 
 def run_limited(

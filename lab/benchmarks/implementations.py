@@ -121,7 +121,8 @@ def embed(block: NonLocalBlock, x: Tensor) -> tuple[Tensor, ...]:
     (B, N_k, 1), if it has one.
     """
     keys = functional.max_pool2d(x, 2) if block.subsample == "input" else x
-    theta, phi = (x, keys) if block.theta is None else (block.theta(x), block.phi(keys))
+    theta = x if block.theta is None else block.theta(x)
+    phi = keys if block.phi is None else block.phi(keys)
     by_key = [phi, block.g(keys), *([] if block.unary is None else [block.unary(keys)])]
     if block.subsample == "embeddings":
         by_key = [functional.max_pool2d(t, 2) for t in by_key]
@@ -163,28 +164,23 @@ class TextbookContext(nn.Module):
 
 
 def _ours(block: Block) -> Built:
-    if isinstance(block, GlobalContextBlock):
-        return block, None
-    return block, _our_operation(block)
+    return block, None if isinstance(block, GlobalContextBlock) else _our_operation(block)
 
 
 def _our_operation(block: NonLocalBlock) -> Operation:
-    def concatenation(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        return concatenation_pairwise(*_concat_terms(block, theta, phi), g)
-
-    def disentangled(theta: Tensor, phi: Tensor, g: Tensor, m: Tensor) -> Tensor:
-        scale = block.logit_scale / block.temperature
-        return disentangled_pairwise(theta, phi, m.squeeze(2), g, scale)
-
-    def softmax(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-        return softmax_pairwise(theta, phi, g, block.logit_scale)
-
+    scale = block.logit_scale
     operations: dict[str, Operation] = {
         "dot_product": dot_product_pairwise,
-        "concatenation": concatenation,
-        "disentangled": disentangled,
+        "concatenation": lambda theta, phi, g: concatenation_pairwise(
+            *_concat_terms(block, theta, phi), g
+        ),
+        "disentangled": lambda theta, phi, g, m: disentangled_pairwise(
+            theta, phi, m.squeeze(2), g, scale / block.temperature
+        ),
     }
-    return operations.get(block.pairwise, softmax)
+    return operations.get(
+        block.pairwise, lambda theta, phi, g: softmax_pairwise(theta, phi, g, scale)
+    )
 
 
 def _textbook(block: Block) -> Built:
@@ -209,7 +205,7 @@ def _textbook(block: Block) -> Built:
 
 
 def _concat_terms(block: NonLocalBlock, theta: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-    w_theta, w_phi = block.concat.weight.flatten().to(theta.dtype).chunk(2)
+    w_theta, w_phi = block.get_parameter("concat.weight").flatten().to(theta.dtype).chunk(2)
     return theta @ w_theta, phi @ w_phi
 
 

@@ -69,7 +69,7 @@ def disentangled(block: NonLocalBlock) -> Built:
     )
     for name in ("theta", "phi", "g"):
         getattr(theirs, name).conv.load_state_dict(getattr(block, name).state_dict())
-    theirs.conv_mask.load_state_dict(block.unary.state_dict())
+    theirs.conv_mask.load_state_dict(block.get_submodule("unary").state_dict())
     theirs.conv_out = nn.Sequential(block.out, block.norm or nn.Identity())
     return theirs, None
 
@@ -90,8 +90,8 @@ def pyramid(block: NonLocalBlock) -> Built:
         norm_cfg=None,
         act_cfg=None,
     )
-    theirs.query_project.conv.load_state_dict(block.theta.state_dict())
-    theirs.key_project.conv.load_state_dict(block.phi.state_dict())
+    theirs.query_project.conv.load_state_dict(block.get_submodule("theta").state_dict())
+    theirs.key_project.conv.load_state_dict(block.get_submodule("phi").state_dict())
     theirs.value_project.load_state_dict(block.g.state_dict())
     theirs.out_project.load_state_dict(block.out.state_dict())
     return _Residual(theirs, block.norm or nn.Identity()), None

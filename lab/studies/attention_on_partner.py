@@ -21,13 +21,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from tabulate import tabulate
 
 from lab.study.plan import load_plan
-from lab.study.report import mean_and_deviation
 from lab.study.runner import CONFIG, read_result
-from nl_detectron.analysis.block_report import inspect_blocks
+from lab.study.study_report import mean_and_deviation
+from nl_detectron.analysis.block_report import inspect_records
 from nl_detectron.analysis.partner import inspect_squares
 from nl_detectron.engine.command_line import Parser, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
@@ -62,9 +62,8 @@ def measure(
     """Block to column to values, as fractions of 1; nothing if the model has no such blocks."""
     classes = MetadataCatalog.get(dataset).thing_classes
     records = DatasetCatalog.get(dataset)[:num_images]
-    mapper = DatasetMapper(predictor.cfg, is_train=False)
     measured: dict[str, dict[str, list[float]]] = {}
-    for report in inspect_blocks(predictor.model, ([mapper(record)] for record in records)):
+    for report in inspect_records(predictor, records):
         measured[report.block] = defaultdict(list)
         if report.attention_entropy is not None:
             measured[report.block]["entropy"] = [report.attention_entropy]

@@ -20,10 +20,11 @@ from detectron2.modeling import build_model
 from tabulate import tabulate
 from tqdm import tqdm
 
-from lab.study.plan import Run, load_plan
-from lab.study.report import mean_and_deviation
+from lab.study.plan import TrainingRun, load_plan
+from lab.study.study_report import mean_and_deviation
 from nl_detectron import add_nonlocal_config
 from nl_detectron.analysis.recording import record_calls
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.command_line import Parser
 from nl_detectron.modeling import nonlocal_blocks
 from nl_detectron.weights.checkpoint_io import load_checkpoint
@@ -45,7 +46,7 @@ def main() -> None:
     print(tabulate(rows, ["setting", "cue, % of x"], tablefmt="github", disable_numparse=True))
 
 
-def cue_share(run: Run, is_trained: bool = False) -> float | None:
+def cue_share(run: TrainingRun, is_trained: bool = False) -> float | None:
     """None if it is not about the far cue, or the backbone has not exactly one block."""
     cfg = get_cfg()
     add_nonlocal_config(cfg)
@@ -61,6 +62,7 @@ def cue_share(run: Run, is_trained: bool = False) -> float | None:
     if len(blocks) != 1:
         return None
     ((name, block),) = blocks.items()
+    register_built_in(cfg.DATASETS.TRAIN)
     pictures = DatasetCatalog.get("long_range_train")[:NUM_PICTURES]
     batch = [{"image": _read(picture["file_name"], cfg.INPUT.FORMAT)} for picture in pictures]
     with torch.no_grad():

@@ -21,7 +21,7 @@ from nl_detectron.analysis.metrics import last_aps
 from nl_detectron.config import build_config
 from nl_detectron.engine import Trainer
 from nl_detectron.engine.command_line import Parser
-from nl_detectron.engine.setup import use_cpu_without_cuda
+from nl_detectron.engine.setup import check_datasets, use_cpu_without_cuda
 from nl_detectron.modeling import NONLOCAL_BLOCK_REGISTRY
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "long_range_match.yaml"
@@ -37,9 +37,8 @@ def EvenAttention(cfg: CfgNode, in_channels: int) -> CNNBlockBase:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output", "studies", "even_attention"), metavar="DIR"
-    )
+    output = Path("output", "studies", "even_attention")
+    parser.add_argument("--output", type=Path, default=output, metavar="DIR")
     args = parser.parse_args()
     logging.disable(logging.INFO)
     rows = [(seed, f"{run(seed, args.output / f'seed_{seed}'):.1f}") for seed in args.seeds]
@@ -50,6 +49,7 @@ def run(seed: int, output: Path) -> float:
     """Train, and return the last AP50."""
     overrides = ["MODEL.NONLOCAL.BLOCK", "EvenAttention", "SEED", seed, "OUTPUT_DIR", str(output)]
     cfg = build_config(CONFIG, overrides)
+    check_datasets(cfg)
     use_cpu_without_cuda(cfg)
     output.mkdir(parents=True, exist_ok=True)
     seed_all_rng(seed)

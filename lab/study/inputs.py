@@ -9,21 +9,17 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 
-from lab.study.plan import Run
+from lab.study.plan import TrainingRun
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.setup import missing_download
 from nl_detectron.validation import did_you_mean
 
 
-def check_inputs(runs: Sequence[Run]) -> None:
+def check_inputs(runs: Sequence[TrainingRun]) -> None:
     """
     Check the datasets and the weights of all runs. Weights with a URL are downloaded, once for all
-    runs: the nodes of a cluster often have no access to the network.
-
-    Args:
-        runs: those that are to be run.
-
-    Raises:
-        FileNotFoundError: something is missing; the message has a line for each thing.
+    runs: the nodes of a cluster often have no access to the network. FileNotFoundError: something
+    is missing; the message has a line for each thing.
     """
     configs = [
         CfgNode.load_cfg(text) for text in {run.setting: run.config for run in runs}.values()
@@ -36,6 +32,7 @@ def check_inputs(runs: Sequence[Run]) -> None:
 
 
 def _missing_data(name: str) -> str | None:
+    register_built_in([name])
     if name not in DatasetCatalog.list():
         return f"the dataset {name} is not registered{did_you_mean(name, DatasetCatalog.list())}"
     problem = missing_download(name)

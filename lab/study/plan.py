@@ -27,7 +27,7 @@ _SETTING_KEYS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """One training run: a setting with a seed."""
 
     setting: str
@@ -35,12 +35,17 @@ class Run:
     folder: Path
     config: str  # all of it except OUTPUT_DIR, as YAML
 
+    @property
+    def iterations(self) -> int:
+        """How many it is trained for."""
+        return yaml.safe_load(self.config)["SOLVER"]["MAX_ITER"]
+
     def __str__(self) -> str:
         return f"{self.setting}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study; see :func:`load_plan`."""
 
     config: Path
@@ -50,53 +55,33 @@ class Plan:
     configs: dict[str, Path] = field(default_factory=dict)
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
 
-    def part(self, settings: Collection[str] | None = None, seeds: list[int] | None = None) -> Plan:
+    def part(
+        self, settings: Collection[str] | None = None, seeds: list[int] | None = None
+    ) -> StudyPlan:
         """
-        Args:
-            settings: names of settings; by default all of them.
-            seeds: to take in the place of the plan's own.
-
-        Returns:
-            The plan of these alone, with the groups that have any of them; where settings are
-            named, without groups that compare no more than another does.
-
-        Raises:
-            ValueError: there is no such setting, or these are no seeds.
+        The plan of these settings and seeds alone, with the groups that have any of them; where
+        settings are named, without groups that compare no more than another does.
         """
         for name in settings or ():
             check_choice("a setting", name, list(self.settings))
-        if seeds is not None:
-            _check_seeds(seeds)
+        seeds = self.seeds if seeds is None else _checked_seeds(seeds)
         chosen = {k: v for k, v in self.settings.items() if settings is None or k in settings}
         groups = {title: [n for n in names if n in chosen] for title, names in self.groups.items()}
         if settings is not None:
             groups = _largest(groups)
-        seeds = self.seeds if seeds is None else seeds
         return replace(self, seeds=seeds, settings=chosen, groups=groups)
 
-    def runs(self, output: Path, overrides: Sequence[str] = ()) -> list[Run]:
+    def runs(self, output: Path, overrides: Sequence[str] = ()) -> list[TrainingRun]:
         """
-        Args:
-            output: the study's folder.
-            overrides: config keys and their values in turn, for all settings, over their own.
-
-        Returns:
-            All runs, each with a folder of its own in ``output``: every setting with the first
-            seed, then every setting with the second, so that a study which is stopped early has
-            compared all settings with fewer seeds.
-
-        Raises:
-            ValueError: a setting's overrides do not fit the config; the message names it.
+        All runs, each with a folder of its own in ``output``: every setting with the first seed,
+        then every setting with the second, so that a study which is stopped early has compared all
+        settings with fewer seeds. The overrides (keys and values in turn) are for all settings,
+        over their own. ValueError: those of a setting do not fit the config.
         """
+        pairs = [(name, seed) for seed in self.seeds for name in self.settings]
         return [
-            Run(
-                setting,
-                seed,
-                output / setting / f"seed_{seed}",
-                self._config(setting, seed, overrides),
-            )
-            for seed in self.seeds
-            for setting in self.settings
+            TrainingRun(*pair, output / pair[0] / f"seed_{pair[1]}", self._config(*pair, overrides))
+            for pair in pairs
         ]
 
     def _config(self, setting: str, seed: int, overrides: Sequence[str]) -> str:
@@ -120,30 +105,23 @@ def _largest(groups: dict[str, list[str]]) -> dict[str, list[str]]:
     return {title: names for title, names in groups.items() if title in kept}
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: Path) -> StudyPlan:
     """
-    Args:
-        path: a YAML file such as ::
+    Read a plan from a YAML file such as ::
 
-            config: ../configs/long_range.yaml  # relative to the plan
-            seeds: [1, 2, 3]
-            settings:  # name to overrides of the config
-              nl: {}
-              nl_dot_product: {MODEL.NONLOCAL.PAIRWISE: dot_product}
-              # A setting may have a config of its own, and what a paper reports for it.
-              shapes: {config: ../configs/quick_start.yaml, paper: {bbox/AP: 38.0}}
-            groups:  # a title to the settings that are compared below it
-              Pairwise functions: [nl, nl_dot_product]
+        config: ../configs/long_range.yaml  # relative to the plan
+        seeds: [1, 2, 3]
+        settings:  # name to overrides of the config; an empty one (``nl:``) has none
+          nl: {}
+          nl_dot_product: {MODEL.NONLOCAL.PAIRWISE: dot_product}
+          # A setting may have a config of its own, and what a paper reports for it.
+          shapes: {config: ../configs/quick_start.yaml, paper: {bbox/AP: 38.0}}
+        groups:  # a title to the settings that are compared below it
+          Pairwise functions: [nl, nl_dot_product]
 
-            ``{seed}`` in ``MODEL.WEIGHTS`` stands for the seed of a run, as in
-            ``output/studies/long_range/baseline/seed_{seed}/model_final.pth``.
-
-    Returns:
-        The plan; an empty setting (``nl:``) is the config as it is.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not such a plan; the message names the file and the place in it.
+    ``{seed}`` in ``MODEL.WEIGHTS`` stands for the seed of a run, as in
+    ``output/studies/long_range/baseline/seed_{seed}/model_final.pth``. ValueError: it is not such a
+    plan; the message names the file and the place in it.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -154,28 +132,20 @@ def load_plan(path: Path) -> Plan:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     settings = {name: dict(overrides or {}) for name, overrides in content["settings"].items()}
-    own = {
-        name: {k: setting.pop(k, None) for k in _SETTING_KEYS} for name, setting in settings.items()
-    }
-    files = {name: keys["config"] for name, keys in own.items() if keys["config"]}
+    files, paper = (
+        {name: own for name, setting in settings.items() if (own := setting.pop(key, None))}
+        for key in _SETTING_KEYS
+    )
     for file in (content["config"], *files.values()):
         if not (path.parent / file).is_file():
             raise ValueError(f"{path}: config is {file}, but there is no file {path.parent / file}")
-    return Plan(
-        path.parent / content["config"],
-        content["seeds"],
-        settings,
-        content["groups"],
-        configs={name: path.parent / file for name, file in files.items()},
-        paper={name: keys["paper"] for name, keys in own.items() if keys["paper"]},
-    )
+    configs = {name: path.parent / file for name, file in files.items()}
+    config, seeds, groups = path.parent / content["config"], content["seeds"], content["groups"]
+    return StudyPlan(config, seeds, settings, groups, configs, paper)
 
 
 def _check(content: Any) -> None:
-    """
-    Raises:
-        ValueError: the content of a plan is not as :func:`load_plan` shows it.
-    """
+    """ValueError: the content of a plan is not as :func:`load_plan` shows it."""
     if not isinstance(content, dict):
         raise ValueError(f"a plan is a mapping with the keys {', '.join(_KEYS)}")
     for key in content:
@@ -185,7 +155,7 @@ def _check(content: Any) -> None:
             raise ValueError(f"it has no {key}")
         if not isinstance(content[key], kind):
             raise ValueError(f"{key} is {content[key]!r}, not {legal}")
-    _check_seeds(content["seeds"])
+    _checked_seeds(content["seeds"])
     for name, overrides in content["settings"].items():
         # It becomes the name of a folder.
         if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
@@ -210,7 +180,8 @@ def _check(content: Any) -> None:
             check_choice(f"groups: {title}: a setting", name, list(content["settings"]))
 
 
-def _check_seeds(seeds: list[Any]) -> None:
+def _checked_seeds(seeds: list[Any]) -> list[int]:
     # Detectron2 takes a negative seed for "a random one".
     if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds is {seeds!r}, not {_KEYS['seeds'][1]}")
+    return seeds

@@ -6,39 +6,36 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lab.study.plan import Run
-from nl_detectron.analysis.metrics import last_aps
+from lab.study.plan import TrainingRun
+from nl_detectron.analysis.metrics import last_aps, metrics_file
 from nl_detectron.files import whole_file
 
+TRAIN = [sys.executable, str(Path(__file__).resolve().parents[2] / "train_net.py")]
 CONFIG, LOG, RESULT, FAILURE = "run.yaml", "run.log", "result.json", "failure.txt"
+_WATCH_SECONDS = 5.0  # between looks at how far the runs are
 
 
-def prepare_runs(runs: Sequence[Run]) -> list[Run]:
+def prepare_runs(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
     """
-    Make the folders of all runs, each with its config.
-
-    Args:
-        runs: all of the study's.
-
-    Returns:
-        Those that are not finished.
-
-    Raises:
-        ValueError: a folder has the results of another config, which is not touched.
+    Make the folders of all runs, each with its config, and return the runs that are not finished.
+    ValueError: a folder has the results of another config, which is not touched.
     """
     for run in runs:
         config = run.folder / CONFIG
         if config.exists() and config.read_text(encoding="utf-8") != run.config:
             raise ValueError(
                 f"{run.folder} holds a run with other settings ({config}): move it away, or "
-                "choose another --output"
+                "choose another folder"
             )
     for run in runs:
         run.folder.mkdir(parents=True, exist_ok=True)
@@ -46,49 +43,33 @@ def prepare_runs(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if read_result(run) is None]
 
 
-def read_result(run: Run) -> dict[str, float] | None:
+def read_result(run: TrainingRun) -> dict[str, float] | None:
     """
-    Args:
-        run: a run of a plan.
-
-    Returns:
-        Of a finished run, "bbox/AP", "bbox/AP50" and so on, in percent, for each task that was
-        evaluated, and "seconds", the time that it took since it was last started; else None.
+    Of a finished run "bbox/AP", "bbox/AP50" and so on, in percent, for each task that was
+    evaluated, and "seconds", the time that it took since it was last started; else None.
     """
     file = run.folder / RESULT
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
-def start_command(run: Run, train: Sequence[str]) -> list[str]:
+def start_command(run: TrainingRun, train: Sequence[str]) -> list[str]:
     """
-    Args:
-        run: a run that has not finished; what an earlier failure left is removed.
-        train: the command of train_net.py.
-
-    Returns:
-        The command that starts the run, or goes on with it.
+    The command that starts an unfinished run, or goes on with it; ``train`` is that of
+    train_net.py. What an earlier failure left is removed.
     """
     (run.folder / FAILURE).unlink(missing_ok=True)
     config = str(run.folder / CONFIG)
     return [*train, "--resume", "--config-file", config, "OUTPUT_DIR", str(run.folder)]
 
 
-def keep_result(run: Run, status: int, seconds: float) -> str | None:
+def keep_result(run: TrainingRun, status: int, seconds: float) -> str | None:
     """
-    Write down how a run's training ended: its result, or why it failed.
-
-    Args:
-        run: the run.
-        status: the exit status of its training.
-        seconds: how long that took.
-
-    Returns:
-        What went wrong, if anything.
+    Write down how a run's training ended, with which exit status and after how long: its result,
+    or why it failed. Returns what went wrong, if anything.
     """
-    problem = None
-    if status:
-        problem = f"exit status {status}"
-    elif not (aps := last_aps(run.folder)):
+    problem = f"exit status {status}" if status else None
+    aps = {} if status else last_aps(run.folder)
+    if not status and not aps:
         problem = "no AP in its metrics.json"
     name, text = (
         (FAILURE, problem) if problem else (RESULT, json.dumps({**aps, "seconds": seconds}))
@@ -99,40 +80,28 @@ def keep_result(run: Run, status: int, seconds: float) -> str | None:
 
 
 def run_all(
-    runs: Sequence[Run], train: Sequence[str], workers: int, gpus_per_run: int = 1
-) -> list[Run]:
+    runs: Sequence[TrainingRun], train: Sequence[str], workers: int, gpus_per_run: int = 1
+) -> list[TrainingRun]:
     """
-    Run ``train --resume --config-file ... OUTPUT_DIR ...`` for each of the runs, as many at a time
-    as there are workers. Each has GPUs of its own if there are any, and its share of the cores
-    (unless OMP_NUM_THREADS is set). A run that fails does not stop the others; an interrupt stops
-    all.
-
-    Args:
-        runs: what :func:`prepare_runs` returned.
-        train: the command of train_net.py.
-        workers: how many, from 1.
-        gpus_per_run: how many GPUs each has, from 1.
-
-    Returns:
-        The runs that failed. Their logs say why.
+    Run :func:`start_command` of what :func:`prepare_runs` returned, as many at a time as there are
+    workers. Each has GPUs of its own if there are any, and its share of the cores (unless
+    OMP_NUM_THREADS is set). A run that fails does not stop the others; an interrupt stops all.
+    Returns the runs that failed; their logs say why.
     """
     return asyncio.run(_run_all(runs, train, workers, gpus_per_run))
 
 
 def default_workers(gpus_per_run: int = 1) -> int:
     """
-    Args:
-        gpus_per_run: how many GPUs each run has, or how many processes where there is none.
-
-    Returns:
-        How many runs at a time the GPUs, or the cores where there is none, are enough for.
+    How many runs at a time the GPUs are enough for; where there is none, the cores, of which a run
+    then has a process for each "GPU".
     """
     return max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // gpus_per_run)
 
 
 async def _run_all(
-    runs: Sequence[Run], train: Sequence[str], workers: int, gpus_per_run: int
-) -> list[Run]:
+    runs: Sequence[TrainingRun], train: Sequence[str], workers: int, gpus_per_run: int
+) -> list[TrainingRun]:
     # SIGTERM, too, stops the children.
     this_task = asyncio.current_task()
     assert this_task is not None
@@ -140,12 +109,13 @@ async def _run_all(
     idle: asyncio.Queue[int] = asyncio.Queue()
     for worker in range(workers):
         idle.put_nowait(worker)
-    failed: list[Run] = []
-    with tqdm(total=len(runs), unit="run", smoothing=0) as progress:
+    failed: list[TrainingRun] = []
+    total = sum(run.iterations for run in runs)
+    with tqdm(total=total, initial=_iterations_done(runs), unit="iteration") as progress:
 
-        async def run_one(run: Run) -> None:
+        async def run_one(run: TrainingRun) -> None:
             worker = await idle.get()
-            environment = worker_environment(worker, workers, gpus_per_run)
+            environment = _worker_environment(worker, workers, gpus_per_run)
             problem = await _run(run, train, environment)
             idle.put_nowait(worker)
             if problem:
@@ -157,23 +127,34 @@ async def _run_all(
                     progress.write(f"    {line}")
             else:
                 progress.write(f"{run}: {summary(run)}")
-            progress.update()
 
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(_WATCH_SECONDS)
+                # One that goes on from a checkpoint does some again.
+                progress.update(max(_iterations_done(runs) - progress.n, 0))
+
+        watching = asyncio.create_task(watch())
         await asyncio.gather(*(run_one(run) for run in runs))
+        watching.cancel()
+        progress.update(_iterations_done(runs) - progress.n)
     return failed
 
 
-def worker_environment(worker: int, workers: int, gpus_per_run: int = 1) -> dict[str, str]:
-    """
-    Args:
-        worker: which of them, from 0.
-        workers: how many processes are to share this machine.
-        gpus_per_run: how many GPUs each has, or how many processes where there is none.
+def _iterations_done(runs: Sequence[TrainingRun]) -> int:
+    """By the last lines of ``metrics.json``, the last of which may be half written."""
+    done = 0
+    for run in runs:
+        if (file := metrics_file(run.folder)).is_file():
+            with file.open("rb") as stream:
+                stream.seek(max(0, file.stat().st_size - 2**14))
+                found = re.findall(rb'"iteration": (\d+)', stream.read())
+            done += min(int(found[-1]) + 1, run.iterations) if found else 0
+    return done
 
-    Returns:
-        The environment variables for its process: GPUs of its own if there are any, and its share
-        of the cores (unless OMP_NUM_THREADS is set).
-    """
+
+def _worker_environment(worker: int, workers: int, gpus_per_run: int) -> dict[str, str]:
+    """The variables for the process of one of the workers: its GPUs, its share of the cores."""
     threads = max(1, (os.cpu_count() or 1) // (workers * gpus_per_run))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     if num_gpus := torch.cuda.device_count():
@@ -184,7 +165,7 @@ def worker_environment(worker: int, workers: int, gpus_per_run: int = 1) -> dict
     return environment
 
 
-async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> str | None:
+async def _run(run: TrainingRun, train: Sequence[str], environment: dict[str, str]) -> str | None:
     """Train, evaluate, and write the result; returns what went wrong, if anything."""
     start = time.monotonic()
     with (run.folder / LOG).open("w") as log:
@@ -205,14 +186,8 @@ async def _run(run: Run, train: Sequence[str], environment: dict[str, str]) -> s
     return keep_result(run, status, time.monotonic() - start)
 
 
-def summary(run: Run) -> str:
-    """
-    Args:
-        run: a finished run.
-
-    Returns:
-        Its APs and its time, in one line.
-    """
+def summary(run: TrainingRun) -> str:
+    """The APs and the time of a finished run, in one line."""
     result = read_result(run)
     assert result is not None
     aps = [f"{name} {value:.1f}" for name, value in result.items() if name.endswith("/AP")]

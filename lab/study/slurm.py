@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.study.plan import Run
+from lab.study.plan import TrainingRun
 from lab.study.runner import LOG, keep_result, read_result, start_command
 
 JOB = "slurm_job"
@@ -24,6 +24,7 @@ _CPUS_PER_GPU = 5  # a process and its four loader workers
 _TIME = 24 * 60  # minutes; a run that needs longer goes on in the same job, requeued
 _GRACE = 120  # seconds, for the step and for writing the checkpoint
 _MAX_TIMEOUTS = 1000  # each leaves a checkpoint, so a run comes to its end
+_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED"}
 
 
 class TrainingJob:
@@ -36,21 +37,13 @@ class TrainingJob:
     where nobody does: the training writes its checkpoint, and the job waits for its end.
     """
 
-    def __init__(self, run: Run, train: Sequence[str]) -> None:
-        """
-        Args:
-            run: what to run.
-            train: the command of train_net.py.
-        """
+    def __init__(self, run: TrainingRun, train: Sequence[str]) -> None:
         self._run, self._train = run, list(train)
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
 
     def __call__(self) -> None:
-        """
-        Raises:
-            RuntimeError: the training failed; the message says where its log is.
-        """
+        """RuntimeError: the training failed; the message says where its log is."""
         start = time.monotonic()
         log = self._run.folder / LOG
         with log.open("w") as stream:
@@ -71,10 +64,8 @@ class TrainingJob:
 
     def checkpoint(self) -> Any:
         """
-        Have the training write its checkpoint and end; submitit calls this in a signal handler.
-
-        Returns:
-            What submitit is to run when the job starts again: the same.
+        Have the training write its checkpoint and end; submitit calls this in a signal handler, and
+        runs what it returns when the job starts again: the same.
         """
         self._stop()
         if self._process is not None:
@@ -90,38 +81,26 @@ class TrainingJob:
 
 
 def submit(
-    runs: Sequence[Run],
+    runs: Sequence[TrainingRun],
     train: Sequence[str],
     folder: Path,
     gpus_per_run: int,
     parameters: Mapping[str, Any],
     cluster: str = "slurm",
-) -> list[Run]:
+) -> list[TrainingRun]:
     """
-    Submit one job for each run. The logs of the jobs, beside those of the runs, are in ``folder``.
-
-    Args:
-        runs: what :func:`prepare_runs` returned, without those in :func:`read_queue`.
-        train: the command of train_net.py.
-        folder: for submitit's files; all nodes see it.
-        gpus_per_run: how many GPUs each job asks for.
-        parameters: more that submitit passes on to ``sbatch``, such as "partition"; "time" is in
-            minutes.
-        cluster: "slurm"; or "local", to run all jobs at once on this machine and wait for them.
-
-    Returns:
-        The runs that failed while this function waited.
-
-    Raises:
-        ValueError: there is no submitit or no SLURM here, or one of them refuses a parameter.
+    Submit one job for each run: what :func:`prepare_runs` returned, without those in
+    :func:`read_queue`. Submitit's files and the logs of the jobs go into ``folder``, which all
+    nodes see. More ``parameters``, such as "partition", are passed on to ``sbatch``; "time" is in
+    minutes. On the ``cluster`` "local" all jobs run at once on this machine; this function waits
+    for them, and returns those that failed. ValueError: there is no submitit or no SLURM here, or
+    one of them refuses a parameter.
     """
     submitit = _submitit()
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         raise ValueError("there is no sbatch and srun: is this a login node of a SLURM cluster?")
-    executor = submitit.AutoExecutor(
-        folder.absolute(), cluster, slurm_max_num_timeout=_MAX_TIMEOUTS
-    )
-    jobs = []
+    limit = {"slurm_max_num_timeout": _MAX_TIMEOUTS}
+    executor, jobs = submitit.AutoExecutor(folder.absolute(), cluster, **limit), []
     try:
         executor.update_parameters(
             timeout_min=parameters.get("time", _TIME),
@@ -133,9 +112,8 @@ def submit(
             **{f"slurm_{key}": value for key, value in parameters.items()},
         )
         for run in runs:
-            executor.update_parameters(
-                name=f"{run.setting}-{run.seed}", slurm_comment=str(run.folder.absolute())
-            )
+            name, comment = f"{run.setting}-{run.seed}", str(run.folder.absolute())
+            executor.update_parameters(name=name, slurm_comment=comment)
             jobs.append(executor.submit(TrainingJob(run, train)))
             (run.folder / JOB).write_text(f"{jobs[-1].job_id}\n", encoding="utf-8")
     except (ValueError, NameError, submitit.core.utils.FailedJobError) as error:
@@ -149,12 +127,9 @@ def submit(
 
 def read_queue() -> dict[Path, tuple[str, str]]:
     """
-    Returns:
-        The user's jobs that wait or run now: folder of the run (absolute) to job id and "waiting"
-        or "running"; none where there is no SLURM.
-
-    Raises:
-        ValueError: SLURM does not answer, so that nobody knows what runs.
+    The user's jobs that wait or run now: folder of the run (absolute) to job id and "waiting" or
+    "running"; none where there is no SLURM. ValueError: SLURM does not answer, so that nobody knows
+    what runs.
     """
     if not shutil.which("squeue"):
         return {}
@@ -169,20 +144,8 @@ def read_queue() -> dict[Path, tuple[str, str]]:
     }
 
 
-_WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "PREEMPTED"}
-
-
 def read_parameters(words: Sequence[str]) -> dict[str, Any]:
-    """
-    Args:
-        words: such as "partition=gpu" and "time=2880".
-
-    Returns:
-        The parameters, with numbers as such.
-
-    Raises:
-        ValueError: a word is not of this form, or the time is not in minutes.
-    """
+    """The parameters in words such as "partition=gpu" and "time=2880", with numbers as such."""
     pairs = {key: value for key, _, value in (word.partition("=") for word in words)}
     for key, value in pairs.items():
         if not key or not value:

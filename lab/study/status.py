@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from lab.study.plan import Run
+from lab.study.plan import TrainingRun
 from lab.study.runner import FAILURE, read_result, summary
 from lab.study.slurm import JOB, read_queue
 from nl_detectron.files import is_used
@@ -16,20 +16,12 @@ from nl_detectron.files import is_used
 
 @dataclass(frozen=True)
 class State:
-    """
-    Where a run stands.
+    """Where a run stands."""
 
-    Attributes:
-        run: the run.
-        name: "waiting", "running", "finished" or "failed".
-        job: the id of its last job on SLURM; empty if it has had none.
-        note: its APs if it is finished; why it failed.
-    """
-
-    run: Run
-    name: str
-    job: str = ""
-    note: str = ""
+    run: TrainingRun
+    name: str  # "waiting", "running", "finished" or "failed"
+    job: str = ""  # the id of its last job on SLURM, if it has had one
+    note: str = ""  # its APs if it is finished; why it failed
 
     @property
     def is_busy(self) -> bool:
@@ -37,34 +29,19 @@ class State:
         return self.name == "running" or (self.name == "waiting" and bool(self.job))
 
 
-def read_states(runs: Sequence[Run]) -> list[State]:
-    """
-    Args:
-        runs: all of a plan.
-
-    Returns:
-        The state of each: "waiting" also for a run that was stopped and can go on.
-
-    Raises:
-        ValueError: see :func:`read_queue`.
-    """
+def read_states(runs: Sequence[TrainingRun]) -> list[State]:
+    """The state of each: "waiting" also for a run that was stopped and can go on."""
     queue = read_queue()
     return [_state(run, queue) for run in runs]
 
 
 def state_table(states: Sequence[State]) -> str:
-    """
-    Args:
-        states: what :func:`read_states` returned.
-
-    Returns:
-        A table with a line for each run.
-    """
+    """A table with a line for each run."""
     rows = [[s.run.setting, s.run.seed, s.name, s.job, s.note] for s in states]
     return tabulate(rows, ["setting", "seed", "state", "job", ""], disable_numparse=True)
 
 
-def _state(run: Run, queue: dict[Path, tuple[str, str]]) -> State:
+def _state(run: TrainingRun, queue: dict[Path, tuple[str, str]]) -> State:
     job = _read(run.folder / JOB)
     if read_result(run) is not None:
         return State(run, "finished", job, summary(run))

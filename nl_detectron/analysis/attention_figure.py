@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from typing import Any
 
 import numpy as np
 from matplotlib import patheffects
@@ -30,21 +31,17 @@ _TEXT = 230  # characters, about, above and below a picture
 _SCALE = 7 * _LINE  # inches for the bar of colours
 _POINT_COLOR = "#56B4E9"
 _OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="black")]
-_ARROW = {
-    "arrowstyle": "->",
-    "color": "white",
-    "shrinkA": 0,
-    "shrinkB": 0,
-    "path_effects": _OUTLINE,
-}
+_LIGHT: dict[str, Any] = {"color": "white", "path_effects": _OUTLINE}
+_ARROW = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, **_LIGHT}
+_NUMBER = {"textcoords": "offset points", "fontsize": _FONT + 1, "zorder": 5, **_LIGHT}
 
 
 def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
     """
-    A panel for each point and block: the map as colours over the image, on the same scale in all
-    panels, and arrows from the point to the peaks of the map. For the blocks of a head it is the
-    part of the image around the object's box. Points that a block does not see have no panel. The
-    figure fits a page: A4, or with many panels A3 or A2.
+    Draw a panel for each point and block: the map as colours over the image, on the same scale in
+    all panels, and arrows from the point to the peaks of the map. For the blocks of a head it is
+    the part of the image around the object's box. Points that a block does not see have no panel.
+    The figure fits a page: A4, or with many panels A3 or A2.
 
     Args:
         maps: what to draw.
@@ -91,13 +88,8 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
 
 def describe(attention_map: AttentionMap, pairwise: str, what: str) -> str:
     """
-    Args:
-        attention_map: of a point.
-        pairwise: the block's kind of weights in :data:`nl_detectron.layers.ATTENTION`.
-        what: what the map shows.
-
-    Returns:
-        What the colours do not tell: what the map is of, how uneven it is, what is not shown.
+    What the colours do not tell: what the map shows, of a block with this kind of weights in
+    :data:`nl_detectron.layers.ATTENTION`, how uneven it is, what is not shown of it.
     """
     kind = f"{pairwise} weights" if what == "weights" else what
     if what == "effect":
@@ -115,38 +107,21 @@ def describe(attention_map: AttentionMap, pairwise: str, what: str) -> str:
 
 
 def unit(pairwise: str, what: str) -> str:
-    """
-    Args:
-        pairwise, what: as for :func:`describe`.
-
-    Returns:
-        What a map is drawn in multiples of.
-    """
+    """What a map is drawn in multiples of."""
     has_sum = what == "weights" and ATTENTION[pairwise].weight_sum is not None
     return "an even share" if has_sum else "the mean magnitude"
 
 
 def short(multiple: float) -> str:
-    """
-    Args:
-        multiple: of any sign.
-
-    Returns:
-        It with three digits.
-    """
+    """A multiple of any sign with three digits."""
     return f"{float(f'{multiple:.3g}'):g}"
 
 
 def on_scale(multiples: np.ndarray, what: str) -> np.ndarray:
     """
-    Args:
-        multiples: of the mean magnitude, any shape.
-        what: what they are of.
-
-    Returns:
-        Same shape, the place of each on the scale of :func:`heat_colors`: the logarithm of its
-        magnitude, -1 at 1/16 and below, 0 at 1, 1 at 16 and above; for an effect, 0 up to a
-        magnitude of 1, and from there to 1 or, where it is negative, to -1.
+    The place of multiples of the mean magnitude on the scale of :func:`heat_colors`: the logarithm
+    of the magnitude, -1 at 1/16 and below, 0 at 1, 1 at 16 and above; for an effect, 0 up to a
+    magnitude of 1, and from there to 1 or, where it is negative, to -1.
     """
     with np.errstate(divide="ignore"):
         place = np.log(np.abs(multiples)) / np.log(HIGHEST_MULTIPLE)
@@ -157,12 +132,8 @@ def on_scale(multiples: np.ndarray, what: str) -> np.ndarray:
 
 def heat_colors(what: str) -> Colormap:
     """
-    Args:
-        what: what a map shows.
-
-    Returns:
-        Colours from -1 to 1: amber above 0, and dark below, or blue for an effect; transparent at
-        0, so that the image can be seen in its own colours.
+    Colours from -1 to 1: amber above 0, and dark below, or blue for an effect; transparent at 0, so
+    that the image can be seen in its own colours.
     """
     steps = np.linspace(-1, 1, 256)
     low = (*to_rgb("#2377e4"), 0.7) if what == "effect" else (*to_rgb("#060b2b"), 0.4)
@@ -190,18 +161,12 @@ def _grid(panels: int, aspect: float) -> tuple[int, int, float, float]:
 
 def _draw_map(panel: Axes, attention_map: AttentionMap, what: str) -> AxesImage:
     left, top, right, bottom = attention_map.extent
-    heat = panel.imshow(
-        on_scale(attention_map.multiples, what),
-        cmap=heat_colors(what),
-        vmin=-1,
-        vmax=1,
-        extent=(left, right, bottom, top),
-        interpolation="nearest",
-    )
+    place: dict[str, Any] = {"extent": (left, right, bottom, top), "interpolation": "nearest"}
+    scale: dict[str, Any] = {"cmap": heat_colors(what), "vmin": -1, "vmax": 1}
+    heat = panel.imshow(on_scale(attention_map.multiples, what), **place, **scale)
     left, top, right, bottom = attention_map.query
-    panel.add_patch(
-        Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=_POINT_COLOR)
-    )
+    size = right - left, bottom - top
+    panel.add_patch(Rectangle((left, top), *size, fill=False, edgecolor=_POINT_COLOR))
     return heat
 
 
@@ -223,25 +188,15 @@ def _draw_arrows(panel: Axes, attention_map: AttentionMap, point: Point, count: 
     """Draw the arrows, and return their legend."""
     legend = ""
     left, top, right, bottom = attention_map.extent
-    for number, (end, weight) in enumerate(attention_map.strongest(count), 1):
-        multiple = weight / attention_map.mean
+    for number, (end, value) in enumerate(attention_map.strongest(count), 1):
+        multiple = value / attention_map.mean
         if abs(multiple) < NEARLY_EVEN:
             break
         panel.annotate("", end, point, arrowprops=_ARROW)
         # On the side where there is room for it.
         x, y = 2 * end[0] < left + right, 2 * end[1] < top + bottom
-        panel.annotate(
-            str(number),
-            end,
-            xytext=(4 if x else -4, -4 if y else 4),
-            textcoords="offset points",
-            ha="left" if x else "right",
-            va="top" if y else "bottom",
-            fontsize=_FONT + 1,
-            color="white",
-            path_effects=_OUTLINE,
-            zorder=5,
-        )
+        side: dict[str, Any] = {"ha": "left" if x else "right", "va": "top" if y else "bottom"}
+        panel.annotate(str(number), end, (4 if x else -4, -4 if y else 4), **_NUMBER, **side)
         legend += f"{number}:\xa0{short(multiple)}\xa0x   "
     return legend.rstrip() + "\n" if legend else ""
 

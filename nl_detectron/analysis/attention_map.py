@@ -14,23 +14,23 @@ from nl_detectron.analysis.placement import Box, Point
 @dataclass(frozen=True)
 class AttentionMap:
     """
-    What counts for one point in one block: the weights f(x_i, x_j) / C(x) of Eq. 1, or what else
-    is said in :data:`nl_detectron.analysis.contribution.WHAT`.
+    What counts for one point in one block: the weights f(x_i, x_j) / C(x) of Eq. 1, contributions
+    or an effect.
 
     Attributes:
-        weights: (rows, columns) float32, of the keys whose cells overlap the image, as they lie
+        values: (rows, columns) float32, of the keys whose cells overlap the image, as they lie
             in it: from left to right and top to bottom.
         extent: the rectangle that these cells cover, in pixels. It may reach over the image's
             borders, and falls short of them where a pooled grid of odd size has no key.
         query: the cell of the block's input that the point lies in; for the effect on a score, the
             object's box.
-        outside: the share, 0 to 1, of the sum of the weights' magnitudes that is on keys in
-            the padding, which are not in ``weights``.
+        outside: the share, 0 to 1, of the sum of the magnitudes that is on keys in the padding,
+            which are not in ``values``.
         keys: the number of all keys, those in the padding included. A pyramid's bins are spread
             over their cells, which then count as keys.
     """
 
-    weights: np.ndarray
+    values: np.ndarray
     extent: Box
     query: Box
     outside: float
@@ -39,13 +39,22 @@ class AttentionMap:
     @property
     def mean(self) -> float:
         """The mean magnitude over all keys: an even share of weights that have a fixed sum."""
-        total_seen = np.abs(self.weights).sum(dtype=np.float64)
+        total_seen = np.abs(self.values).sum(dtype=np.float64)
         return float(total_seen / self.keys / max(1 - self.outside, 1e-12))
 
     @property
     def multiples(self) -> np.ndarray:
-        """(rows, columns): the weights divided by the mean; ones where that is 0."""
-        return self.weights / self.mean if self.mean else np.ones_like(self.weights)
+        """(rows, columns): the values divided by the mean; ones where that is 0."""
+        return self.values / self.mean if self.mean else np.ones_like(self.values)
+
+    @property
+    def centers(self) -> np.ndarray:
+        """(rows, columns, 2): x and y of each place's centre, in pixels."""
+        left, top, right, bottom = self.extent
+        rows, columns = self.values.shape
+        x = left + (np.arange(columns) + 0.5) * ((right - left) / columns)
+        y = top + (np.arange(rows) + 0.5) * ((bottom - top) / rows)
+        return np.stack(np.meshgrid(x, y), axis=2)
 
     def strongest(self, count: int) -> list[tuple[Point, float]]:
         """
@@ -57,26 +66,25 @@ class AttentionMap:
             count: how many, at most.
 
         Returns:
-            The centre, in pixels, and the weight of each, the greatest magnitude first.
+            The centre, in pixels, and the value of each, the greatest magnitude first.
         """
-        magnitude = torch.from_numpy(np.abs(self.weights))[None]
+        magnitude = torch.from_numpy(np.abs(self.values))[None]
         peaks = magnitude == functional.max_pool2d(magnitude, 3, 1, 1)
         peaks &= (magnitude > 0) & (magnitude >= magnitude.max() / 100)
-        cells = np.argwhere(peaks[0].numpy())
         left, top, right, bottom = self.extent
-        height, width = self.weights.shape
-        cell_size = np.array([(right - left) / width, (bottom - top) / height])
-        places = (left, top) + (cells[:, ::-1] + 0.5) * cell_size
-        from_query = np.abs(places - np.reshape(self.query, (2, 2)).mean(0))
-        there = (from_query > 1.5 * cell_size).any(1)
-        places, weights = places[there], self.weights[tuple(cells[there].T)]
-        order = np.argsort(-np.abs(weights), kind="stable")[:count]
-        return [((float(places[i, 0]), float(places[i, 1])), float(weights[i])) for i in order]
+        cell_size = np.array([right - left, bottom - top]) / self.values.shape[::-1]
+        from_query = np.abs(self.centers - np.reshape(self.query, (2, 2)).mean(0))
+        chosen = peaks[0].numpy() & (from_query > 1.5 * cell_size).any(2)
+        places, values = self.centers[chosen].tolist(), self.values[chosen]
+        order = np.argsort(-np.abs(values), kind="stable")[:count]
+        return [((places[i][0], places[i][1]), float(values[i])) for i in order]
 
 
 @dataclass(frozen=True)
 class BlockAttention:
     """
+    What counts for several points in one block.
+
     Attributes:
         name: the block's full name, such as ``backbone.res4.nonlocal4``.
         pairwise: its kind of weights in :data:`nl_detectron.layers.ATTENTION`, such as
@@ -93,6 +101,8 @@ class BlockAttention:
 @dataclass(frozen=True)
 class AttentionMaps:
     """
+    What counts for several points of an image in several blocks.
+
     Attributes:
         image: (H, W, 3) uint8, RGB.
         points: x, y in pixels.

@@ -21,11 +21,11 @@ from nl_detectron.analysis.attention_figure import (
     on_scale,
     unit,
 )
+from nl_detectron.analysis.contribution import ON_GRID
 from nl_detectron.analysis.placement import PlacedFeatures
 
 _TEMPLATE = Path(__file__).with_name("attention_page.html")
-_KINDS = ("weights", "contributions")
-_MAX_WEIGHTS = 6_000_000  # in a page, a byte each before compression
+_MAX_VALUES = 6_000_000  # in a page, a byte each before compression
 _MAX_PIXELS = 1280  # of the picture's longer side
 
 
@@ -46,7 +46,7 @@ def write_attention_page(
     """
     height, width = record.image.shape[:2]
     left, top, right, bottom = record.boxes[0] if len(record.boxes) else (0, 0, width, height)
-    share = _MAX_WEIGHTS // (len(_KINDS) * len(record.blocks))
+    share = _MAX_VALUES // (len(ON_GRID) * len(record.blocks))
     palette = (heat_colors("weights")(np.arange(256)) * 255).round().astype(np.uint8)
     data = {
         "width": width,
@@ -57,7 +57,7 @@ def write_attention_page(
         "nearlyEven": NEARLY_EVEN,
         "colors": _base64(palette.tobytes()),
         "kinds": {
-            what: [_block(record, name, what, share) for name in record.blocks] for what in _KINDS
+            what: [_block(record, name, what, share) for name in record.blocks] for what in ON_GRID
         },
     }
     # A "<" could end the script element that the JSON stands in.
@@ -67,39 +67,39 @@ def write_attention_page(
     Path(path).write_text(page, encoding="utf-8")
 
 
-def _block(record: AttentionRecord, name: str, what: str, max_weights: int) -> dict[str, Any]:
+def _block(record: AttentionRecord, name: str, what: str, max_values: int) -> dict[str, Any]:
     """
-    What the page needs of a block. ``weights`` are those of all regions, of their queries and of
+    What the page needs of a block. ``values`` are those of all regions, of their queries and of
     their keys, in this order, a byte each: 0 is the scale's lower end, 255 its upper one.
     """
     pairwise = record.blocks[name].pairwise
     regions: list[dict[str, Any]] = []
-    weights = b""
+    content = b""
     for features in sorted(record.features[name], key=lambda features: features.area):
-        share = max_weights // len(record.features[name])
+        share = max_values // len(record.features[name])
         region, values = _region(record, name, features, what, share)
-        regions.append({**region, "offset": len(weights)})
-        weights += values.tobytes()
+        regions.append({**region, "offset": len(content)})
+        content += values.tobytes()
     step = max((region["step"] for region in regions), default=1)
     return {
         "name": name,
         "note": f"{name}: {pairwise}."
         + (f" Of its cells one in {step} x {step} can be asked." if step > 1 else ""),
         "unit": unit(pairwise, what),
-        "weights": _base64(zlib.compress(weights)),
+        "values": _base64(zlib.compress(content)),
         "regions": regions,
     }
 
 
 def _region(
-    record: AttentionRecord, name: str, features: PlacedFeatures, what: str, max_weights: int
+    record: AttentionRecord, name: str, features: PlacedFeatures, what: str, max_values: int
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The place of some features in the image, what counts for their cells, and that as bytes."""
     height, width = record.image.shape[:2]
     rows, columns = features.rows.visible(height), features.columns.visible(width)
     (sample,) = record.ask(name, features, [(rows[0], columns[0])])
     step = 1
-    while len(rows[::step]) * len(columns[::step]) * sample.weights.size > max_weights:
+    while len(rows[::step]) * len(columns[::step]) * sample.values.size > max_values:
         step += 1
     cells = [(i, j) for i in _thinned(rows, step) for j in _thinned(columns, step)]
     maps = record.ask(name, features, cells, what)
@@ -113,8 +113,8 @@ def _region(
         "step": step,
         "keys": {
             "box": sample.extent,
-            "rows": sample.weights.shape[0],
-            "columns": sample.weights.shape[1],
+            "rows": sample.values.shape[0],
+            "columns": sample.values.shape[1],
         },
         "highest": _short(np.abs(multiples).max((1, 2)) * [m.mean > 0 for m in maps]),
         "outside": _short(np.array([attention_map.outside for attention_map in maps])),
@@ -136,14 +136,8 @@ def _base64(data: bytes) -> str:
 
 def data_url(image: np.ndarray, max_pixels: int = _MAX_PIXELS) -> str:
     """
-    A picture for a page that loads nothing.
-
-    Args:
-        image: (H, W, 3), uint8, RGB.
-        max_pixels: of the longer side; a larger image is made smaller.
-
-    Returns:
-        The URL of a JPEG that it holds itself.
+    A picture (H, W, 3), uint8, RGB, as the URL of a JPEG that it holds itself, for a page that
+    loads nothing; made smaller if its longer side has more than ``max_pixels``.
     """
     scale = min(1, max_pixels / max(image.shape))
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from detectron2.engine import DefaultPredictor
 from detectron2.evaluation import inference_context
 from torch import Tensor, nn
 
 from nl_detectron.analysis.recording import record_calls
+from nl_detectron.data.coco_format import Record
+from nl_detectron.engine.predictor import image_mapper
 from nl_detectron.layers import ATTENTION, AttentionBlock, GlobalContextBlock
 from nl_detectron.layers.norm import inference_scale
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
@@ -22,6 +25,7 @@ MAX_ENTROPY = 0.95
 MIN_QUERY_DEPENDENCE = 0.05
 
 _MAX_QUERIES = 64
+_MEASURED = ("relative_change", "attention_entropy", "attended_share", "query_dependence")
 
 
 @dataclass(frozen=True)
@@ -86,13 +90,7 @@ class BlockReport:
 
 
 def in_places(attended_share: float) -> str:
-    """
-    Args:
-        attended_share: above 0.
-
-    Returns:
-        It in words: "1 place in 63".
-    """
+    """A share of the keys in words: "1 place in 63"."""
     return f"1 place in {float(f'{1 / attended_share:.2g}'):g}"
 
 
@@ -108,7 +106,7 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
         A report for each block, in the model's order.
     """
     blocks = nonlocal_blocks(model, AttentionBlock)
-    measured: dict[str, list[_Measurement]] = {name: [] for name in blocks}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in blocks}
     with inference_context(model), torch.no_grad():
         for batch in batches:
             with record_calls(blocks) as calls:
@@ -122,13 +120,16 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
             out_weight_norm=out_weight_norm(block),
             mean_abs_gamma=mean_abs_gamma(block),
             effective_norm=_effective_norm(block),
-            relative_change=_mean(m.relative_change for m in measured[name]),
-            attention_entropy=_mean(m.attention_entropy for m in measured[name]),
-            attended_share=_mean(m.attended_share for m in measured[name]),
-            query_dependence=_mean(m.query_dependence for m in measured[name]),
+            **{field: _mean(m[field] for m in measured[name]) for field in _MEASURED},
         )
         for name, block in blocks.items()
     ]
+
+
+def inspect_records(predictor: DefaultPredictor, records: Iterable[Record]) -> list[BlockReport]:
+    """:func:`inspect_blocks` of a predictor's model, on records of a dataset."""
+    mapper = image_mapper(predictor.cfg)
+    return inspect_blocks(predictor.model, ([mapper(record)] for record in records))
 
 
 def _effective_norm(block: AttentionBlock) -> float | None:
@@ -140,28 +141,17 @@ def _effective_norm(block: AttentionBlock) -> float | None:
     return (scale.detach()[:, None] * block.out.weight.detach().flatten(1)).float().norm().item()
 
 
-@dataclass(frozen=True)
-class _Measurement:
-    """Of one input; NaN is what is not defined for it."""
-
-    relative_change: float
-    attention_entropy: float
-    attended_share: float
-    query_dependence: float
-
-
-def _measure(block: AttentionBlock, x: Tensor) -> _Measurement:
+def _measure(block: AttentionBlock, x: Tensor) -> dict[str, float]:
+    """The ``_MEASURED`` of one input; NaN is what is not defined for it."""
     positions = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
     weights = block.attention(x, positions[:_MAX_QUERIES]).flatten(2).double()
     entropy, keys = torch.tensor(math.nan), weights.shape[2]
     if (weight_sum := ATTENTION[block.pairwise].weight_sum) and keys > 1:
         entropy = torch.special.entr(weights / weight_sum).sum(2)
-    return _Measurement(
-        relative_change=((block(x) - x).float().norm() / x.float().norm()).item(),
-        attention_entropy=entropy.mean().item() / math.log(max(keys, 2)),
-        attended_share=entropy.exp().mean().item() / keys,
-        query_dependence=_mean_cosine_distance(weights),
-    )
+    change = (block(x) - x).float().norm() / x.float().norm()
+    share, evenness = entropy.exp().mean() / keys, entropy.mean() / math.log(max(keys, 2))
+    values = (change.item(), evenness.item(), share.item(), _mean_cosine_distance(weights))
+    return dict(zip(_MEASURED, values))
 
 
 def _mean_cosine_distance(maps: Tensor) -> float:

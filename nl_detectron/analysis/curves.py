@@ -59,7 +59,7 @@ def plot_metrics(runs: Mapping[str, Path]) -> Figure:
         panel.set_title(_title(name), fontsize=10)
         for style, run in zip(itertools.cycle(_STYLES), curves.values()):
             if name in run:
-                _draw(panel, name, run[name], style)
+                _draw_metric(panel, name, run[name], style)
         _set_axes(panel, name)
     lines = [Line2D([], [], **style) for style, _ in zip(itertools.cycle(_STYLES), runs)]
     figure.legend(lines, list(runs), loc="outside upper left", ncols=columns, frameon=False)
@@ -68,13 +68,9 @@ def plot_metrics(runs: Mapping[str, Path]) -> Figure:
 
 def read_curves(path: Path) -> dict[str, Curve]:
     """
-    Args:
-        path: ``metrics.json``, or the folder that it lies in.
-
-    Returns:
-        Name to curve of the losses, the APs and the weights of blocks in it. Of an iteration that a
-        resumed run has written again, the last values count. Values that are not finite are left
-        out.
+    Name to curve of the losses, the APs and the weights of blocks in ``metrics.json``, or of the
+    folder that it lies in. Of an iteration that a resumed run has written again, the last values
+    count. Values that are not finite are left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -118,7 +114,7 @@ def _sorted(by_iteration: dict[int, float]) -> Curve:
     return np.array([x for x, _ in points]), np.array([y for _, y in points])
 
 
-def _draw(panel: Axes, name: str, curve: Curve, style: dict[str, Any]) -> None:
+def _draw_metric(panel: Axes, name: str, curve: Curve, style: dict[str, Any]) -> None:
     iterations, values = curve
     if _is_ap(name):
         label = f"{values[-1]:.1f}"

@@ -3,8 +3,7 @@ What fvcore's FLOP counter has to know to be right for non-local blocks.
 
 fvcore counts a multiply-add as one flop, and only products of matrices and the like: of what the
 blocks call, it does not know ``scaled_dot_product_attention``, and without a handle counts it as
-nothing. :mod:`lab.cost` passes the handles on itself; for a
-``FlopCountAnalysis`` of your own call :func:`register_flop_handles` once, or give it
+nothing. For a ``FlopCountAnalysis`` of your own call :func:`register_flop_handles` once, or give it
 :func:`flop_handles`. Work on single elements (the softmax, the sorting and the prefix sums of the
 concatenation) is left out, as it is for all that fvcore knows.
 
@@ -30,10 +29,11 @@ _PADDING = ("aten::pad", "aten::constant_pad_nd")
 
 def flop_handles() -> dict[str, FlopHandle | None]:
     """
+    Make handles for the operators of non-local blocks that fvcore lacks.
+
     Returns:
-        Handles for the operators of non-local blocks that fvcore lacks, for
-        ``FlopCountAnalysis(...).set_op_handle(**flop_handles())``; None for operators that count as
-        nothing.
+        What ``FlopCountAnalysis(...).set_op_handle(**flop_handles())`` takes; None for operators
+        that count as nothing.
     """
     return {
         "aten::scaled_dot_product_attention": _attention_flops,

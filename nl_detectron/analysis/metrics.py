@@ -14,28 +14,14 @@ _AP = re.compile(r"\w+/AP(50|75)?")
 
 
 def metrics_file(run: Path) -> Path:
-    """
-    Args:
-        run: the output folder of a run, or its ``metrics.json`` itself.
-
-    Returns:
-        The path of its ``metrics.json``, which need not exist.
-    """
+    """The ``metrics.json`` of a run's output folder, or that file itself; it need not exist."""
     return run / "metrics.json" if run.is_dir() else run
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
-    Args:
-        run: as for :func:`metrics_file`.
-
-    Returns:
-        Its records in the order of writing, each with "iteration"; a resumed run writes some
-        iterations again.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is not such a record; the message names the file and the line.
+    The records of a run in the order of writing, each with "iteration"; a resumed run writes some
+    iterations again. ValueError: a line is not such a record; the message names file and line.
     """
     file = metrics_file(run)
     records = []
@@ -53,15 +39,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def last_aps(run: Path) -> dict[str, float]:
     """
-    Args:
-        run: as for :func:`metrics_file`.
-
-    Returns:
-        The last "bbox/AP", "bbox/AP50", "bbox/AP75" and so on of the run, in percent; nothing if
-        it has none, or no ``metrics.json`` yet.
-
-    Raises:
-        ValueError: see :func:`read_metrics`.
+    The last "bbox/AP", "bbox/AP50", "bbox/AP75" and so on of a run, in percent; nothing if it has
+    none, or no ``metrics.json`` yet.
     """
     metrics: dict[str, float] = {}
     for record in read_metrics(run) if metrics_file(run).is_file() else []:

@@ -20,12 +20,11 @@ from nl_detectron.data.coco_format import Record
 @dataclass(frozen=True)
 class SquareAttention:
     """
-    What counts for the centre of a square in one block. Weights are taken by magnitude; shares of
-    weights that are all 0, as those of the concatenation may be, are NaN.
+    What counts for the centre of a square in one block. Values are taken by magnitude; shares of
+    values that are all 0, as those of the concatenation may be, are NaN.
 
     Attributes:
-        category_id: the square's.
-        on_partner: the share of the weights, 0 to 1, on its partner: on the keys whose centres lie
+        on_partner: the share of the values, 0 to 1, on its partner: on the keys whose centres lie
             in the disc, and the nearest to the disc's centre.
         even: the share that would be there if all keys counted alike.
         strongest: x and y of the centre of the strongest of all keys, its own included, in pixels.
@@ -46,13 +45,9 @@ def inspect_squares(
     predictor: DefaultPredictor, records: Iterable[Record], what: str = "weights"
 ) -> dict[str, list[SquareAttention]]:
     """
-    Args:
-        predictor: of a model with non-local blocks.
-        records: of Detectron2's ``DatasetCatalog``; annotations without "partner" are left out.
-        what: "weights" or "contributions", as for :meth:`AttentionRecord.maps`.
-
-    Returns:
-        Block to what counts for each square that it sees; no blocks if there are no squares.
+    Block to what counts for each square that it sees, in pictures of Detectron2's
+    ``DatasetCatalog``; annotations without "partner" are left out. No blocks if there are no
+    squares. ``what`` is as for :meth:`AttentionRecord.maps`.
     """
     found: dict[str, list[SquareAttention]] = {}
     for record in records:
@@ -66,15 +61,7 @@ def inspect_squares(
 def attention_at(
     attention: AttentionRecord, squares: Sequence[Record], what: str = "weights"
 ) -> dict[str, list[SquareAttention]]:
-    """
-    Args:
-        attention: of an image.
-        squares: annotations of it, with "partner".
-        what: as for :func:`inspect_squares`.
-
-    Returns:
-        Block to what counts for each of the squares that it sees.
-    """
+    """Block to what counts for each of the squares, annotations of the image, that it sees."""
     maps = attention.maps([center_of(square) for square in squares], what)
     return {
         block.name: [_measure(m, square) for m, square in zip(block.maps, squares) if m is not None]
@@ -83,25 +70,13 @@ def attention_at(
 
 
 def center_of(square: Record) -> Point:
-    """
-    Args:
-        square: an annotation in COCO's format.
-
-    Returns:
-        x and y of the centre of its box, in pixels.
-    """
+    """x and y of the centre of an annotation's box, in pixels."""
     x, y, width, height = square["bbox"]
     return x + width / 2, y + height / 2
 
 
 def describe_squares(squares: Sequence[SquareAttention]) -> str:
-    """
-    Args:
-        squares: what counts for each, in one block; at least one.
-
-    Returns:
-        What that means, in plain words.
-    """
+    """What that means, of at least one square and in one block, in plain words."""
     weighted = [square for square in squares if square.attended_share > 0]
     if not weighted:
         return "A square attends to nothing."
@@ -116,9 +91,9 @@ def describe_squares(squares: Sequence[SquareAttention]) -> str:
 
 
 def _measure(attention_map: AttentionMap, square: Record) -> SquareAttention:
-    magnitudes = torch.from_numpy(attention_map.weights).abs().double()
+    magnitudes = torch.from_numpy(attention_map.values).abs().double()
     shares = magnitudes / magnitudes.sum()
-    centers = _key_centers(attention_map)
+    centers = torch.from_numpy(attention_map.centers)
     *partner, radius = square["partner"]
     distance = (centers - torch.tensor(partner)).norm(dim=2)
     is_partner = (distance <= radius) | (distance == distance.min())
@@ -132,12 +107,3 @@ def _measure(attention_map: AttentionMap, square: Record) -> SquareAttention:
         is_strongest_on_partner=bool(is_strongest.any() and is_partner[is_strongest].all()),
         attended_share=torch.special.entr(shares).sum().exp().item() / shares.numel(),
     )
-
-
-def _key_centers(attention_map: AttentionMap) -> torch.Tensor:
-    """(rows, columns, 2): x and y of each in the image."""
-    left, top, right, bottom = attention_map.extent
-    rows, columns = attention_map.weights.shape
-    x = left + (torch.arange(columns) + 0.5) * (right - left) / columns
-    y = top + (torch.arange(rows) + 0.5) * (bottom - top) / rows
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=2)

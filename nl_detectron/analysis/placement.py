@@ -34,33 +34,18 @@ class Axis:
         return np.linspace(self.start, self.stop, self.cells + 1)
 
     def contains(self, position: float) -> bool:
-        """
-        Args:
-            position: in pixels.
-
-        Returns:
-            Does it lie on the axis, its ends included?
-        """
+        """Whether a position in pixels lies on the axis, its ends included."""
         return min(self.start, self.stop) <= position <= max(self.start, self.stop)
 
     def cell_at(self, position: float) -> int:
-        """
-        Args:
-            position: in pixels; the axis contains it.
-
-        Returns:
-            The number of the cell there.
-        """
+        """The number of the cell at a position, in pixels, that the axis contains."""
         cell = math.floor((position - self.start) / (self.stop - self.start) * self.cells)
         return min(cell, self.cells - 1)  # the far border belongs to the last cell
 
     def visible(self, size: int) -> np.ndarray:
         """
-        Args:
-            size: of the image along this axis, in pixels.
-
-        Returns:
-            The cells (n,) that overlap the image, from left to right, or from top to bottom, in it.
+        The cells (n,) that overlap an image of ``size`` pixels along this axis, from left to right,
+        or from top to bottom, in it.
         """
         edges = self.edges
         low, high = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
@@ -68,24 +53,14 @@ class Axis:
         return cells if self.start < self.stop else cells[::-1]
 
     def span(self, cells: int | np.ndarray) -> tuple[float, float]:
-        """
-        Args:
-            cells: one, or several neighbouring ones in any order.
-
-        Returns:
-            The least and the greatest position that they cover, in pixels.
-        """
+        """The least and the greatest position, in pixels, that neighbouring cells cover."""
         borders = self.edges[[np.min(cells), np.max(cells) + 1]]
         return float(borders.min()), float(borders.max())
 
     def of_keys(self, keys: int) -> Axis:
         """
-        Args:
-            keys: how many there are along this axis: as many as cells, or, max-pooled by 2, half as
-                many.
-
-        Returns:
-            The axis of the keys; the last of an odd number of pooled cells has none.
+        The axis of keys, as many as cells, or, max-pooled by 2, half as many; the last of an odd
+        number of pooled cells has none.
         """
         cells = keys if keys == self.cells else 2 * keys
         return Axis(self.start, self.start + (self.stop - self.start) * cells / self.cells, keys)
@@ -105,46 +80,23 @@ class PlacedFeatures:
         return abs((self.rows.stop - self.rows.start) * (self.columns.stop - self.columns.start))
 
     def contains(self, point: Point) -> bool:
-        """
-        Args:
-            point: in the image.
-
-        Returns:
-            Does it lie on the features, their border included?
-        """
+        """Whether a point of the image lies on the features, their border included."""
         return self.columns.contains(point[0]) and self.rows.contains(point[1])
 
     def cell_at(self, point: Point) -> tuple[int, int]:
-        """
-        Args:
-            point: one that the features contain.
-
-        Returns:
-            Row and column of the cell there.
-        """
+        """Row and column of the cell at a point that the features contain."""
         return self.rows.cell_at(point[1]), self.columns.cell_at(point[0])
 
     def cell_box(self, cell: tuple[int, int]) -> Box:
-        """
-        Args:
-            cell: row and column.
-
-        Returns:
-            The rectangle that it covers in the image.
-        """
+        """The rectangle that a cell (row and column) covers in the image."""
         (top, bottom), (left, right) = self.rows.span(cell[0]), self.columns.span(cell[1])
         return left, top, right, bottom
 
 
 def place(x: Tensor, box: np.ndarray) -> PlacedFeatures:
     """
-    Args:
-        x: a feature map (1, C, rows, columns).
-        box: (4,), x and y of the outer corner of its first cell and of that of its last one, in
-            pixels of the image.
-
-    Returns:
-        The features, placed.
+    Place a feature map (1, C, rows, columns) by ``box`` (4,): x and y of the outer corner of its
+    first cell and of that of its last one, in pixels of the image.
     """
     left, top, right, bottom = box.round(6).tolist()
     rows, columns = x.shape[2:]
@@ -153,13 +105,8 @@ def place(x: Tensor, box: np.ndarray) -> PlacedFeatures:
 
 def grid_stride(input_size: tuple[int, int], grid: tuple[int, int]) -> int:
     """
-    Args:
-        input_size: height and width of a backbone's input, in pixels.
-        grid: rows and columns of one of its feature maps.
-
-    Returns:
-        The stride of the feature map, a power of 2 as in Detectron2's poolers; sizes that it does
-        not divide are rounded up.
+    The stride of a feature map with ``grid`` rows and columns, for a backbone's input of this
+    height and width: a power of 2, as in Detectron2's poolers, that need not divide the input.
     """
     ratio = max(size / cells for size, cells in zip(input_size, grid))
     return 2 ** math.ceil(math.log2(ratio))

@@ -19,15 +19,9 @@ from nl_detectron.validation import did_you_mean
 
 def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
     """
-    Args:
-        model: any with non-local blocks.
-        names: full names, or their ends, such as ``res4.nonlocal4`` or ``nonlocal4``.
-
-    Returns:
-        Full name to block, of the named ones; of all of the model's, if ``names`` is empty.
-
-    Raises:
-        ValueError: the model has no such block, or none at all; the message lists what there is.
+    Full name to block, of the model's blocks with these full names or ends of names, such as
+    ``res4.nonlocal4`` or ``nonlocal4``; of all of them, if ``names`` is empty. ValueError: it has
+    no such block, or none at all; the message lists what there is.
     """
     blocks = nonlocal_blocks(model, AttentionBlock)
     if not blocks:
@@ -47,16 +41,8 @@ def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, Atte
 
 def scoring_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
     """
-    Args:
-        model: a model of Detectron2.
-        names: as for :func:`choose_blocks`.
-
-    Returns:
-        Full name to block, of those that have a part in the scores of objects: all but the blocks
-        of mask and keypoint heads, which come after the scores.
-
-    Raises:
-        ValueError: there is no such block.
+    :func:`choose_blocks`, of those that have a part in the scores of objects: all but the blocks of
+    mask and keypoint heads, which come after the scores. ValueError: there is no such block.
     """
     chosen, heads = choose_blocks(model, names), detection_heads(model)
     scoring = {name: block for name, block in chosen.items() if not head_of(name, heads)}
@@ -67,39 +53,23 @@ def scoring_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, Att
 
 def detection_heads(model: nn.Module) -> dict[str, nn.Module]:
     """
-    Args:
-        model: a model of Detectron2.
-
-    Returns:
-        Its mask and keypoint heads by their full names, which Detectron2 calls with (features of
-        regions, instances).
+    The mask and keypoint heads of a model by their full names; Detectron2 calls them with (features
+    of regions, instances).
     """
     heads = (BaseKeypointRCNNHead, BaseMaskRCNNHead)
     return {name: module for name, module in model.named_modules() if isinstance(module, heads)}
 
 
 def head_of(name: str, heads: Iterable[str]) -> str | None:
-    """
-    Args:
-        name: the full name of a block.
-        heads: full names.
-
-    Returns:
-        The one that the block is in; None if it is in none.
-    """
+    """The one of ``heads``, full names, that the block ``name`` is in; None if it is in none."""
     return next((head for head in heads if name.startswith(f"{head}.")), None)
 
 
 @contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
     """
-    Within the ``with``, keep the positional arguments of each call of each module.
-
-    Args:
-        modules: by names of any kind.
-
-    Yields:
-        Name to the arguments of each call, in order; an empty list if the module is not called.
+    Within the ``with``, keep the positional arguments of each call of each module, in order, under
+    its name; an empty list if the module is not called.
     """
     calls: dict[str, list[tuple]] = {name: [] for name in modules}
 
@@ -113,14 +83,8 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tu
 @contextmanager
 def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """
-    Within the ``with``, keep the output of the last call of each module, for gradients with respect
-    to it.
-
-    Args:
-        modules: by names of any kind; each returns a tensor.
-
-    Yields:
-        Name to the output; it requires a gradient.
+    Within the ``with``, keep the output of the last call of each module, a tensor, under its name,
+    for gradients with respect to it.
     """
     outputs: dict[str, Tensor] = {}
 
@@ -138,18 +102,10 @@ def input_and_boxes(
     name: str, calls: Mapping[str, list[tuple]], heads: Iterable[str], min_score: float
 ) -> tuple[Tensor, Tensor]:
     """
-    Args:
-        name: the full name of a block.
-        calls: those of "backbone", the heads and the block, as :func:`record_calls` keeps them.
-        heads: full names.
-        min_score: objects with a lower score are left out.
-
-    Returns:
-        The block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input, in
-        pixels: in a head, the N objects' boxes.
-
-    Raises:
-        ValueError: the block does not run once, or its input has no place in the image.
+    The block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input, in
+    pixels: in a head, the boxes of the N objects with this score at least. ``calls`` are those of
+    "backbone", the heads and the block, as :func:`record_calls` keeps them. ValueError: the block
+    does not run once, or its input has no place in the image.
     """
     x = _only_input(name, calls[name])
     head = head_of(name, heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -12,15 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Record = dict[str, Any]
+Finding = tuple[bool, str, int, str]  # is_error, kind, index (-1: of the whole), text
 Check = Callable[[Collection[Any]], bool]
 
-REQUIRED_KEYS = {
+REQUIRED_KEYS = {  # categories first: tools leave out all annotations where there is no category
+    "categories": ("id", "name"),
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
 }
 MAX_PIXELS = 1_000_000  # of a coordinate; pycocotools crashes on some that are much larger
+MAX_AREA = 1e10  # of an annotation; COCO's evaluation leaves out what is larger
 _NUMBERS = {int, float}
+_LARGEST = 1e300  # so that sums stay finite
 
 
 class Kind(NamedTuple):
@@ -33,8 +37,8 @@ class Kind(NamedTuple):
 @contextmanager
 def no_garbage() -> Iterator[None]:
     """
-    Without garbage collection, or with ``@`` a decorator: of millions of new objects none is
-    garbage, and to look for it takes a third of the time.
+    Keep Python from looking for garbage, in a ``with`` or a decorated function: of millions of new
+    objects none is garbage, and the search takes a third of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -47,12 +51,14 @@ def no_garbage() -> Iterator[None]:
 
 def read_coco(json_file: Path) -> Record:
     """
+    Read a file; whether its entries are sound says :func:`check_coco`.
+
     Args:
         json_file: the file to read; a byte order mark is skipped.
 
     Returns:
-        The file's content, with lists of images, annotations and categories that are not empty.
-        Their entries are not looked at: see :func:`format_problems`.
+        The file's content, with lists of images and categories that are not empty, and a list of
+        annotations, which is empty where a test set has none.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -64,25 +70,32 @@ def read_coco(json_file: Path) -> Record:
         coco = json.loads(json_file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{json_file} is not JSON: {error}") from error
+    if isinstance(coco, dict) and coco.keys() >= {"images", "categories"}:
+        coco.setdefault("annotations", [])
     for section in REQUIRED_KEYS:
         entries = coco.get(section) if isinstance(coco, dict) else None
         if not isinstance(entries, list):
-            raise ValueError(f"{json_file} is not in COCO's format: it has no list {section!r}")
-        if not entries:
+            keys = ", ".join(map(repr, list(coco)[:5])) if isinstance(coco, dict) else ""
+            found = f"an object with the keys {keys}" if keys else f"{_shown(coco)}"
+            raise ValueError(
+                f"{json_file} is not in COCO's format: it has no list {section!r}, but is {found}"
+            )
+        if not entries and section != "annotations":
             raise ValueError(f"{json_file} has no {section}: its list {section!r} is empty")
     return coco
 
 
 def format_problems(section: str, entries: list[Any]) -> Iterator[tuple[int, str, str]]:
     """
+    Find each value that has a meaning in COCO's format and is of a wrong kind; whether values agree
+    with each other is for the caller to check.
+
     Args:
         section: "images", "annotations" or "categories".
         entries: the entries of it, of any type.
 
     Yields:
-        For each value that has a meaning in COCO's format and is of a wrong kind: the index of its
-        entry, the name of the kind of problem, and what is wrong. Whether the values agree with
-        each other is for the caller to check.
+        The index of its entry, the name of the kind of problem, and what is wrong.
     """
     required = REQUIRED_KEYS[section]
     places: Sequence[int] = range(len(entries))
@@ -108,12 +121,27 @@ def format_problems(section: str, entries: list[Any]) -> Iterator[tuple[int, str
                 yield i, f"wrong {key}", f"has {key} {_shown(value)}, not {kind.legal}"
 
 
+def repeated(entries: list[Record], key: str, is_error: bool) -> Iterator[Finding]:
+    """Find all entries of which there are several; where the first one may stay, the others."""
+    values = [entry.get(key) for entry in entries]
+    if len(set(values)) == len(values):
+        return
+    counts, seen = Counter(values), set()
+    for i, value in enumerate(values):
+        if value is not None and counts[value] > 1 and (is_error or value in seen):
+            kind = "repeated file" if key == "file_name" else f"repeated {key}"
+            yield is_error, kind, i, f"has {key} {value!r}, as have {counts[value] - 1} others"
+        seen.add(value)
+
+
 def rle_counts(counts: str) -> list[int]:
     """
+    Read the counts of a compressed RLE.
+
     Args:
-        counts: the counts of a compressed RLE, as COCO's ``rleToString`` writes them: numbers in
-            groups of 5 bits, from "0" on, with a sixth bit where the number goes on; from the
-            fourth on each is the difference from the last but one.
+        counts: as COCO's ``rleToString`` writes them: numbers in groups of 5 bits, from "0" on,
+            with a sixth bit where the number goes on; from the fourth on each is the difference
+            from the last but one.
 
     Returns:
         The lengths of the runs, any of which may be negative if the text is broken.
@@ -167,8 +195,19 @@ def _are_sizes(values: Collection[Any]) -> bool:
     return _in_range(values, 1, MAX_PIXELS) and all(value == int(value) for value in values)
 
 
-def _are_areas(values: Collection[Any]) -> bool:
-    return _in_range(values, -(MAX_PIXELS**2), MAX_PIXELS**2)
+def _are_integers(values: Collection[Any]) -> bool:
+    return {int}.issuperset(map(type, values)) and all(
+        -(1 << 63) <= end < 1 << 63 for end in (min(values, default=0), max(values, default=0))
+    )
+
+
+def _are_ids(values: Collection[Any]) -> bool:
+    """Texts may stand among them. NumPy turns larger integers into floats or objects."""
+    return _are_integers([value for value in values if type(value) is not str])
+
+
+def _are_finite(values: Collection[Any]) -> bool:
+    return _in_range(values, -_LARGEST, _LARGEST)
 
 
 def _are_coordinates(lists: Collection[Any]) -> bool:
@@ -220,24 +259,19 @@ def _is_rle(value: Record) -> bool:
     return min(counts, default=0) >= 0 and sum(counts) == size[0] * size[1]
 
 
-def _is_list_of(type_: type, length: int | None = None) -> Callable[[Any], bool]:
-    are_legal = _of_type(type_)
-    return lambda value: type(value) is list and length in (None, len(value)) and are_legal(value)
+def _is_list_of_texts(value: Any) -> bool:
+    return type(value) is list and _of_type(str)(value)
 
 
-def _are_skeletons(values: Collection[Any]) -> bool:
-    return _are_lists(values) and all(map(_is_list_of(int, 2), chain.from_iterable(values)))
-
-
-_ID = Kind("an integer or a text", _of_type(int, str))
+_ID = Kind("an integer (of 64 bits) or a text", _are_ids)
 _SIZE = Kind(f"an integer from 1 to {MAX_PIXELS}", _are_sizes)
-_INTEGER = Kind("an integer", _of_type(int))
+_INTEGER = Kind("an integer (of 64 bits)", _are_integers)
 _TEXT = Kind("a text", _of_type(str))
-_NUMBER = Kind("a number", _are_areas)
+_NUMBER = Kind("a number", _are_finite)
 _KINDS: dict[str, dict[str, Kind]] = {
     "images": {"id": _ID, "file_name": _TEXT, "height": _SIZE, "width": _SIZE},
     "annotations": {
-        "id": _ID,
+        "id": Kind("a number or a text", _of_type(int, float, str)),  # they are numbered anew
         "image_id": _ID,
         "category_id": _INTEGER,
         "bbox": Kind("[x, y, width, height], four finite numbers", _are_boxes),
@@ -255,7 +289,6 @@ _KINDS: dict[str, dict[str, Kind]] = {
     "categories": {
         "id": _INTEGER,
         "name": _TEXT,
-        "keypoints": Kind("a list of names", _each(_is_list_of(str))),
-        "skeleton": Kind("a list of pairs of integers", _are_skeletons),
+        "keypoints": Kind("a list of names", _each(_is_list_of_texts)),
     },
 }

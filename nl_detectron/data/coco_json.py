@@ -9,9 +9,11 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from nl_detectron.data.coco_checks import MISSING_PICTURE, Problem, check_coco, in_one_line
+from nl_detectron.data.coco_checks import Problem, check_coco, in_one_line
 from nl_detectron.data.coco_format import Record, no_garbage, read_coco
-from nl_detectron.data.coco_records import contiguous_ids, fill_in, keypoint_metadata, to_records
+from nl_detectron.data.coco_images import MISSING_PICTURE
+from nl_detectron.data.coco_records import contiguous_ids, fill_in, to_records
+from nl_detectron.data.keypoints import keypoint_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +25,10 @@ class _Facts(NamedTuple):
     """What the annotations of a dataset hold."""
 
     num_annotations: int
+    num_crowds: int
     num_masks: int
     has_rle: bool  # a mask that the "polygon" format cannot hold, on other than a crowd
-    has_keypoint: bool  # with a visibility above 0
+    has_keypoint: bool  # with a visibility above 0, on other than a crowd
 
 
 @no_garbage()
@@ -45,14 +48,16 @@ def register_coco_json(
     Detectron2 can live with, is a warning.
 
     Keypoints are taken from the categories' `keypoints` and `skeleton`: all categories that have
-    keypoints share one list of names, and names that differ only in "left" and "right" swap
-    places when an image is flipped. Registering a name again replaces what it stood for.
+    keypoints share one list of names, and names that differ only in their side, such as
+    `left_eye` and `right_eye` or `eyeL` and `eyeR`, swap places when an image is flipped. The log
+    names the pairs. Registering a name again replaces what it stood for.
 
     Args:
         name: the name for ``cfg.DATASETS``.
         json_file: annotations in COCO's format; category ids may be any distinct integers.
         image_root: the folder that the `file_name` of each image is relative to.
-        pictures: what is looked at of each picture, as :func:`check_coco` takes it.
+        pictures: what is looked at of each: "present", whether the files are there; "header", also
+            their recorded size, their bits and whether they end too early; "decoded", all of them.
         keep_records: keep what was read for the first that asks Detectron2's ``DatasetCatalog``
             for it, so that the file is read once. It takes memory until then.
 
@@ -80,10 +85,14 @@ def register_coco_json(
     DatasetCatalog.register(name, load)
     MetadataCatalog.pop(name, None)
     categories = sorted(coco["categories"], key=lambda category: category["id"])
+    keypoints = keypoint_metadata(coco["categories"])
+    if keypoints:
+        pairs = ", ".join(" - ".join(pair) for pair in keypoints["keypoint_flip_map"])
+        logger.info(f"{json_file}: keypoints that swap places in a flip: {pairs or 'none'}")
     MetadataCatalog.get(name).set(
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id=contiguous_ids(coco),
-        **keypoint_metadata(coco["categories"]),
+        **keypoints,
         json_file=str(json_file),
         image_root=str(image_root),
         evaluator_type="coco",
@@ -104,7 +113,9 @@ def _report(problems: list[Problem], json_file: str | Path) -> None:
     raise ValueError(message)
 
 
-def configure_for_dataset(cfg: CfgNode, train_name: str, val_name: str) -> None:
+def configure_for_dataset(
+    cfg: CfgNode, train_name: str, val_name: str, *, eval_only: bool = False
+) -> None:
     """Fit a config, in place, to a pair of registered datasets, and log what was set.
 
     Sets DATASETS.TRAIN and TEST, MODEL.ROI_HEADS.NUM_CLASSES and MODEL.RETINANET.NUM_CLASSES;
@@ -116,18 +127,22 @@ def configure_for_dataset(cfg: CfgNode, train_name: str, val_name: str) -> None:
     Args:
         cfg: the config to change.
         train_name: the registered dataset to train on.
-        val_name: the registered dataset to evaluate on; may be the same.
+        val_name: the registered dataset to evaluate on; may be the same. It may have no
+            annotations, as test sets have none.
+        eval_only: nothing is trained.
 
     Raises:
         ValueError: the two datasets differ in their classes or keypoints, or lack the masks or
-            keypoints that the config's model is to learn.
+            keypoints that the config's model is to learn, or there is nothing to train on.
     """
     train, val = MetadataCatalog.get(train_name), MetadataCatalog.get(val_name)
     facts = {
-        name: metadata.get("annotation_facts") or _facts(DatasetCatalog.get(name))
-        for name, metadata in ((train_name, train), (val_name, val))
+        name: MetadataCatalog.get(name).get("annotation_facts") or _facts(DatasetCatalog.get(name))
+        for name in ([] if eval_only else [train_name]) + [val_name]
     }
-    for key in ("thing_classes", "keypoint_names"):
+    if not eval_only:
+        _check_trainable(train_name, facts[train_name])
+    for key in ("thing_classes", *(["keypoint_names"] if cfg.MODEL.KEYPOINT_ON else [])):
         if train.get(key) != val.get(key):
             raise ValueError(
                 f"{train_name!r} and {val_name!r} differ in their {key} (in the order of their "
@@ -150,16 +165,29 @@ def configure_for_dataset(cfg: CfgNode, train_name: str, val_name: str) -> None:
 
 def _facts(records: list[Record]) -> _Facts:
     """What there is to learn; of the one or two million entries, one loop."""
-    num_annotations = num_masks = 0
+    num_annotations = num_crowds = num_masks = 0
     has_rle = has_keypoint = False
     for record in records:
         for annotation in record["annotations"]:
             num_annotations += 1
             segmentation = annotation.get("segmentation")
             num_masks += "segmentation" in annotation
-            has_rle = has_rle or (type(segmentation) is dict and not annotation.get("iscrowd", 0))
+            if annotation.get("iscrowd", 0):
+                num_crowds += 1
+                continue
+            has_rle = has_rle or type(segmentation) is dict
             has_keypoint = has_keypoint or any(v > 0 for v in annotation.get("keypoints", ())[2::3])
-    return _Facts(num_annotations, num_masks, has_rle, has_keypoint)
+    return _Facts(num_annotations, num_crowds, num_masks, has_rle, has_keypoint)
+
+
+def _check_trainable(name: str, facts: _Facts) -> None:
+    if not facts.num_annotations:
+        raise ValueError(f"{name!r} has no annotations: there is nothing to train on")
+    if facts.num_crowds == facts.num_annotations:
+        raise ValueError(
+            f"all {facts.num_annotations} annotations of {name!r} have iscrowd 1, which training "
+            "leaves out: there is nothing to train on"
+        )
 
 
 def _configure_masks(cfg: CfgNode, facts: dict[str, _Facts]) -> None:
@@ -167,8 +195,9 @@ def _configure_masks(cfg: CfgNode, facts: dict[str, _Facts]) -> None:
         if of.num_masks < of.num_annotations:
             raise ValueError(
                 f"{of.num_annotations - of.num_masks} of {of.num_annotations} annotations of "
-                f"{name!r} have no segmentation, and MODEL.MASK_ON needs one on each; set "
-                "MODEL.MASK_ON False to train boxes only"
+                f"{name!r} have no segmentation, and MODEL.MASK_ON needs one on each; leave those "
+                "out with tools/check_data.py --drop-bad, or set MODEL.MASK_ON False to train "
+                "boxes only"
             )
         if of.has_rle:
             cfg.INPUT.MASK_FORMAT = "bitmask"
@@ -180,10 +209,15 @@ def _configure_keypoints(
     if not keypoint_names:
         raise ValueError(
             f"MODEL.KEYPOINT_ON is set, but no category of {train_name!r} has a list 'keypoints' "
-            "with the names of its keypoints"
+            "with the names of its keypoints, or categories have different ones"
+        )
+    if len(set(keypoint_names)) < len(keypoint_names):
+        raise ValueError(
+            f"MODEL.KEYPOINT_ON is set, but keypoints of {train_name!r} have the same name: "
+            f"{', '.join(keypoint_names)}"
         )
     for name, of in facts.items():
-        if not of.has_keypoint:
+        if of.num_annotations and not of.has_keypoint:
             raise ValueError(
                 f"MODEL.KEYPOINT_ON is set, but no annotation of {name!r} has a keypoint with a "
                 "visibility above 0"

@@ -12,55 +12,22 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.structures import BoxMode
 from pycocotools.coco import COCO
 
-from nl_detectron.data.coco_format import Record, no_garbage, read_coco
+from nl_detectron.data.coco_format import MAX_AREA, Record, no_garbage, read_coco
+from nl_detectron.data.keypoints import keypoint_metadata
 
-SKELETON_COLOR = (255, 255, 255)
-
-
-def keypoint_metadata(categories: list[Record]) -> dict[str, Any]:
-    """
-    Args:
-        categories: COCO's.
-
-    Returns:
-        ``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules`` of Detectron2's
-        metadata; nothing if no category has keypoints.
-
-    Raises:
-        ValueError: categories have different keypoints, or a skeleton has unknown ones.
-    """
-    with_keypoints = [c for c in categories if c.get("keypoints")]
-    if not with_keypoints:
-        return {}
-    names = with_keypoints[0]["keypoints"]
-    for category in with_keypoints:
-        if category["keypoints"] != names:
-            raise ValueError(
-                f"the categories {with_keypoints[0]['name']!r} and {category['name']!r} have "
-                "different lists of keypoints; Detectron2's keypoint head has one for all"
-            )
-    skeleton = with_keypoints[0].get("skeleton") or []
-    for limb in skeleton:
-        if not all(1 <= i <= len(names) for i in limb):
-            raise ValueError(f"the skeleton's {limb} is not a pair out of 1...{len(names)}")
-    mirrored = {name: name.replace("left", "right").replace("Left", "Right") for name in names}
-    return {
-        "keypoint_names": names,
-        "keypoint_flip_map": [(a, b) for a, b in mirrored.items() if a != b and b in names],
-        "keypoint_connection_rules": [
-            (names[a - 1], names[b - 1], SKELETON_COLOR) for a, b in skeleton
-        ],
-    }
+_MAX_ID = 1 << 53  # COCO's evaluation keeps annotation ids as floats
 
 
 def fill_in(coco: Record, *, areas: bool) -> list[str]:
     """
-    Complete a dataset in place with what hand-made files often lack: `iscrowd`, `num_keypoints`,
-    keypoints of annotations without any, distinct annotation ids from 1 and `info`.
+    Complete a dataset in place with what hand-made files often lack or write otherwise: whole sizes
+    of images and RLEs, `iscrowd`, `num_keypoints`, keypoints of annotations without any, distinct
+    annotation ids from 1 and `info`.
 
     Args:
         coco: a dataset without errors.
-        areas: also fill in `area`, which is read in evaluation only, and takes long.
+        areas: also fill in `area` where it is 0 or nothing that COCO's evaluation counts; it is
+            read in evaluation only, and takes long.
 
     Returns:
         The names of what was missing, `area` included, in order.
@@ -68,18 +35,22 @@ def fill_in(coco: Record, *, areas: bool) -> list[str]:
     missing = {"info"} - coco.keys()
     coco.setdefault("info", {})
     annotations = coco["annotations"]
-    ids = [annotation.get("id") for annotation in annotations]
-    if not all(ids) or len(set(ids)) < len(ids):  # COCO's evaluation takes id 0 for "no match"
+    if not _are_good_ids([annotation.get("id") for annotation in annotations]):
         missing.add("distinct ids from 1")
         for i, annotation in enumerate(annotations, start=1):
             annotation["id"] = i
+    for image in coco["images"]:  # some tools write 128.0
+        image["height"], image["width"] = int(image["height"]), int(image["width"])
     images = {image["id"]: image for image in coco["images"]}
     num_keypoints = len(keypoint_metadata(coco["categories"]).get("keypoint_names", ()))
     for annotation in annotations:
         if annotation.get("iscrowd") is None:
             missing.add("iscrowd")
             annotation["iscrowd"] = 0
-        if not annotation.get("area"):
+        segmentation = annotation.get("segmentation")
+        if type(segmentation) is dict:
+            segmentation["size"] = [int(side) for side in segmentation["size"]]
+        if not 0 < (annotation.get("area") or 0) <= MAX_AREA:
             missing.add("area")
             if areas:
                 annotation["area"] = _area(annotation, images[annotation["image_id"]])
@@ -87,10 +58,19 @@ def fill_in(coco: Record, *, areas: bool) -> list[str]:
             if not annotation.get("keypoints"):
                 missing.add("keypoints")
                 annotation["keypoints"] = [0] * (3 * num_keypoints)
-            if annotation.get("num_keypoints") is None:
-                missing.add("num_keypoints")
-                annotation["num_keypoints"] = sum(v > 0 for v in annotation["keypoints"][2::3])
+            if not annotation.get("num_keypoints"):  # with 0, evaluation leaves it out
+                num_visible = sum(v > 0 for v in annotation["keypoints"][2::3])
+                if num_visible or "num_keypoints" not in annotation:
+                    missing.add("num_keypoints")
+                annotation["num_keypoints"] = num_visible
     return sorted(missing)
+
+
+def _are_good_ids(ids: list[Any]) -> bool:
+    """COCO's evaluation takes id 0 for "no match"."""
+    return {int}.issuperset(map(type, ids)) and (
+        not ids or (min(ids) > 0 and max(ids) <= _MAX_ID and len(set(ids)) == len(ids))
+    )
 
 
 def _area(annotation: Record, image: Record) -> float:
@@ -106,13 +86,12 @@ def _area(annotation: Record, image: Record) -> float:
 
 def to_records(coco: Record, image_root: str | Path) -> list[Record]:
     """
+    Make what Detectron2's ``load_coco_json`` returns for the file, which is not read again: a
+    record for each image, in the order of their ids, with categories counted from 0.
+
     Args:
         coco: a dataset without errors, filled in. Its annotations lend their lists.
         image_root: the folder that the ``file_name`` of each image is relative to.
-
-    Returns:
-        What Detectron2's ``load_coco_json`` returns for the file, which is not read again: a record
-        for each image, in the order of their ids, with categories counted from 0.
     """
     categories = contiguous_ids(coco)
     records: dict[Any, Record] = {}
@@ -143,27 +122,23 @@ def to_records(coco: Record, image_root: str | Path) -> list[Record]:
 
 
 def contiguous_ids(coco: Record) -> dict[int, int]:
-    """
-    Args:
-        coco: a dataset.
-
-    Returns:
-        Detectron2's number, from 0, of each category id.
-    """
+    """Number the category ids from 0, in their order, as Detectron2 does."""
     return {
         id_: i for i, id_ in enumerate(sorted(category["id"] for category in coco["categories"]))
     }
 
 
 class CompletingCOCOEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, also for files that lack something: see :func:`fill_in`."""
+    """
+    Evaluates as Detectron2's evaluator does, also on files that lack something: see
+    :func:`register_coco_json`. Of a set without annotations the predictions are written, and a line
+    in the log says that there is no AP.
+
+    Args:
+        *args, **options: as ``COCOEvaluator`` takes them.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """
-        Args:
-            *args: as ``COCOEvaluator`` takes them.
-            **options: as ``COCOEvaluator`` takes them.
-        """
         # Detectron2 has no other way to say what reads the file.
         with patch.object(coco_evaluation, "COCO", CompletedCOCO):
             super().__init__(*args, **options)
@@ -174,11 +149,9 @@ class CompletedCOCO(COCO):
 
     @no_garbage()
     def __init__(self, annotation_file: str) -> None:
-        """
-        Args:
-            annotation_file: a dataset in COCO's format, without errors.
-        """
         super().__init__()
         self.dataset = read_coco(Path(annotation_file))
         fill_in(self.dataset, areas=True)
+        if not self.dataset["annotations"]:  # by which Detectron2 tells that there is no AP
+            del self.dataset["annotations"]
         self.createIndex()

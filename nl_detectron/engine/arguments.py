@@ -83,13 +83,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def check_machines(parser: Parser, args: argparse.Namespace) -> None:
-    """
-    End the process with exit status 2 if there cannot be such machines and GPUs.
-
-    Args:
-        parser: says it.
-        args: with what :func:`add_training_options` adds.
-    """
+    """End the process with exit status 2 if there cannot be such machines and GPUs."""
     num_gpus = torch.cuda.device_count()
     if not 1 <= args.num_gpus <= max(num_gpus, 1):
         legal = f"from 1 to {num_gpus}, as this machine has" if num_gpus else "1 without a GPU"
@@ -108,9 +102,6 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     Add the options that Detectron2's ``default_argument_parser`` has, all but its overrides, which
     take everything that comes after the first of them; and ours for errors and for loading weights,
     which :class:`NonLocalCheckpointer` explains.
-
-    Args:
-        parser: the parser to add them to.
     """
     parser.add_argument("--config-file", default="", metavar="FILE", help="config of the training")
     parser.add_argument(

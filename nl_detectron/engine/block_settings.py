@@ -7,39 +7,41 @@ from collections.abc import Mapping, Sequence
 
 Shapes = Mapping[str, Sequence[int]]
 
-_TENSOR = re.compile(r"(?:(?P<parent>.+)\.)?nonlocal(?P<index>\d+)\.(?P<tensor>.+)")
+_TENSOR = re.compile(r"(?:(?P<parent>.+)\.)?nonlocal(?P<index>\d*)\.(?:refine\.)?(?P<tensor>.+)")
 _KEYPOINT_HEAD = "keypoint_head"
+_BACKBONE = "backbone."
 
 
 def block_of(tensor: str) -> str | None:
-    """
-    Args:
-        tensor: its name in a state dict.
-
-    Returns:
-        The name of the inserted block that it belongs to; None if it belongs to none.
-    """
+    """The name of the inserted block that a tensor of a state dict belongs to; None for none."""
     match = _TENSOR.fullmatch(tensor)
     return tensor[: match.start("tensor") - 1] if match else None
 
 
 def block_settings(shapes: Shapes, stages: Sequence[str]) -> dict[str, str]:
     """
+    The config keys that the tensors of blocks determine, with values as a command line takes them.
+
     Args:
         shapes: names to shapes, of a model's or a checkpoint's tensors.
         stages: the stages of the backbone, in order.
-
-    Returns:
-        Config keys to their values as a command line takes them; only those that the tensors
-        determine.
     """
     matches = [match for match in map(_TENSOR.fullmatch, shapes) if match]
     places: dict[str, set[int]] = {}
-    for match in matches:
-        parent = (match["parent"] or "").rpartition(".")[2]
-        places.setdefault(parent, set()).add(int(match["index"]))
-    head = places.pop(_KEYPOINT_HEAD, set())
+    modules: dict[str, None] = {}
     settings = {}
+    for match in matches:
+        parent = match["parent"] or ""
+        if match["index"]:
+            places.setdefault(parent.rpartition(".")[2], set()).add(int(match["index"]))
+        elif f"{parent}." == _BACKBONE:
+            settings["MODEL.BACKBONE.NAME"] = "build_balanced_fpn_backbone"
+        elif parent.startswith(_BACKBONE):
+            modules[parent.removeprefix(_BACKBONE)] = None
+    head = places.pop(_KEYPOINT_HEAD, set())
+    if modules:
+        settings["MODEL.BACKBONE.NAME"] = "build_nonlocal_backbone"
+        settings["MODEL.NONLOCAL.AFTER_MODULES"] = f'"{list(modules)}"'
     if places:
         settings["MODEL.BACKBONE.NAME"] = "build_nonlocal_backbone"
     if places and set(places) <= set(stages):
@@ -69,6 +71,8 @@ def _options(shapes: Shapes, block: str | None) -> dict[str, str]:
         inner_channels, channels = own["g.weight"][:2]
         reduction = {"MODEL.NONLOCAL.REDUCTION": str(channels // inner_channels)}
         return {"MODEL.NONLOCAL.PAIRWISE": _pairwise(own), **norm, **reduction}
+    if "gamma" in own:
+        return {"MODEL.NONLOCAL.BLOCK": "TimmAttention"}
     kind = "LocalBlock" if "conv3.weight" in own else f"(one that has {', '.join(own)})"
     return {"MODEL.NONLOCAL.BLOCK": kind, **norm}
 

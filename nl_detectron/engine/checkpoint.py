@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,23 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from nl_detectron.engine.found_checkpoint import find_checkpoint
 from nl_detectron.engine.load_report import LoadReport
+from nl_detectron.engine.wrappers import plain_modules, without_wrapper
 from nl_detectron.files import whole_file
-from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint
+from nl_detectron.weights.checkpoint_io import (
+    CheckpointError,
+    as_tensor,
+    load_checkpoint,
+    split_checkpoint,
+    why_unsound,
+    with_plain_names,
+)
 
 logger = logging.getLogger(__name__)
 
-_NUMBERED = re.compile(r"model_\d+\.pth")
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
+_OTHERS = "Those of other implementations have to be converted: tools/convert_weights.py"
 
 
 class NonLocalCheckpointer(DetectionCheckpointer):
@@ -33,6 +44,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
     Attributes:
         keep_last: how many checkpoints to keep beside ``model_final.pth``; 0 keeps all.
         resumed: did :meth:`resume_or_load` go on from a checkpoint, trainer and all?
+        resumed_from: the file that it went on from; else empty.
         note: what :meth:`resume_or_load` found amiss, in one line; else empty.
         saved_iteration: the iteration after which was saved last; None if nothing was.
     """
@@ -57,9 +69,11 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             **kwargs: those of ``DetectionCheckpointer``.
         """
         super().__init__(model, save_dir, **kwargs)
+        self.model = without_wrapper(model)
         self.path_manager: Any = _WholeFiles(self.path_manager)
         self.keep_last = keep_last
         self.resumed = False
+        self.resumed_from = ""
         self.note = ""
         self.saved_iteration: int | None = None
         self.strict = strict
@@ -84,7 +98,17 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         if self.strict and not path:
             raise CheckpointError("Strict loading, but MODEL.WEIGHTS is empty: all starts fresh")
         self._source = path
-        return super().load(path, *args, **kwargs)
+        try:
+            with plain_modules(self.model):
+                return super().load(path, *args, **kwargs)
+        except CheckpointError:
+            raise
+        # What is of another type than Detectron2 expects fails there with any of these.
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{path} cannot be loaded: {type(error).__name__}: {reason}"
+            ) from error
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
@@ -97,13 +121,16 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         Raises:
             OSError: the disk is full, for one; all that was saved before is still there.
         """
-        super().save(name, **kwargs)
+        with plain_modules(self.model):
+            super().save(name, **kwargs)
         self.saved_iteration = kwargs.get("iteration")
-        if self.keep_last and self.save_dir and self.save_to_disk:
-            numbered = [p for p in Path(self.save_dir).iterdir() if _NUMBERED.fullmatch(p.name)]
-            numbered.sort(key=lambda path: path.stat().st_mtime_ns)
-            for path in numbered[: -self.keep_last]:
-                path.unlink()
+        if self.keep_last and self.saved_iteration is not None and self.save_to_disk:
+            matches = map(_NUMBERED.fullmatch, os.listdir(self.save_dir))
+            numbers = sorted((int(match[1]), match[0]) for match in matches if match)
+            # Those of later iterations are of another run, which was here before.
+            ours = [file for number, file in numbers if number <= self.saved_iteration]
+            for file in ours[: -self.keep_last]:
+                Path(self.save_dir, file).unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """
@@ -135,39 +162,19 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         if resume:  # the main process decides for all
             mine = self._find_checkpoint() if comm.is_main_process() else None
             found, self.resumed, self.note = comm.all_gather(mine)[0]
+        self.resumed_from = found if self.resumed else ""
         if self.note and (self.resumed or not self.checkpointables):
             logger.warning(self.note)
         return self.load(found or path, checkpointables=None if self.resumed else [])
 
     def _find_checkpoint(self) -> tuple[str, bool, str]:
-        """The file to go on from ("" if none), whether it has the trainer's state, the note."""
-        tag = Path(self.save_dir, "last_checkpoint")
-        try:
-            if not (name := tag.read_text(encoding="utf-8").strip()):
-                raise ValueError(f"{tag} is empty")
-            return self._describe(tag.with_name(name))
-        except (OSError, ValueError) as error:  # a CheckpointError is one, too
-            problem = f"{tag} is missing" if not tag.exists() else str(error)
-        sound = []
-        for path in Path(self.save_dir).glob("*.pth"):
-            with contextlib.suppress(OSError, CheckpointError):
-                content = load_checkpoint(path)
-                if self._has_state(content):
-                    sound.append((content["trainer"]["iteration"], str(path)))
-        if not sound:
-            where = f"There is no checkpoint in {self.save_dir} to go on from"
-            return "", False, f"{where} ({problem}): training starts afresh"
-        newest = max(sound)[1]
-        return newest, True, f"{problem}: going on from {newest}, the newest sound checkpoint"
-
-    def _describe(self, path: Path) -> tuple[str, bool, str]:
-        if self._has_state(load_checkpoint(path)) or not self.checkpointables:
-            return str(path), bool(self.checkpointables), ""
-        note = f"{path} has weights alone, no state of a trainer: training starts at 0 with them"
-        return str(path), False, note
-
-    def _has_state(self, content: dict[str, Any]) -> bool:
-        return "iteration" in content.get("trainer", {})
+        """The file to go on from ("" if none), whether its trainer is to go on, too, the note."""
+        found = find_checkpoint(self.save_dir)
+        note = found.note
+        if found.path and not found.trainer and self.checkpointables:
+            note = f"{found.path} has weights alone, no state of a trainer: training starts at 0"
+            note += " with them"
+        return found.path, bool(found.trainer and self.checkpointables), note
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         content = load_checkpoint(filename)
@@ -180,8 +187,15 @@ class NonLocalCheckpointer(DetectionCheckpointer):
                 raise CheckpointError(f"{self._source} has no 'model_state', as pycls's files have")
             weights = _without(content["model_state"], "num_batches_tracked")
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-        if "model" not in content:
-            content = {"model": content}
+        weights, others = split_checkpoint(content)
+        if weights is content:  # beside the tensors may be anything else
+            own, kinds = self.model.state_dict(), (Tensor, np.ndarray, np.generic)
+            weights = {
+                name: value
+                for name, value in content.items()
+                if isinstance(value, kinds) or "." in name or name in own
+            }
+        content = {**others, "model": with_plain_names(weights)}
         url = getattr(self, "_parsed_url_during_load", None)  # Detectron2 0.6 has no queries
         if url is not None and url.query == "matching_heuristics=True":
             content["matching_heuristics"] = True
@@ -192,15 +206,15 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         if not isinstance(state_dict, dict):
             raise CheckpointError(f"{self._source} has no state dict: {type(state_dict).__name__}")
         for name, value in state_dict.items():
-            if not isinstance(name, str) or not isinstance(value, (np.ndarray, Tensor)):
+            try:
+                state_dict[name] = as_tensor(f"{name!r} in it", value)
+            except ValueError as error:
                 raise CheckpointError(
-                    f"{self._source} is not a checkpoint of Detectron2: {name!r} in it is a "
-                    f"{type(value).__name__}, not a tensor. Those of other implementations have to "
-                    "be converted: tools/convert_weights.py"
-                )
+                    f"{self._source} is not a checkpoint of Detectron2: {error}. {_OTHERS}"
+                ) from error
         super()._convert_ndarray_to_tensor(state_dict)
         own = self.model.state_dict()
-        problems = {name: _problem(name, t, own.get(name)) for name, t in state_dict.items()}
+        problems = {name: why_unsound(name, t, own.get(name)) for name, t in state_dict.items()}
         if bad := [f"{name} {problem}" for name, problem in problems.items() if problem]:
             others = f" (and {len(bad) - 1} more tensors like it)" if len(bad) > 1 else ""
             raise CheckpointError(f"{self._source} has no sound weights: {bad[0]}{others}")
@@ -219,7 +233,8 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         if not report.loaded:
             first = f", such as {next(iter(report.shapes))}" if report.shapes else ""
             raise CheckpointError(
-                f"None of the {len(report.shapes)} tensors in {self._source}{first}, fits the model"
+                f"None of the {len(report.shapes)} tensors in {self._source}{first}, fits the "
+                f"model. {_OTHERS}"
             )
         problems = report.strict_problems() if self.strict else []
         if problems:
@@ -254,19 +269,6 @@ class _WholeFiles:
 def _open_whole(path: str, mode: str, **options: Any) -> Iterator[Any]:
     with whole_file(path) as draft, draft.open(mode, **options) as file:
         yield file
-
-
-def _problem(name: str, tensor: Tensor, own: Tensor | None) -> str:
-    """Why a tensor can be no weights of the model; empty if it can."""
-    if tensor.is_complex():
-        return "is complex"
-    if not tensor.is_floating_point():
-        return "has integers" if own is not None and own.is_floating_point() else ""
-    if not tensor.isfinite().all():
-        return "has values that are not finite"
-    if name.endswith("running_var") and (tensor < 0).any():
-        return "has negative variances"
-    return ""
 
 
 def _without(weights: Any, suffix: str) -> Any:

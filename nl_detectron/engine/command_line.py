@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
+from nl_detectron.project import use_project
+
 USER_ERRORS = (OSError, ValueError, KeyError)
 """What checks of files, values and config keys raise."""
 
@@ -27,6 +29,15 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument(
+            "--project",
+            action="append",
+            default=[],
+            type=_project,
+            metavar="MODULE",
+            help="a module or file of another project, imported first, and its config keys taken; "
+            "any number",
         )
 
     def add_model_arguments(self, weights: str = "its weights (default: MODEL.WEIGHTS)") -> None:
@@ -48,6 +59,12 @@ class Parser(argparse.ArgumentParser):
         """
         text = "config keys and their values, such as SOLVER.BASE_LR 0.01, among the options"
         self.add_argument_group("KEY VALUE", f"{text}\n{note}")
+
+    def add_overwrite(self) -> None:
+        """Add ``--overwrite``, for :func:`nl_detectron.files.check_target`."""
+        self.add_argument(
+            "--overwrite", action="store_true", help="replace what is there; else it is an error"
+        )
 
     def parse_with_overrides(self, words: Sequence[str] | None = None) -> argparse.Namespace:
         """
@@ -81,6 +98,14 @@ class Parser(argparse.ArgumentParser):
             message: one line.
         """
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _project(text: str) -> str:
+    try:
+        use_project(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def score(text: str) -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
@@ -23,26 +23,47 @@ NEARLY_ZERO_GAMMA = 0.01
 """Below this mean of |gamma|, a block adds less than a hundredth of a normalised activation."""
 
 
+FULL_RATE_ITERATIONS = 500
+"""In fewer at the full learning rate gamma gets to about a hundredth at most: docs/STUDY.md."""
+
+
 class BlockWeightsHook(HookBase):
     """
     Puts ||W_z|| and the mean of |gamma| of each non-local block into the event storage, from where
     Detectron2's writers take them to TensorBoard and metrics.json, as
     ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``.
-    Warns once of blocks that are still nearly the identity after a tenth of the schedule.
+    Warns once, after a tenth of the schedule and long enough after the warm-up, of blocks that are
+    still nearly the identity.
     """
 
-    def __init__(self, model: nn.Module, period: int = 20) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        period: int = 20,
+        *,
+        warmup_iters: int = 1000,
+        gamma_lr_factor: float = 1.0,
+        lr_factor: float = 1.0,
+    ) -> None:
         """
         Args:
             model: what is trained, not wrapped for distributed training.
             period: put them every so many iterations, and at the last; 20 is the writers' period.
+            warmup_iters: of the schedule.
+            gamma_lr_factor, lr_factor: as they are now, so that nobody is advised to raise what is
+                raised.
         """
         self._blocks = nonlocal_blocks(model)
         self._period = period
+        self._first_warning = warmup_iters + FULL_RATE_ITERATIONS
+        self._advice = {
+            "gamma": "GAMMA_LR_FACTOR (such as 100.0)" if gamma_lr_factor < 100 else "",
+            "W_z": "LR_FACTOR" if lr_factor <= 1 else "",
+        }
 
     def after_step(self) -> None:
         iteration = self.trainer.iter + 1
-        if iteration == self.trainer.max_iter // 10:
+        if iteration == max(self.trainer.max_iter // 10, self._first_warning):
             self._warn_of_identities()
         if iteration % self._period and iteration != self.trainer.max_iter:
             return
@@ -61,30 +82,16 @@ class BlockWeightsHook(HookBase):
         for name, block in self._blocks.items():
             gamma = mean_abs_gamma(block)
             if out_weight_norm(block) == 0:
-                cause, key = "W_z is 0", "LR_FACTOR"
+                cause, key = "W_z is 0", self._advice["W_z"]
             elif gamma is not None and gamma < NEARLY_ZERO_GAMMA:
-                cause, key = (
-                    f"the mean of |gamma| is {gamma:.2g}",
-                    "GAMMA_LR_FACTOR (such as 100.0)",
-                )
+                cause, key = f"the mean of |gamma| is {gamma:.2g}", self._advice["gamma"]
             else:
                 continue
-            advice = f"a higher MODEL.NONLOCAL.{key} lets it learn sooner; see docs/STUDY.md"
+            advice = f"a higher MODEL.NONLOCAL.{key} lets it learn sooner; " if key else ""
+            advice += "see docs/STUDY.md"
             if not any(parameter.requires_grad for parameter in block.parameters()):
                 advice = "it is frozen, as its stage is (MODEL.BACKBONE.FREEZE_AT)"
             logger.warning(f"{name} is still nearly the identity {when}, as {cause}: {advice}")
-
-
-class NoEvaluationAfterFailureHook(HookBase):
-    """
-    Keeps Detectron2's ``EvalHook``, if that comes later, from evaluating after an error in the last
-    iteration, which it takes for the end: one process would wait there for all others, and they
-    for it.
-    """
-
-    def after_train(self) -> None:
-        if self.trainer.iter < self.trainer.max_iter:
-            self.trainer.max_iter = math.inf
 
 
 class BestCheckpointHook(BestCheckpointer):
@@ -110,18 +117,23 @@ class BestCheckpointHook(BestCheckpointer):
         return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Args:
-            state: what :meth:`state_dict` returned in the run to go on with.
-        """
+        """Take what :meth:`state_dict` returned in the run to go on with."""
         self._saved = state
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
 
-    def _best_checking(self) -> None:
+    def after_step(self) -> None:
         if comm.is_main_process():  # others have no results
-            super()._best_checking()
-            if self.best_metric is not None:
-                self._saved = {"best_metric": self.best_metric, "best_iter": self.best_iter}
+            super().after_step()
+            self._remember()
+
+    def after_train(self) -> None:
+        if comm.is_main_process():
+            super().after_train()
+            self._remember()
+
+    def _remember(self) -> None:
+        if self.best_metric is not None:
+            self._saved = {"best_metric": self.best_metric, "best_iter": self.best_iter}
 
 
 class SamplingByImageHook(HookBase):
@@ -129,12 +141,18 @@ class SamplingByImageHook(HookBase):
     Which anchors and region proposals of an image are sampled is drawn from a seed of its own, by
     the run's seed, the iteration and the image's place in the batch of all ranks: the same for any
     number of ranks. It belongs behind what sets the run's seed.
+
+    Detectron2 draws from the global generator, for one image after the other, right after it has
+    matched what it samples from: so the matchers of a model are wrapped, to seed behind them.
     """
+
+    # The words in the seeds, which are older than the wrapped matchers: the draws stay the same.
+    _DRAWN_BEHIND = {"anchor_matcher": "_subsample_labels", "proposal_matcher": "_sample_proposals"}
 
     def __init__(self, model: nn.Module, seed: Callable[[], int], images_per_rank: int) -> None:
         """
         Args:
-            model: one of Detectron2's; its methods that sample for an image are wrapped.
+            model: one of Detectron2's.
             seed: gives the run's seed once training has begun.
             images_per_rank: how many images each rank has in an iteration.
         """
@@ -142,20 +160,27 @@ class SamplingByImageHook(HookBase):
         self._first_place = comm.get_rank() * images_per_rank
         self._places: dict[str, int] = {}
         for name, module in model.named_modules():
-            for method in ("_subsample_labels", "_sample_proposals"):
-                if hasattr(module, method):
-                    setattr(module, method, self._seeded(f"{name}.{method}", module, method))
+            for matcher, drawn in self._DRAWN_BEHIND.items():
+                if (match := getattr(module, matcher, None)) is not None:
+                    setattr(module, matcher, self._seeding(f"{name}.{drawn}", match))
 
     def before_step(self) -> None:
         self._places = {}
 
-    def _seeded(self, key: str, module: nn.Module, method: str) -> Callable[..., Any]:
-        sample = getattr(module, method)
-
-        def sample_of_image(*args: Any, **kwargs: Any) -> Any:
+    def _seeding(self, key: str, match: Callable[..., Any]) -> Callable[..., Any]:
+        def match_and_seed(*args: Any) -> Any:
+            matched = match(*args)
             place = self._places.get(key, 0)
             self._places[key] = place + 1
             seed_generators(self._seed(), key, self.trainer.iter, self._first_place + place)
-            return sample(*args, **kwargs)
+            return matched
 
-        return sample_of_image
+        return match_and_seed
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, such as batch norm's statistics, which it saves."""
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, 0)

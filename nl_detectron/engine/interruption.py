@@ -82,6 +82,8 @@ class Interruption(HookBase):
                 raise
             interrupted = Interrupted(self._received)
             done = "before the first" if self._finished is None else f"after {self._finished}"
+            if self._finished not in (None, self._checkpointer.saved_iteration):
+                done += f", which could not be saved ({' '.join(str(error).split())})"
             logger.warning(
                 f"Stopped by {interrupted.signal.name}, iteration: {done}. The same command with "
                 f"--resume goes on ({self._checkpointer.get_checkpoint_file() or 'from the start'})"
@@ -110,7 +112,9 @@ class Interruption(HookBase):
             raise Interrupted(number)
 
     def after_train(self) -> None:
-        if self._received:  # or the EvalHook could take this for the end of training
+        # Or an EvalHook would take a signal, or an error, in the last iteration for the end of
+        # training, and one process would wait there for all others, and they for it.
+        if self._received or self.trainer.iter < self.trainer.max_iter:
             self.trainer.max_iter = math.inf
 
     def _agreed(self) -> int:

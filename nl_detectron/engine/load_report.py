@@ -46,15 +46,14 @@ class LoadReport:
     @classmethod
     def of(cls, model: nn.Module, source: str, shapes: Shapes, incompatible: Any) -> LoadReport:
         """
+        Report on what fvcore has loaded.
+
         Args:
             model: the model, after loading.
             source: the checkpoint's file or URL.
             shapes: shapes of the checkpoint's tensors, under the names they were loaded by.
             incompatible: fvcore's record with the lists ``missing_keys``, ``unexpected_keys`` and
                 ``incorrect_shapes`` (key, shape in the checkpoint, shape in the model).
-
-        Returns:
-            The report.
         """
         unused = set(incompatible.unexpected_keys)
         missing = set(incompatible.missing_keys)
@@ -68,7 +67,8 @@ class LoadReport:
                     unused.discard(short)
         # A checkpoint may lack batch norm's counters without their being reported as missing.
         tensors = {key for key in own_shapes if not key.endswith("num_batches_tracked")}
-        loaded = tensors - missing - mismatched.keys()
+        # Detectron2 makes up the statistics of a frozen norm that has none.
+        loaded = tensors & set(shapes) - missing - mismatched.keys()
         fresh = missing - mismatched.keys()
 
         blocks = nonlocal_blocks(model)
@@ -115,12 +115,8 @@ class LoadReport:
 
     def table(self, model: nn.Module) -> str:
         """
-        Args:
-            model: the model, after loading.
-
-        Returns:
-            Every tensor, except batch norm's counters, and what became of it, as a table. What was
-            loaded is put together by modules; what starts fresh is described by its values.
+        Every tensor of the model, except batch norm's counters, and what became of it, as a table.
+        What was loaded is put together by modules; what starts fresh is described by its values.
         """
         state_dict = model.state_dict()
         others = {*self.fresh, *self.mismatched}
@@ -159,13 +155,8 @@ class LoadReport:
 
     def block_problem(self, model: nn.Module) -> str | None:
         """
-        Args:
-            model: the model, after loading.
-
-        Returns:
-            What to set, if the checkpoint has non-local blocks that the model lacks or has in
-            another form; else None. Blocks that only the model has are no problem: they start
-            fresh.
+        What to set, if the checkpoint has non-local blocks that the model lacks or has in another
+        form; else None. Blocks that only the model has are no problem: they start fresh.
         """
         lacking = {block_of(name) for name in (*self.unused, *self.mismatched)}
         partly = {block_of(name) for name in self.fresh} & {block_of(n) for n in self.loaded}

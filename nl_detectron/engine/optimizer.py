@@ -9,7 +9,8 @@ from typing import Any
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
-from nl_detectron.modeling import nonlocal_blocks, norm_after_out
+from nl_detectron.modeling import gamma_parameters, nonlocal_blocks
+from nl_detectron.validation import ArgumentError
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +69,9 @@ def scale_block_lr(
     """
     for name, factor in [("gamma_lr_factor", gamma_lr_factor), ("lr_factor", lr_factor)]:
         if not factor > 0:
-            raise ValueError(f"{name} is {factor!r}, but must be a number above 0")
+            raise ArgumentError(name, f"is {factor!r}, but must be a number above 0")
     blocks = nonlocal_blocks(model).values()
-    norms = [norm for norm in map(norm_after_out, blocks) if norm is not None]
-    gammas = {parameter for norm in norms for parameter in norm.parameters()}
+    gammas = {parameter for block in blocks for parameter in gamma_parameters(block)}
     others = {parameter for block in blocks for parameter in block.parameters()} - gammas
     if (gamma_lr_factor, lr_factor) != (1, 1):
         logger.info(

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultPredictor
 
 from nl_detectron.config import build_config
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.drawing import draw_predictions
-from nl_detectron.engine.setup import check_weights_exist, use_cpu_without_cuda
+from nl_detectron.engine.setup import check_weights_exist, num_classes_of, use_cpu_without_cuda
 
 
 class Predictor(DefaultPredictor):
@@ -81,7 +83,26 @@ def trained_config(
     if not weights:
         raise ValueError(f"no weights are given, nor has {config_file} any in MODEL.WEIGHTS")
     check_weights_exist("--weights (or MODEL.WEIGHTS)", weights)
+    register_built_in(cfg.DATASETS.TEST)
     return cfg
+
+
+def image_mapper(cfg: CfgNode) -> DatasetMapper:
+    """
+    What makes a model's input of the record of an image, as evaluation does. Unlike
+    ``DatasetMapper(cfg)``, it asks for no dataset of the config.
+
+    Args:
+        cfg: the config.
+
+    Returns:
+        The mapper.
+    """
+    return DatasetMapper(
+        is_train=False,
+        augmentations=build_augmentation(cfg, is_train=False),
+        image_format=cfg.INPUT.FORMAT,
+    )
 
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:
@@ -91,13 +112,12 @@ def dataset_metadata(cfg: CfgNode) -> Metadata:
 
     Returns:
         What is registered of its first test dataset, if that has as many classes, and keypoints if
-        any, as its model; else nothing.
+        any, as its model, as far as that is known; else nothing.
     """
-    model = cfg.MODEL
-    head = model.RETINANET if model.META_ARCHITECTURE == "RetinaNet" else model.ROI_HEADS
+    model, known = cfg.MODEL, num_classes_of(cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
     num_keypoints = len(metadata.get("keypoint_names", []))
-    fits = len(metadata.get("thing_classes", [])) == head.NUM_CLASSES and (
+    fits = (known is None or len(metadata.get("thing_classes", [])) == known[1]) and (
         not model.KEYPOINT_ON or num_keypoints in (0, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     )
     return metadata if fits else Metadata()

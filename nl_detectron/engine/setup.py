@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import re
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2 import modeling
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from fvcore.common.registry import Registry
 
-from nl_detectron.data import configure_for_dataset, register_coco_json
+from nl_detectron.config import walk
+from nl_detectron.data import configure_for_dataset, register_built_in, register_coco_json
 from nl_detectron.files import missing
 from nl_detectron.validation import check_choice, did_you_mean
 
@@ -27,7 +28,27 @@ logger = logging.getLogger(__name__)
 
 
 _AUGMENTED = ("GeneralizedRCNN",)  # by Detectron2's test-time augmentation
+_HEADS_OF = {  # MODEL.META_ARCHITECTURE to the node with its number of classes
+    "GeneralizedRCNN": "ROI_HEADS",
+    "PanopticFPN": "ROI_HEADS",
+    "RetinaNet": "RETINANET",
+}
+_REGISTRIES = {
+    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
+    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
+    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
+    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
+    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
+    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
+    "MODEL.ROI_BOX_HEAD.NAME": modeling.ROI_BOX_HEAD_REGISTRY,
+    "MODEL.ROI_MASK_HEAD.NAME": modeling.ROI_MASK_HEAD_REGISTRY,
+    "MODEL.ROI_KEYPOINT_HEAD.NAME": modeling.ROI_KEYPOINT_HEAD_REGISTRY,
+    "MODEL.SEM_SEG_HEAD.NAME": modeling.SEM_SEG_HEADS_REGISTRY,
+}
+_SYNC_BN = ("SyncBN", "nnSyncBN")
 _NOT_FOR_THE_SCREEN = ("default_setup", "build_model")
+# What PyTorch warns of where Detectron2 turns annotations into tensors, which it only reads.
+_OF_DETECTRON2 = ("The given NumPy array is not writ", "Creating a tensor from a list of numpy.nd")
 
 
 def set_up_logging(output_dir: str) -> None:
@@ -46,24 +67,42 @@ def set_up_logging(output_dir: str) -> None:
     for handler in setup_logger(output_dir, distributed_rank=rank).handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.addFilter(lambda record: record.funcName not in _NOT_FOR_THE_SCREEN)
+    for of_torch in _OF_DETECTRON2:
+        warnings.filterwarnings("ignore", of_torch, UserWarning)
 
 
 def check_weights_exist(key: str, weights: str) -> None:
     """
+    Refuse weights that are not there; those at a URL are downloaded, if they are not kept already.
+
     Args:
         key: the config's key for weights, for the message.
-        weights: its value: a file; or a URL, which is not looked up; or empty, for none.
+        weights: its value: a file or a URL; or empty, for none.
 
     Raises:
-        FileNotFoundError: it is a file that does not exist, or a folder.
+        FileNotFoundError: it is a file that does not exist, or a folder, or cannot be downloaded.
     """
-    if weights and "://" not in weights and missing(weights):
+    if "://" in weights:
+        logger.info(f"{key}: {weights} is downloaded, if it was not before")
+        # Its progress bar and its log would say a failure beside the error.
+        logging.getLogger("iopath.common.download").setLevel(logging.CRITICAL)
+        try:
+            with redirect_stderr(io.StringIO()):
+                PathManager.get_local_path(weights)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"{key} is {weights}, which cannot be downloaded ({error}): set {key} to a file "
+                "that you have fetched in another way"
+            ) from error
+    elif weights and missing(weights):
         kind = "folder, not a file" if Path(weights).is_dir() else "file that does not exist"
         raise FileNotFoundError(f"{key} is {weights}, a {kind}")
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
     """
+    Check that the datasets of a config are there and fit its model; register built-in ones.
+
     Args:
         cfg: the config.
         eval_only: only ``DATASETS.TEST`` is used.
@@ -73,15 +112,18 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
         ValueError: one of ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is not registered, or has another
             number of classes than the model.
     """
-    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
+    keys = ("TEST",) if eval_only else ("TRAIN", "TEST")
+    register_built_in(name for key in keys for name in cfg.DATASETS[key])
+    for key in keys:
         for name in cfg.DATASETS[key]:
             check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
             metadata = MetadataCatalog.get(name)
             if problem := missing_download(name):
                 raise FileNotFoundError(f"DATASETS.{key} has {name}, but there is {problem}")
-            classes, (head, num_classes) = metadata.get("thing_classes"), num_classes_of(cfg)
-            if classes is not None and num_classes not in (None, len(classes)):
-                raise ValueError(f"{head} is {num_classes}, but {name} has {len(classes)} classes")
+            classes, known = metadata.get("thing_classes"), num_classes_of(cfg)
+            if classes is not None and known and known[1] != len(classes):
+                key, number = known
+                raise ValueError(f"{key} is {number}, but {name} has {len(classes)} classes")
 
 
 def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
@@ -142,18 +184,10 @@ def missing_download(name: str) -> str | None:
     return None
 
 
-def num_classes_of(cfg: CfgNode) -> tuple[str, int | None]:
-    """
-    Args:
-        cfg: the config.
-
-    Returns:
-        The key of the number of classes that the model detects, and its value; None for a model
-        that is not known here.
-    """
-    heads = {"GeneralizedRCNN": "ROI_HEADS", "RetinaNet": "RETINANET"}
-    head = heads.get(cfg.MODEL.META_ARCHITECTURE)
-    return f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES if head else None
+def num_classes_of(cfg: CfgNode) -> tuple[str, int] | None:
+    """The key of the number of classes that a model detects, and its value; None if not known."""
+    head = _HEADS_OF.get(cfg.MODEL.META_ARCHITECTURE)
+    return (f"MODEL.{head}.NUM_CLASSES", cfg.MODEL[head].NUM_CLASSES) if head else None
 
 
 @contextmanager
@@ -172,20 +206,24 @@ def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
     except AssertionError as error:
         raise ValueError(f"The model cannot be built: {error}") from error
     except KeyError as error:
-        value = error.args[0] if error.args else None
-        registered = re.fullmatch(r"No object named '(.*)' found in '(.*)' registry!", str(value))
-        value = registered[1] if registered else value
-        values = dict(_values(cfg))
-        keys = ", ".join(k for k, v in values.items() if value in (v if _is_list(v) else [v]))
+        values = dict(walk(cfg))
+        for key, registry in _REGISTRIES.items():
+            if repr(values[key]) in str(error) and values[key] not in registry:
+                check_choice(key, values[key], sorted(name for name, _ in registry))
+        missing_feature = error.args[0] if error.args else None
+        features = {
+            key: value
+            for key, value in values.items()
+            if key.endswith("_FEATURES") and isinstance(value, (list, tuple))
+        }
+        keys = [key for key, names in features.items() if missing_feature in names]
         if not keys:
             raise
-        if registered:
-            registries = (r for r in vars(modeling).values() if isinstance(r, Registry))
-            legal = [name for r in registries if r._name == registered[2] for name, _ in r]
-            check_choice(keys, value, sorted(legal))
-        features = [k for k in values if k.endswith("_FEATURES") and k not in keys]
-        near = did_you_mean(value, [str(v) for k in features for v in values[k]])
-        raise ValueError(f"{keys} has {value!r}, which the model does not have{near}") from error
+        others = [name for key, names in features.items() if key not in keys for name in names]
+        raise ValueError(
+            f"{', '.join(keys)} has {missing_feature!r}, which the model does not have"
+            f"{did_you_mean(missing_feature, others)}"
+        ) from error
 
 
 def use_own_data(
@@ -195,11 +233,12 @@ def use_own_data(
     val_json: str,
     val_images: str,
     *,
-    keep_records: bool = True,
+    eval_only: bool = False,
 ) -> None:
     """
     Register a user's data as "train" and "val", and fit a config to them, in place: see
-    :func:`register_coco_json` and :func:`configure_for_dataset`.
+    :func:`register_coco_json` and :func:`configure_for_dataset`. The headers of all pictures are
+    read, so that none ends the run, or is read as something else, after hours of training.
 
     Args:
         cfg: the config.
@@ -207,31 +246,34 @@ def use_own_data(
         train_images: the folder of the images in it.
         val_json: annotations to evaluate on.
         val_images: the folder of the images in it.
-        keep_records: what is trained on follows, and is kept for it.
+        eval_only: nothing is trained.
 
     Raises:
         FileNotFoundError: one of the files, folders or images does not exist.
         ValueError: a file is not in COCO's format, or they do not fit each other or the model.
     """
-    register_coco_json("train", train_json, train_images, keep_records=keep_records)
-    # A picture that cannot be read must not end the run after hours of training.
+    looks = "present" if eval_only else "header"
+    register_coco_json(
+        "train", train_json, train_images, pictures=looks, keep_records=not eval_only
+    )
     register_coco_json("val", val_json, val_images, pictures="header")
     try:
-        configure_for_dataset(cfg, "train", "val")
+        configure_for_dataset(cfg, "train", "val", eval_only=eval_only)
     except ValueError as error:
         raise ValueError(f"{train_json}, {val_json}: {error}") from error
 
 
-def use_cpu_without_cuda(cfg: CfgNode) -> None:
-    """
-    Where there is no CUDA device, set ``MODEL.DEVICE`` to "cpu", in place.
+def device_here(key: str, device: str) -> str:
+    """The device that a config names under a key; where there is no CUDA, "cpu" in its place."""
+    if not device.startswith("cuda") or torch.cuda.is_available():
+        return device
+    logger.info(f"There is no CUDA device: {key} is set to cpu.")
+    return "cpu"
 
-    Args:
-        cfg: the config.
-    """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.info("There is no CUDA device: MODEL.DEVICE is set to cpu.")
-        cfg.MODEL.DEVICE = "cpu"
+
+def use_cpu_without_cuda(cfg: CfgNode) -> None:
+    """Where there is no CUDA device, set ``MODEL.DEVICE`` to "cpu", in place."""
+    cfg.MODEL.DEVICE = device_here("MODEL.DEVICE", cfg.MODEL.DEVICE)
 
 
 def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
@@ -245,28 +287,8 @@ def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
     """
     if comm.get_world_size() == 1 or not cfg.MODEL.DEVICE.startswith("cpu"):
         return
-    if _replace_norms(cfg):
+    norms = [key for key, value in walk(cfg) if key.endswith("NORM") and value in _SYNC_BN]
+    for key in norms:
+        cfg.merge_from_list([key, "naiveSyncBN_N"])
+    if norms:
         logger.info("SyncBN needs CUDA: on CPUs it is naiveSyncBN_N.")
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _values(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _values(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _replace_norms(node: CfgNode) -> bool:
-    replaced = False
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            replaced |= _replace_norms(value)
-        elif key == "NORM" and value in ("SyncBN", "nnSyncBN"):
-            node[key] = "naiveSyncBN_N"
-            replaced = True
-    return replaced

@@ -9,10 +9,12 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
-from detectron2.engine.hooks import EvalHook
-from detectron2.engine.train_loop import HookBase
+from detectron2.engine.hooks import EvalHook, PreciseBN
+from detectron2.engine.train_loop import HookBase, TrainerBase
+from detectron2.evaluation import verify_results
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.optim import Optimizer
 
@@ -20,14 +22,11 @@ from nl_detectron.config import keys_for_arguments, nonlocal_node
 from nl_detectron.data import CompletingCOCOEvaluator, TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
-from nl_detectron.engine.hooks import (
-    BestCheckpointHook,
-    BlockWeightsHook,
-    NoEvaluationAfterFailureHook,
-    SamplingByImageHook,
-)
+from nl_detectron.engine.hook_list import hooks_of_run
+from nl_detectron.engine.hooks import BestCheckpointHook, BlockWeightsHook
 from nl_detectron.engine.interruption import Interruption
 from nl_detectron.engine.optimizer import scale_block_lr
+from nl_detectron.engine.run_config import values_to_keep
 from nl_detectron.engine.setup import config_keys_in_errors
 
 logger = logging.getLogger(__name__)
@@ -42,31 +41,61 @@ class Trainer(DefaultTrainer):
 
     checkpointer: NonLocalCheckpointer
 
-    def build_hooks(self) -> list[HookBase | None]:
-        # The parent has just made its own checkpointer; the hooks take this one.
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: the config.
+        """
+        self._kept_values = values_to_keep(cfg)  # before they are scaled to the processes
+        self._results: dict[str, Any] | None = None
+        super().__init__(cfg)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Those of :func:`hooks_of_run`, as the config has them."""
+        cfg = self.cfg
+        # In the place of that which the parent's __init__ cannot do without.
         self.checkpointer = NonLocalCheckpointer(
             self.checkpointer.model,
-            self.cfg.OUTPUT_DIR,
-            keep_last=self.cfg.SOLVER.get("CHECKPOINT_KEEP_LAST", 0),
+            cfg.OUTPUT_DIR,
+            keep_last=cfg.SOLVER.get("CHECKPOINT_KEEP_LAST", 0),
             trainer=weakref.proxy(self),
         )
         self._interruption = Interruption(self.checkpointer)
-        hooks = super().build_hooks()
-        # After the periodic checkpoint; before the evaluation, which may take longer than there is.
-        place = next(i for i, hook in enumerate(hooks) if isinstance(hook, EvalHook))
-        exact_resume = ExactResume(self.checkpointer, self.cfg.SEED)
-        sampling = SamplingByImageHook(
-            self.checkpointer.model,
-            seed=lambda: exact_resume.seed,
-            images_per_rank=self.cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size(),
+        exact_resume = ExactResume(self.checkpointer, cfg.SEED, config=self._kept_values)
+        return hooks_of_run(
+            self._interruption,
+            exact_resume,
+            self._build_block_weights(),
+            evaluate=self._evaluate,
+            writers=self.build_writers() if comm.is_main_process() else [],
+            batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            checkpointing={"period": cfg.SOLVER.CHECKPOINT_PERIOD},
+            eval_period=cfg.TEST.EVAL_PERIOD,
+            precise_bn=self._build_precise_bn(exact_resume),
+            after_evaluation=self._build_after_evaluation(),
         )
-        hooks[place + 1 : place + 1] = self._hooks_after_evaluation()
-        hooks[place:place] = [self._interruption, exact_resume, sampling]
-        # First, so that they come before the writers, and the time that is written includes them.
-        return [BlockWeightsHook(self.checkpointer.model), NoEvaluationAfterFailureHook(), *hooks]
 
-    def _hooks_after_evaluation(self) -> list[HookBase]:
-        """Before the writers, which then write what these put into the storage, too."""
+    def _build_block_weights(self) -> BlockWeightsHook:
+        node = nonlocal_node(self.cfg)
+        return BlockWeightsHook(
+            self.checkpointer.model,
+            warmup_iters=self.cfg.SOLVER.WARMUP_ITERS,
+            gamma_lr_factor=node.GAMMA_LR_FACTOR,
+            lr_factor=node.LR_FACTOR,
+        )
+
+    def _build_precise_bn(self, exact_resume: ExactResume) -> PreciseBN | None:
+        """With the period of the evaluation, and a loader of its own, without processes."""
+        cfg = self.cfg.clone()
+        if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0
+        period, num_iter = cfg.TEST.EVAL_PERIOD, cfg.TEST.PRECISE_BN.NUM_ITER
+        loader = exact_resume.batches_of_precise_bn(self.build_train_loader(cfg), period, num_iter)
+        return PreciseBN(period, self.model, loader, num_iter)
+
+    def _build_after_evaluation(self) -> list[HookBase]:
         cfg, hooks = self.cfg, []
         if metric := cfg.TEST.get("BEST_CHECKPOINT_METRIC", ""):
             model = self.checkpointer.model
@@ -75,8 +104,14 @@ class Trainer(DefaultTrainer):
             hooks.append(EvalHook(0, lambda: self.test_with_TTA(cfg, self.model)))
         return hooks
 
+    def _evaluate(self) -> dict[str, Any]:
+        self._results = self.test(self.cfg, self.model)
+        return self._results
+
     def resume_or_load(self, resume: bool = True) -> None:
         """
+        Load what training starts with.
+
         Args:
             resume: go on from the last sound checkpoint in ``cfg.OUTPUT_DIR``. Without one, or
                 without ``resume``, ``cfg.MODEL.WEIGHTS`` is loaded and training starts at 0.
@@ -85,10 +120,19 @@ class Trainer(DefaultTrainer):
         # A checkpoint holds the iteration that was just finished.
         self.start_iter = self.iter + 1 if self.checkpointer.resumed else 0
 
-    def train(self) -> Any:
-        """Train, as ``DefaultTrainer.train`` does, until the end or a signal."""
+    def train(self) -> dict[str, Any] | None:
+        """
+        Train, as ``DefaultTrainer.train`` does, until the end or a signal.
+
+        Returns:
+            The results of the last evaluation, if ``cfg.TEST.EXPECTED_RESULTS`` are met.
+        """
         with self._interruption.watch():
-            return super().train()
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        if not (self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()):
+            return None
+        verify_results(self.cfg, self._results)
+        return self._results
 
     def state_dict(self) -> dict[str, Any]:
         # Detectron2 0.6 forgets the optimizer's momentum; its main branch saves it as this does.
@@ -96,6 +140,8 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
+        Take the state of a trainer.
+
         Args:
             state_dict: what :meth:`state_dict`, or Detectron2's, returned. Without the optimizer's
                 state the optimizer starts afresh, with a warning.
@@ -109,11 +155,13 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """
+        Build the model that a config describes.
+
         Args:
             cfg: the config.
 
         Returns:
-            Its model, on its device.
+            The model, on its device.
 
         Raises:
             ValueError: a value in the config is not legal; the message names the key.
@@ -124,6 +172,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """
+        Build the optimizer that a config describes.
+
         Args:
             cfg: the config.
             model: what is trained.
@@ -145,6 +195,8 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """
+        Build the loader of the training batches.
+
         Args:
             cfg: the config.
 
@@ -158,6 +210,8 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> CompletingCOCOEvaluator:
         """
+        Build what computes COCO's box, mask and keypoint AP, for what the model predicts.
+
         Args:
             cfg: the config.
             dataset_name: a registered dataset in COCO's format.
@@ -165,7 +219,7 @@ class Trainer(DefaultTrainer):
                 ``cfg.OUTPUT_DIR``.
 
         Returns:
-            What computes COCO's box, mask and keypoint AP, for what the model predicts.
+            The evaluator.
         """
         return CompletingCOCOEvaluator(
             dataset_name,

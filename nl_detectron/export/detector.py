@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from detectron2.evaluation import inference_context
-from detectron2.export import TracingAdapter, scripting_with_instances
+from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes
 from torch import Tensor, nn
@@ -33,20 +33,9 @@ from torch.nn import functional
 from nl_detectron.export.verification import ExportError, verify
 from nl_detectron.validation import check_choice
 
-FORMATS = ("traced", "scripted", "onnx")
-"""TorchScript by tracing, TorchScript by scripting, ONNX."""
+FORMATS = ("traced", "onnx")
+"""TorchScript by tracing, ONNX."""
 
-# All that Detectron2's Instances may hold at inference; TorchScript wants it declared.
-_FIELDS = {
-    "proposal_boxes": Boxes,
-    "objectness_logits": Tensor,
-    "pred_boxes": Boxes,
-    "scores": Tensor,
-    "pred_classes": Tensor,
-    "pred_masks": Tensor,
-    "pred_keypoints": Tensor,
-    "pred_keypoint_heatmaps": Tensor,
-}
 _SECOND_SIZE = 0.75  # the file is verified on the image and on one this much smaller, too
 
 
@@ -72,7 +61,9 @@ def export_detector(
         ExportError: PyTorch can't export the model, or what it wrote does not find the same.
     """
     check_choice("format", format, FORMATS)
-    _check_model(model, format)
+    _check_model(model)
+    if format == "onnx":
+        _check_onnx(model)
     with inference_context(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of constants in the trace: it is verified at other sizes
         if not len(_detect(model, image)["scores"]):
@@ -86,7 +77,7 @@ def export_detector(
             os.replace(unverified, file)
 
 
-def _check_model(model: GeneralizedRCNN, format: str) -> None:
+def _check_model(model: GeneralizedRCNN) -> None:
     if type(model) is not GeneralizedRCNN:
         raise ValueError(
             f"the model is a {type(model).__name__}, but only Detectron2's GeneralizedRCNN is "
@@ -94,12 +85,13 @@ def _check_model(model: GeneralizedRCNN, format: str) -> None:
         )
     if model.device.type != "cpu":
         raise ValueError(f"the model is on {model.device}, but is exported on the CPU")
-    if format != "onnx":
-        return
+
+
+def _check_onnx(model: GeneralizedRCNN) -> None:
     if getattr(model.roi_heads, "keypoint_on", False):
         raise ValueError(
             "the model predicts keypoints, for which Detectron2 has no form in ONNX: "
-            f"choose another format ({', '.join(FORMATS[:-1])}), for a file such as model.ts"
+            "choose another format (traced), for a file such as model.ts"
         )
     for package in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -109,7 +101,7 @@ def _check_model(model: GeneralizedRCNN, format: str) -> None:
 
 
 def _write(model: GeneralizedRCNN, image: Tensor, file: Path, format: str) -> None:
-    export = {"traced": _export_traced, "scripted": _export_scripted, "onnx": _export_onnx}[format]
+    export = {"traced": _export_traced, "onnx": _export_onnx}[format]
     try:
         export(model, image, file)
     except Exception as error:  # PyTorch's exporters raise any
@@ -121,17 +113,6 @@ def _detect(model: GeneralizedRCNN, image: Tensor) -> dict[str, Tensor]:
     instances = model.inference([{"image": image}], do_postprocess=False)[0]
     fields = instances.get_fields().items()
     return {name: x.tensor if isinstance(x, Boxes) else x for name, x in fields}
-
-
-class _Scriptable(nn.Module):
-    """The detector with the inputs and outputs of ``_detect``; Instances know how, in a script."""
-
-    def __init__(self, model: GeneralizedRCNN) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        return self.model.inference([{"image": image}], do_postprocess=False)[0].get_fields()
 
 
 class _Traceable(nn.Module):
@@ -151,10 +132,6 @@ def _export_traced(model: GeneralizedRCNN, image: Tensor, file: Path) -> None:
     traceable = _Traceable(model, image).eval()
     traced = torch.jit.trace(traceable, image, strict=False, check_trace=False)
     torch.jit.save(traced, file)
-
-
-def _export_scripted(model: GeneralizedRCNN, image: Tensor, file: Path) -> None:
-    torch.jit.save(scripting_with_instances(_Scriptable(model).eval(), _FIELDS), file)
 
 
 def _export_onnx(model: GeneralizedRCNN, image: Tensor, file: Path) -> None:

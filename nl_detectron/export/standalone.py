@@ -1,5 +1,5 @@
 """
-Runs an exported detector where neither Detectron2 nor nl_detectron can be imported. It is a script
+Run an exported detector where neither Detectron2 nor nl_detectron can be imported. It is a script
 of its own, and an example:
 
     python standalone.py FORMAT MODEL IMAGES.npz OUTPUTS.npz
@@ -19,13 +19,7 @@ Detector = Callable[[np.ndarray], "dict[str, np.ndarray]"]
 
 
 def load_torchscript(file: str) -> Detector:
-    """
-    Args:
-        file: a detector exported as TorchScript, traced or scripted.
-
-    Returns:
-        The detector: an image (C, H, W), float32, to the outputs by name.
-    """
+    """The detector of a traced file: from an image (C, H, W), float32, to the outputs by name."""
     import torch
     import torchvision  # noqa: F401 (for its operators nms and roi_align)
 
@@ -39,13 +33,7 @@ def load_torchscript(file: str) -> Detector:
 
 
 def load_onnx(file: str) -> Detector:
-    """
-    Args:
-        file: a detector exported as ONNX.
-
-    Returns:
-        The detector, as from :func:`load_torchscript`.
-    """
+    """The detector of an ONNX file, as from :func:`load_torchscript`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

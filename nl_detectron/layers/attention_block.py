@@ -17,7 +17,7 @@ CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 class AttentionBlock(CNNBlockBase):
     """
     A Detectron2 block whose output has the shape of its input, and that tells what it attends to
-    and what that adds to its input.
+    and what that adds to its input. Subclasses define both, and ``forward``.
 
     Attributes:
         dims: 1 for sequences (B, C, L), 2 for images (B, C, H, W), 3 for video (B, C, T, H, W).
@@ -29,11 +29,11 @@ class AttentionBlock(CNNBlockBase):
         self, in_channels: int, *, dims: int, pairwise: str, subsample: str = "none"
     ) -> None:
         """
+        Make a block without children.
+
         Args:
             in_channels: C, channels of input and output.
-            dims: see the attributes.
-            pairwise: see the attributes.
-            subsample: see the attributes.
+            dims, pairwise, subsample: see the attributes.
 
         Raises:
             ValueError: dims is none of 1, 2, 3.
@@ -46,6 +46,8 @@ class AttentionBlock(CNNBlockBase):
 
     def attention(self, x: Tensor, positions: Tensor | Sequence) -> Tensor:
         """
+        What some positions attend to.
+
         Args:
             x: (B, C, *grid), what the block is given.
             positions: the query positions, the same for each of the batch: integers (Q,), indices
@@ -59,12 +61,14 @@ class AttentionBlock(CNNBlockBase):
 
     def values(self, x: Tensor) -> Tensor:
         """
+        What each key adds to the output of a query, for each unit of the weight that the query
+        gives it in :meth:`attention`, in inference.
+
         Args:
             x: (B, C, *grid), what the block is given.
 
         Returns:
-            (B, C, *key grid), what each key adds to the output of a query, for each unit of the
-            weight that the query gives it in :meth:`attention`, in inference.
+            (B, C, *key grid).
         """
         raise NotImplementedError
 
@@ -79,27 +83,14 @@ class AttentionBlock(CNNBlockBase):
 
 
 def flat_positions(x: Tensor) -> Tensor:
-    """
-    Args:
-        x: (B, C, *grid).
-
-    Returns:
-        (B, N, C), N the number of positions in the grid.
-    """
+    """(B, C, *grid) to (B, N, C), N the number of positions in the grid."""
     return x.flatten(2).transpose(1, 2)
 
 
 def flat_index(positions: Tensor | Sequence, x: Tensor) -> Tensor:
     """
-    Args:
-        positions: integers (Q,), indices into the flattened grid, or (Q, dims), coordinates.
-        x: (B, C, *grid), what they are positions of.
-
-    Returns:
-        (Q,) indices into the flattened grid, on the device of x.
-
-    Raises:
-        ValueError: positions are no integers, have another shape, or lie outside the grid.
+    (Q,), indices into the flattened grid of x (B, C, *grid), of such indices or of coordinates (Q,
+    dims). ValueError: they are no integers, have another shape, or lie outside the grid.
     """
     positions, grid = torch.as_tensor(positions, device=x.device), x.shape[2:]
     if positions.numel() == 0:  # the dtype of an empty list says nothing

@@ -9,27 +9,29 @@ from torch import Tensor
 
 from nl_detectron.layers.first_order import first_order
 from nl_detectron.layers.numerics import MAX_SUMMED, accumulable, no_autocast
+from nl_detectron.layers.recorded import is_recorded
 
 
-def chunked_average(logits: Tensor, g: Tensor) -> Tensor:
+def softmax_average(logits: Tensor, g: Tensor) -> Tensor:
     """
-    sum_j softmax_j(logits_j) g_j, some of the positions at a time; see :class:`_ChunkedAverage`.
+    The operation with an f that depends on j only, f = exp(logits_j): y is the same for every i.
 
     Args:
-        logits: (B, N), floating point.
-        g: (B, N, c), floating point.
+        logits: (B, N_k), floating point.
+        g: (B, N_k, c), floating point.
 
     Returns:
         (B, c), dtype of g; float32 for half precision.
     """
-    return _ChunkedAverage.apply(logits, g)
+    if not is_recorded():
+        return _SoftmaxAverage.apply(logits, g)
+    g = accumulable(g)
+    weights = accumulable(logits).softmax(1).to(g.dtype)
+    return (weights.unsqueeze(1) @ g).squeeze(1)
 
 
-class _ChunkedAverage(torch.autograd.Function):
-    """
-    sum_j softmax_j(logits_j) g_j in float32 or better, whatever the dtype of g, of which no second
-    copy is kept or made as a whole.
-    """
+class _SoftmaxAverage(torch.autograd.Function):
+    """In float32 or better, whatever the dtype of g, some of the positions at a time."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, g: Tensor) -> Tensor:

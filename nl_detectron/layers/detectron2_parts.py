@@ -13,29 +13,13 @@ except ModuleNotFoundError as _error:
         """Detectron2's, without ``freeze``, for which only its own backbones have a use."""
 
         def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
-            """
-            Args:
-                in_channels: channels of the input.
-                out_channels: channels of the output.
-                stride: of the output's positions in the input's.
-            """
             super().__init__()
             self.in_channels = in_channels
             self.out_channels = out_channels
             self.stride = stride
 
     def get_norm(norm: str, channels: int) -> nn.Module:
-        """
-        Args:
-            norm: a name that Detectron2's ``get_norm`` knows.
-            channels: channels of the input.
-
-        Returns:
-            The module that Detectron2 takes for this name.
-
-        Raises:
-            ImportError: it is a class of Detectron2's own.
-        """
+        """The module that Detectron2 takes for this name; ImportError if it is its own."""
         if norm == "BN":
             return nn.BatchNorm2d(channels)
         if norm in ("SyncBN", "nnSyncBN"):

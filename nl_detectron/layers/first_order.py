@@ -13,15 +13,10 @@ Backward = Callable[..., Any]
 
 def first_order(backward: Backward) -> Backward:
     """
-    Decorate the backward pass of a ``torch.autograd.Function`` that has no derivative of its own.
-    PyTorch's ``once_differentiable`` is not enough: a second ``torch.autograd.grad`` with respect
-    to the inputs silently leaves out what goes through it.
-
-    Args:
-        backward: of a context and gradients.
-
-    Returns:
-        The same, which raises RuntimeError where ``create_graph=True`` asks for its graph.
+    Let the backward pass of a ``torch.autograd.Function`` that has no derivative of its own raise
+    RuntimeError where ``create_graph=True`` asks for one. PyTorch's ``once_differentiable`` is not
+    enough: a second ``torch.autograd.grad`` with respect to the inputs silently leaves out what
+    goes through it.
     """
 
     @wraps(backward)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from nl_detectron.layers.attention_block import CONV, AttentionBlock, flat_index, flat_positions
+from nl_detectron.layers.children import in_full_precision
 from nl_detectron.layers.numerics import accumulable, no_autocast, saturated
 from nl_detectron.layers.pairwise import softmax_average
+from nl_detectron.validation import ArgumentError
 
 
 class GlobalContextBlock(AttentionBlock):
@@ -30,6 +30,8 @@ class GlobalContextBlock(AttentionBlock):
         self, in_channels: int, *, reduction: int = 16, dims: int = 2, zero_init: bool = True
     ) -> None:
         """
+        Make a block with random weights that is the identity, if ``zero_init`` is left at True.
+
         Args:
             in_channels: C, channels of input and output.
             reduction: W_1 has C // reduction rows; GCNet's are 16 and 4.
@@ -42,23 +44,26 @@ class GlobalContextBlock(AttentionBlock):
         """
         super().__init__(in_channels, dims=dims, pairwise="global_context")
         if not isinstance(reduction, int) or not 1 <= reduction <= in_channels // 2:
-            raise ValueError(
-                f"reduction is {reduction!r}, but must be an integer from 1 to "
-                f"in_channels // 2 = {in_channels // 2}"
+            raise ArgumentError(
+                "reduction",
+                f"is {reduction!r}, but must be an integer from 1 to "
+                f"in_channels // 2 = {in_channels // 2}",
             )
-        conv: Any = CONV[dims]
+        conv = CONV[dims]
         self.context = conv(in_channels, 1, kernel_size=1)
         self.reduce = conv(in_channels, in_channels // reduction, kernel_size=1)
         self.norm = nn.LayerNorm(in_channels // reduction)
         self.out = conv(in_channels // reduction, in_channels, kernel_size=1)
         for convolution in (self.context, self.reduce, self.out):
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
-            nn.init.zeros_(convolution.bias)
+            nn.init.zeros_(convolution.get_parameter("bias"))
         if zero_init:
             nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """
+        Add to each position the same, made of what all attend to.
+
         Args:
             x: (B, C, *grid), floating point; grid is L, H x W or T x H x W. B may be 0.
 
@@ -69,11 +74,8 @@ class GlobalContextBlock(AttentionBlock):
             ValueError: x has another number of dimensions or channels than the block.
         """
         logits = self._logits(x)
-        if torch.jit.is_scripting():
+        with no_autocast(x):  # it is done in float32: these are vectors
             z = self._transform(softmax_average(logits, flat_positions(x)))
-        else:
-            with no_autocast(x):  # it is done in float32: these are vectors
-                z = self._transform(softmax_average(logits, flat_positions(x)))
         return x + saturated(z, x.dtype).view(z.shape + (1,) * self.dims)
 
     def attention(self, x: Tensor, positions: Tensor | Sequence) -> Tensor:
@@ -111,29 +113,18 @@ class GlobalContextBlock(AttentionBlock):
         """
         weights, positions = accumulable(self._logits(x)).softmax(1), accumulable(flat_positions(x))
         with no_autocast(x):
-            context = (weights.unsqueeze(1) @ positions).squeeze(1)
-
-            def derivative(direction: Tensor) -> Tensor:
-                return torch.func.jvp(self._transform, (context,), (direction,))[1]
-
-            values = torch.func.vmap(derivative, in_dims=1, out_dims=2)(positions)
-        return values.unflatten(2, x.shape[2:])
+            context = (weights.unsqueeze(1) @ positions).expand_as(positions).flatten(0, 1)
+            values = torch.func.jvp(self._transform, (context,), (positions.flatten(0, 1),))[1]
+        return values.view(positions.shape).mT.unflatten(2, x.shape[2:])
 
     def _logits(self, x: Tensor) -> Tensor:
         """w_k x_j, (B, N)."""
-        if not torch.jit.is_scripting():
-            self._check_input(x)
+        self._check_input(x)
         return self.context(x).flatten(1)
 
     def _transform(self, context: Tensor) -> Tensor:
         """W_2 ReLU(LN(W_1 context)), (B, C), float32 or float64."""
-        z = _linear(self.reduce.weight, self.reduce.bias, context)
-        weight, bias = self.norm.weight.to(z.dtype), self.norm.bias.to(z.dtype)
-        z = functional.layer_norm(z, self.norm.normalized_shape, weight, bias, self.norm.eps)
-        return _linear(self.out.weight, self.out.bias, functional.relu(z))
-
-
-def _linear(weight: Tensor, bias: Optional[Tensor], x: Tensor) -> Tensor:  # noqa: UP045
-    """A 1x1 convolution of (B, C) in the dtype of x. TorchScript takes every bias for optional."""
-    y = functional.linear(x, weight.flatten(1).to(x.dtype))
-    return y if bias is None else y + bias.to(x.dtype)
+        ones = (1,) * self.dims
+        z = in_full_precision(self.reduce, context.view(*context.shape, *ones)).flatten(1)
+        z = in_full_precision(self.norm, z).relu()
+        return in_full_precision(self.out, z.view(*z.shape, *ones)).flatten(1)

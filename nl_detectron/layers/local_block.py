@@ -30,6 +30,8 @@ class LocalBlock(CNNBlockBase):
         zero_init_layer: str = "norm",
     ) -> None:
         """
+        Make a block with random weights that is the identity, if ``zero_init`` is left at True.
+
         Args:
             in_channels: C, channels of input and output.
             norm: as for :class:`NonLocalBlock`.
@@ -56,6 +58,8 @@ class LocalBlock(CNNBlockBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """
+        Add to each position what its neighbourhood gives.
+
         Args:
             x: (B, C, H, W), floating point.
 

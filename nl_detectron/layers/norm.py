@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.nn import functional
 
+from nl_detectron.layers.children import in_full_precision
 from nl_detectron.layers.detectron2_parts import get_norm
-from nl_detectron.validation import check_choice
+from nl_detectron.validation import ArgumentError, check_choice
 
 ZERO_INIT_LAYERS = ("norm", "out")
 NORMS = ("BN", "SyncBN", "FrozenBN", "GN", "LN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N", "")
@@ -17,16 +18,8 @@ Norm = str | Callable[[int], nn.Module] | None
 
 def build_norm(norm: Norm, channels: int) -> nn.Module | None:
     """
-    Args:
-        norm: a name that Detectron2's ``get_norm`` knows (the module takes (B, channels, H, W)), a
-            callable from channels to a module, or ``""`` or None for no normalisation.
-        channels: channels of the input.
-
-    Returns:
-        The module; None for no normalisation.
-
-    Raises:
-        ValueError: the name is unknown, or "GN" (32 groups) does not divide the channels.
+    The norm of that name, for (B, channels, H, W), or of a callable from channels to a module; None
+    for ``""`` and None. ValueError: it is unknown, or has groups that do not divide the channels.
     """
     if norm is None or norm == "":
         return None
@@ -34,21 +27,16 @@ def build_norm(norm: Norm, channels: int) -> nn.Module | None:
         return norm(channels)
     check_choice("norm", norm, NORMS)
     if norm == "GN" and channels % 32:
-        raise ValueError(f'norm "GN" has 32 groups, which do not divide {channels} channels')
+        raise ArgumentError("norm", f'"GN" has 32 groups, which do not divide {channels} channels')
     # Detectron2 0.6 has no "LN".
     return ChannelLayerNorm(channels) if norm == "LN" else get_norm(norm, channels)
 
 
 def make_identity(layer: str, norm: nn.Module | None, out: nn.Module) -> None:
     """
-    Make a block that ends in ``norm(out(y))`` the identity, in place.
-
-    Args:
-        layer: one of :data:`ZERO_INIT_LAYERS`, the layer whose weights become zero: "norm" (its
-            scale, gamma), or "out". It is always "out" if the norm has no scale that is trained:
-            with both at zero, or a frozen zero, the block could never learn.
-        norm: what :func:`build_norm` returns.
-        out: the convolution before it.
+    Make a block that ends in ``norm(out(y))`` the identity, in place: the scale of "norm" or the
+    weights of "out" become zero. It is always "out" if the norm has no scale that is trained: with
+    both at zero, or a frozen zero, the block could never learn.
     """
     gamma = getattr(norm, "weight", None)
     # FrozenBN's scale is a buffer: zero, it would stay zero.
@@ -60,12 +48,8 @@ def make_identity(layer: str, norm: nn.Module | None, out: nn.Module) -> None:
 
 def inference_scale(norm: nn.Module | None) -> Tensor | None:
     """
-    Args:
-        norm: what :func:`build_norm` returns.
-
-    Returns:
-        (C,), what a batch norm multiplies each channel by in inference, gamma / sigma; None for no
-        norm, and for those whose sigma depends on the input.
+    (C,), what a batch norm multiplies each channel by in inference, gamma / sigma; None for no
+    norm, and for those whose sigma depends on the input.
     """
     variance = getattr(norm, "running_var", None)
     if norm is None or variance is None:
@@ -74,18 +58,38 @@ def inference_scale(norm: nn.Module | None) -> Tensor | None:
     return (variance + norm.eps).rsqrt() * (1 if gamma is None else gamma)
 
 
+def scale_as_in_inference(z: Tensor, norm: nn.Module | None) -> Tensor:
+    """
+    z (B, C, *grid), float32 or float64, times what the norm multiplies by in inference: gamma /
+    sigma of a batch norm; gamma of a norm whose sigma depends on the input.
+    """
+    if norm is None:
+        return z
+    ones = [1] * (z.dim() - 2)
+    with _evaluating(norm):
+        normalized = in_full_precision(norm, z)
+        if any(name.endswith("running_var") for name, _ in norm.named_buffers()):
+            return normalized - in_full_precision(norm, z.new_zeros(1, z.shape[1], *ones))
+    # The call has brought a weight up to date that is computed before each, as a pruned one is.
+    gamma = getattr(norm, "weight", None)
+    return z if gamma is None else gamma.to(z.dtype).view(-1, *ones) * z
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode, of the module and all in it."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer norm over the channels of each position."""
+    """Layer norm over the channels of each position of (B, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """
-        Args:
-            x: (B, C, H, W), floating point.
-
-        Returns:
-            Same shape and dtype.
-        """
-        x = x.movedim(1, -1)
-        # Not super().forward: TorchScript does not know it.
-        x = functional.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
-        return x.movedim(-1, 1)
+        """Same shape and dtype."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)

@@ -26,18 +26,20 @@ product of three embeddings and may well not fit.
 
 Gradients are exact. Only the dot product has gradients of gradients.
 
-What is recorded to be run elsewhere (TorchScript, torch.export, torch.compile, ONNX) is made of
+What is recorded to be run elsewhere (by tracing, torch.export, torch.compile, for ONNX) is made of
 PyTorch's own operators only, in a form that holds for every input size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nl_detectron.layers.average import chunked_average
+from nl_detectron.layers.average import softmax_average
 from nl_detectron.layers.numerics import (
     MAX_SUMMED,
     accumulable,
@@ -45,89 +47,78 @@ from nl_detectron.layers.numerics import (
     saturated,
     sum_of_products,
 )
-from nl_detectron.layers.ramp import ramp_sum, sums_over_active
+from nl_detectron.layers.ramp import ramp_sum
 from nl_detectron.layers.recorded import is_recorded
-from nl_detectron.layers.softmax import attend, fused_softmax
+from nl_detectron.layers.softmax import softmax_pairwise, softmax_weights
 
 
-class PairwiseFunction(NamedTuple):
+def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """
-    What holds for all weights f / C of one pairwise function.
+    The operation with f = theta_i^T phi_j and C = N_k (Eq. 4).
 
-    Attributes:
-        has_embeddings: f is a function of theta and phi, and not of x itself.
-        weight_sum: what the weights of a query, all positive, sum to; None if they have any sum.
-        is_signed: weights may be negative.
-    """
-
-    has_embeddings: bool = True
-    weight_sum: float | None = None
-    is_signed: bool = False
-
-
-PAIRWISE = {
-    "gaussian": PairwiseFunction(has_embeddings=False, weight_sum=1.0),
-    "embedded_gaussian": PairwiseFunction(weight_sum=1.0),
-    "dot_product": PairwiseFunction(is_signed=True),
-    "concatenation": PairwiseFunction(),
-    "disentangled": PairwiseFunction(weight_sum=2.0),
-}
-"""The pairwise functions by the names that they have here: those of Section 3.2, and DNL's."""
-
-ATTENTION = {**PAIRWISE, "global_context": PairwiseFunction(has_embeddings=False, weight_sum=1.0)}
-"""What the weights of a block may be: :data:`PAIRWISE`, or the same ones for every query."""
-
-
-def softmax_pairwise(theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0) -> Tensor:
-    """
-    The operation with f = exp(scale * theta_i^T phi_j): Gaussian (theta = phi = x, Eq. 2) and
-    embedded Gaussian (Eq. 3). f / C is a softmax over j.
+    It is a product of three matrices; multiplying the cheaper pair first is exact, and for large
+    inputs that is theta (phi^T g): no N_q x N_k matrix appears.
 
     Args:
         theta: (B, N_q, d), floating point.
         phi: (B, N_k, d), same dtype.
         g: (B, N_k, c), same dtype.
-        scale: multiplies the logits; 1 is the paper's equation, d ** -0.5 its released code.
 
     Returns:
-        (B, N_q, c), dtype of g.
+        (B, N_q, c), same dtype; float32 if that is float16.
     """
-    if not torch.jit.is_scripting() and not is_recorded():
-        return attend(theta, phi, g, scale)
-    return fused_softmax(theta, phi, g, scale)
+    with no_autocast(theta):
+        y = _triple_product(accumulable(theta), accumulable(phi), accumulable(g))
+    return y.to(_sum_dtype(theta.dtype))
 
 
-def softmax_weights(theta: Tensor, phi: Tensor, scale: float = 1.0) -> Tensor:
+def dot_product_weights(theta: Tensor, phi: Tensor) -> Tensor:
+    """The weights f / C of :func:`dot_product_pairwise`, (B, N_q, N_k): for a few queries."""
+    return theta @ phi.mT / phi.shape[1]
+
+
+def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+    queries, d = theta.shape[1], theta.shape[2]
+    keys, c = g.shape[1], g.shape[2]
+    if is_recorded():  # for other sizes, too
+        return theta @ (phi.transpose(1, 2) @ (g / keys))
+    pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
+    if pairs_first < channels_first:
+        return (theta @ phi.mT / keys) @ g
+    context = sum_of_products(phi.mT, g / keys)
+    # In chunks for the sake of the backward pass, which sums over the queries.
+    return torch.cat([part @ context for part in theta.split(MAX_SUMMED, 1)], 1)
+
+
+def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     """
-    The weights f / C of :func:`softmax_pairwise`, one for each pair: for a few queries.
+    The operation with f = ReLU(w_f^T [theta_i, phi_j]) and C = N_k (Eq. 5).
+
+    w_f^T [theta_i, phi_j] is the sum of a query's part a_i = w_theta^T theta_i and a key's part
+    b_j = w_phi^T phi_j. In the order of b, the keys on which the ReLU is active for a query are a
+    suffix, so that prefix sums of g and of b * g give y without looking at any pair.
 
     Args:
-        theta: (B, N_q, d), float32 or float64.
-        phi: (B, N_k, d), same dtype.
-        scale: multiplies the logits.
+        a: (B, N_q), floating point.
+        b: (B, N_k), same dtype.
+        g: (B, N_k, c), same dtype.
 
     Returns:
-        (B, N_q, N_k), same dtype.
+        (B, N_q, c), same dtype; float32 if that is float16.
     """
-    return (scale * theta @ phi.mT).softmax(2)
+    with no_autocast(g):
+        y = ramp_sum(accumulable(a), accumulable(b), accumulable(g))
+    return (y / b.shape[1]).to(_sum_dtype(g.dtype))
 
 
-def softmax_average(logits: Tensor, g: Tensor) -> Tensor:
-    """
-    The operation with an f that depends on j only, f = exp(logits_j): y is the same for every i.
+def concatenation_weights(a: Tensor, b: Tensor) -> Tensor:
+    """The weights f / C of :func:`concatenation_pairwise`, (B, N_q, N_k): for a few queries."""
+    return (a.unsqueeze(2) + b.unsqueeze(1)).relu() / b.shape[1]
 
-    Args:
-        logits: (B, N_k), floating point.
-        g: (B, N_k, c), floating point.
 
-    Returns:
-        (B, c), dtype of g; float32 for half precision.
-    """
-    if not torch.jit.is_scripting() and not is_recorded():
-        return chunked_average(logits, g)
-    g = accumulable(g)
-    weights = accumulable(logits).softmax(1).to(g.dtype)
-    return (weights.unsqueeze(1) @ g).squeeze(1)
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a product of three embeddings: bfloat16 has the range for it, float16 not."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def disentangled_pairwise(theta: Tensor, phi: Tensor, m: Tensor, g: Tensor, scale: float) -> Tensor:
@@ -150,119 +141,69 @@ def disentangled_pairwise(theta: Tensor, phi: Tensor, m: Tensor, g: Tensor, scal
     Returns:
         (B, N_q, c), dtype of g.
     """
-    whitened = accumulable(theta)
-    whitened = (whitened - whitened.mean(1, keepdim=True)).to(theta.dtype)
-    y = softmax_pairwise(whitened, phi, g, scale) + softmax_average(m, g).unsqueeze(1)
+    y = softmax_pairwise(whitened(theta), phi, g, scale) + softmax_average(m, g).unsqueeze(1)
     return saturated(y, g.dtype)
 
 
 def disentangled_weights(theta: Tensor, phi: Tensor, m: Tensor, scale: float) -> Tensor:
     """
-    The weights of :func:`disentangled_pairwise`, one for each pair: for a few queries.
-
-    Args:
-        theta: (B, N_q, d), float32 or float64, less the mean of all queries.
-        phi: (B, N_k, d), same dtype.
-        m: (B, N_k), same dtype.
-        scale: multiplies the logits of the pairs.
-
-    Returns:
-        (B, N_q, N_k), same dtype; they sum to 2 over the keys.
+    The weights of :func:`disentangled_pairwise`, (B, N_q, N_k): for a few queries, of the
+    :func:`whitened` theta. They sum to 2 over the keys.
     """
     return softmax_weights(theta, phi, scale) + m.softmax(1).unsqueeze(1)
 
 
-def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
+def whitened(theta: Tensor) -> Tensor:
+    """theta (B, N_q, d) less its mean over the queries."""
+    whole = accumulable(theta)
+    return (whole - whole.mean(1, keepdim=True)).to(theta.dtype)
+
+
+class PairwiseFunction(NamedTuple):
     """
-    The operation with f = theta_i^T phi_j and C = N_k (Eq. 4).
+    A pairwise function: how y and the weights f / C are computed, and what holds for all weights.
 
-    It is a product of three matrices; multiplying the cheaper pair first is exact, and for large
-    inputs that is theta (phi^T g): no N_q x N_k matrix appears.
-
-    Args:
-        theta: (B, N_q, d), floating point.
-        phi: (B, N_k, d), same dtype.
-        g: (B, N_k, c), same dtype.
-
-    Returns:
-        (B, N_q, c), same dtype; float32 if that is float16.
+    Attributes:
+        average: y, of what is compared (theta and phi, or what is made of them), g and, if
+            ``is_scaled``, what multiplies the logits.
+        weights: f / C, of the same without g.
+        has_embeddings: f is a function of theta and phi, and not of x itself.
+        is_scaled: f has logits that can be scaled.
+        weight_sum: what the weights of a query, all positive, sum to; None if they have any sum.
+        is_signed: weights may be negative.
     """
-    output_dtype = _sum_dtype(theta.dtype)
-    if torch.jit.is_scripting():
-        y = _triple_product(accumulable(theta), accumulable(phi), accumulable(g))
-    else:
-        with no_autocast(theta):
-            y = _triple_product(accumulable(theta), accumulable(phi), accumulable(g))
-    return y.to(output_dtype)
+
+    average: Callable[..., Tensor]
+    weights: Callable[..., Tensor]
+    has_embeddings: bool = True
+    is_scaled: bool = True
+    weight_sum: float | None = None
+    is_signed: bool = False
 
 
-def dot_product_weights(theta: Tensor, phi: Tensor) -> Tensor:
-    """
-    The weights f / C of :func:`dot_product_pairwise`, one for each pair: for a few queries.
+PAIRWISE = {
+    "gaussian": PairwiseFunction(
+        softmax_pairwise, softmax_weights, has_embeddings=False, weight_sum=1.0
+    ),
+    "embedded_gaussian": PairwiseFunction(softmax_pairwise, softmax_weights, weight_sum=1.0),
+    "dot_product": PairwiseFunction(
+        dot_product_pairwise, dot_product_weights, is_scaled=False, is_signed=True
+    ),
+    "concatenation": PairwiseFunction(
+        concatenation_pairwise, concatenation_weights, is_scaled=False
+    ),
+    "disentangled": PairwiseFunction(disentangled_pairwise, disentangled_weights, weight_sum=2.0),
+}
+"""The pairwise functions by the names that they have here: those of Section 3.2, and DNL's."""
 
-    Args:
-        theta: (B, N_q, d), float32 or float64.
-        phi: (B, N_k, d), same dtype.
-
-    Returns:
-        (B, N_q, N_k), same dtype.
-    """
-    return theta @ phi.mT / phi.shape[1]
-
-
-def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
-    """
-    The operation with f = ReLU(w_f^T [theta_i, phi_j]) and C = N_k (Eq. 5).
-
-    w_f^T [theta_i, phi_j] is the sum of a query's part a_i = w_theta^T theta_i and a key's part
-    b_j = w_phi^T phi_j. In the order of b, the keys on which the ReLU is active for a query are a
-    suffix, so that prefix sums of g and of b * g give y without looking at any pair.
-
-    Args:
-        a: (B, N_q), floating point.
-        b: (B, N_k), same dtype.
-        g: (B, N_k, c), same dtype.
-
-    Returns:
-        (B, N_q, c), same dtype; float32 if that is float16.
-    """
-    output_dtype = _sum_dtype(g.dtype)
-    if torch.jit.is_scripting():
-        y = sums_over_active(accumulable(a), accumulable(b), accumulable(g))[1]
-    else:
-        with no_autocast(g):
-            y = ramp_sum(accumulable(a), accumulable(b), accumulable(g))
-    return (y / b.shape[1]).to(output_dtype)
-
-
-def concatenation_weights(a: Tensor, b: Tensor) -> Tensor:
-    """
-    The weights f / C of :func:`concatenation_pairwise`, one for each pair: for a few queries.
-
-    Args:
-        a: (B, N_q), float32 or float64.
-        b: (B, N_k), same dtype.
-
-    Returns:
-        (B, N_q, N_k), same dtype.
-    """
-    return (a.unsqueeze(2) + b.unsqueeze(1)).relu() / b.shape[1]
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a product of three embeddings: bfloat16 has the range for it, float16 not."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
-    queries, d = theta.shape[1], theta.shape[2]
-    keys, c = g.shape[1], g.shape[2]
-    # A recording is for other sizes too.
-    if not torch.jit.is_scripting() and not is_recorded():
-        pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
-        if pairs_first < channels_first:
-            return (theta @ phi.mT / keys) @ g
-        context = sum_of_products(phi.mT, g / keys)
-        # In chunks for the sake of the backward pass, which sums over the queries.
-        return torch.cat([part @ context for part in theta.split(MAX_SUMMED, 1)], 1)
-    return theta @ (phi.transpose(1, 2) @ (g / keys))
+ATTENTION = {
+    **PAIRWISE,
+    "global_context": PairwiseFunction(
+        softmax_average,
+        partial(torch.softmax, dim=1),
+        has_embeddings=False,
+        is_scaled=False,
+        weight_sum=1.0,
+    ),
+}
+"""What the weights of a block may be: :data:`PAIRWISE`, or the same ones for every query."""

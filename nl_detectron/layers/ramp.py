@@ -14,17 +14,10 @@ from nl_detectron.layers.recorded import is_recorded
 
 def ramp_sum(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     """
-    sum_j ReLU(a_i + b_j) g_j.
-
-    Args:
-        a: (B, N_q), float32 or float64.
-        b: (B, N_k), same dtype.
-        g: (B, N_k, c), same dtype.
-
-    Returns:
-        (B, N_q, c), same dtype.
+    sum_j ReLU(a_i + b_j) g_j, (B, N_q, c), from (B, N_q), (B, N_k) and (B, N_k, c), all float32 or
+    all float64.
     """
-    return sums_over_active(a, b, g)[1] if is_recorded() else _RampSum.apply(a, b, g)
+    return _sums_over_active(a, b, g)[1] if is_recorded() else _RampSum.apply(a, b, g)
 
 
 class _RampSum(torch.autograd.Function):
@@ -36,29 +29,19 @@ class _RampSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(a, b, g)
-        return sums_over_active(a, b, g)[1]
+        return _sums_over_active(a, b, g)[1]
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
         a, b, g = ctx.saved_tensors
-        grad_a = (sums_over_active(a, b, g)[0] * grad_y).sum(2)
-        step_sum, grad_g = sums_over_active(b, a, grad_y)
+        grad_a = (_sums_over_active(a, b, g)[0] * grad_y).sum(2)
+        step_sum, grad_g = _sums_over_active(b, a, grad_y)
         return grad_a, (step_sum * g).sum(2), grad_g
 
 
-def sums_over_active(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    The sums of :func:`ramp_sum` and of its slope, as what is scripted takes them.
-
-    Args:
-        a: (B, N_q), float32 or float64.
-        b: (B, N_k), same dtype.
-        g: (B, N_k, c), same dtype.
-
-    Returns:
-        sum_j g_j and sum_j (a_i + b_j) g_j over the j with a_i + b_j > 0; (B, N_q, c) each.
-    """
+def _sums_over_active(a: Tensor, b: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_j g_j and sum_j (a_i + b_j) g_j over the j with a_i + b_j > 0; (B, N_q, c) each."""
     # In descending order of b the active keys are a prefix, whose length is the number of
     # -b_j < a_i.
     b, order = b.sort(1, descending=True)
@@ -81,7 +64,7 @@ def _count_below(x: Tensor, sorted_values: Tensor) -> Tensor:
     How many of the ascending values (B, M) are below each x (B, N). Recordings, for which ONNX has
     to know all operators, may or may not count one that is equal; its pair contributes nothing.
     """
-    if not torch.jit.is_scripting() and not is_recorded():
+    if not is_recorded():
         return torch.searchsorted(sorted_values, x)
     order = torch.cat([x, sorted_values], 1).argsort(1)
     values_so_far = (order >= x.shape[1]).long().cumsum(1)

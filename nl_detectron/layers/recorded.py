@@ -10,8 +10,5 @@ is_compiling = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_
 
 
 def is_recorded() -> bool:
-    """
-    Returns:
-        Whether a tracer, an exporter or a compiler writes down the operators that are called.
-    """
+    """Does a tracer, an exporter or a compiler write down the operators that are called?"""
     return torch.jit.is_tracing() or is_compiling()

@@ -10,12 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from nl_detectron.layers.first_order import first_order
-from nl_detectron.layers.numerics import (
-    accumulable,
-    no_autocast,
-    product,
-    sum_of_products,
-)
+from nl_detectron.layers.numerics import accumulable, is_half, no_autocast, sum_of_products
+from nl_detectron.layers.recorded import is_recorded
 
 TILES, SDPA = "tiles", "sdpa"
 
@@ -26,110 +22,84 @@ _MAX_PAIRS_PER_TILE = 2**22
 # Up to so many pairs in a batch (128 MiB in float32; all of res4 of an 800 x 1344 image), training
 # keeps the softmax for the backward pass, which is faster than computing it again.
 _MAX_PAIRS_KEPT = 2**25
-# What is rounded to float16 is brought to this maximum: 28 powers of 2 below it keep all digits.
-_MAX_ROUNDED, _MIN_LARGEST = 2.0**14, 2.0**-100
 
 
-class Plan(NamedTuple):
+class SoftmaxPlan(NamedTuple):
     """
     How a softmax over all keys is computed.
 
     Attributes:
-        algorithm: ``TILES``, products of matrices for a tile of queries and all keys at a time; or
+        algorithm: ``TILES``, float32 products for a tile of queries and all keys at a time; or
             ``SDPA``, PyTorch's ``scaled_dot_product_attention``. The rest is for tiles.
         max_queries: in a tile.
         max_pairs: of queries and keys in a tile, in all of the batch.
         keep: for the backward pass, the weights of all pairs, rather than to compute them again.
-        half: of half precision inputs, multiply half precision matrices; otherwise float32 ones.
-            Products are summed in float32, and the softmax is float32, in any case.
     """
 
     algorithm: str
     max_queries: int = 2**30
     max_pairs: int = 2**62
     keep: bool = False
-    half: bool = True
 
 
-CANDIDATES = {
-    "tiles of 4M pairs": Plan(TILES, max_pairs=2**22),
-    "tiles of 16M pairs": Plan(TILES, max_pairs=2**24),
-    "tiles of 64M pairs": Plan(TILES, max_pairs=2**26),
-    "dense": Plan(TILES, keep=True),
-    "sdpa": Plan(SDPA),
-}
-"""What :func:`choose` may choose from on CUDA; ``make gpu-check`` measures all of them."""
-
-
-def choose(device: torch.device, batch: int, queries: int, keys: int, learns: bool) -> Plan:
+def choose(device: torch.device, batch: int, queries: int, keys: int, learns: bool) -> SoftmaxPlan:
     """
-    The one place where it is decided how a softmax is computed:
+    Decide, here and nowhere else, how a softmax is computed:
 
-    ====== ======================================== ===========================================
-    device shape                                    plan
-    ====== ======================================== ===========================================
-    CUDA   all; not measured yet (docs/GPU.md)      ``SDPA``
-    others up to ``_MAX_PAIRS_KEPT`` pairs          tiles, whose weights are kept in training
-    others more                                     tiles
-    ====== ======================================== ===========================================
-
-    Args:
-        device: where it is computed.
-        batch: B.
-        queries: N_q.
-        keys: N_k.
-        learns: gradients will be asked for.
-
-    Returns:
-        The plan.
+    ======== ====================================== ===========================================
+    device   shape                                  plan
+    ======== ====================================== ===========================================
+    recorded all: it will run for other ones        ``SDPA``
+    CUDA     all; not measured yet (docs/GPU.md)    ``SDPA``
+    others   up to ``_MAX_PAIRS_KEPT`` pairs        tiles, whose weights are kept in training
+    others   more                                   tiles
+    ======== ====================================== ===========================================
     """
-    if device.type == "cuda":
-        return CANDIDATES["sdpa"]
+    if is_recorded() or device.type == "cuda":
+        return SoftmaxPlan(SDPA)
     keep = learns and batch * queries * keys <= _MAX_PAIRS_KEPT
-    return Plan(TILES, _MAX_QUERIES_PER_TILE, _MAX_PAIRS_PER_TILE, keep, half=False)
+    return SoftmaxPlan(TILES, _MAX_QUERIES_PER_TILE, _MAX_PAIRS_PER_TILE, keep)
 
 
-def attend(theta: Tensor, phi: Tensor, g: Tensor, scale: float, plan: Plan | None = None) -> Tensor:
+def softmax_pairwise(
+    theta: Tensor, phi: Tensor, g: Tensor, scale: float = 1.0, plan: SoftmaxPlan | None = None
+) -> Tensor:
     """
-    softmax(scale * theta phi^T) g.
+    The operation with f = exp(scale * theta_i^T phi_j): Gaussian (theta = phi = x, Eq. 2) and
+    embedded Gaussian (Eq. 3). f / C is a softmax over j.
 
     Args:
         theta: (B, N_q, d), floating point.
         phi: (B, N_k, d), same dtype.
         g: (B, N_k, c), same dtype.
-        scale: multiplies the logits.
-        plan: how; None for what :func:`choose` says.
+        scale: multiplies the logits; 1 is the paper's equation, d ** -0.5 its released code.
+        plan: how it is computed; None for what is best.
 
     Returns:
         (B, N_q, c), dtype of g.
     """
     if plan is None:
         learns = torch.is_grad_enabled() and any(x.requires_grad for x in (theta, phi, g))
-        batch, queries, keys = theta.shape[0], theta.shape[1], phi.shape[1]
-        plan = choose(theta.device, batch, queries, keys, learns)
+        plan = choose(theta.device, theta.shape[0], theta.shape[1], phi.shape[1], learns)
     if plan.algorithm == SDPA:
-        return fused_softmax(theta, phi, g, scale)
+        return _fused_softmax(theta, phi, g, scale)
     return _TiledSoftmax.apply(theta, phi, g, scale, plan)
 
 
-def fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
+def softmax_weights(theta: Tensor, phi: Tensor, scale: float = 1.0) -> Tensor:
+    """The weights f / C of :func:`softmax_pairwise`, (B, N_q, N_k): for a few queries."""
+    return (scale * theta @ phi.mT).softmax(2)
+
+
+def _fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
     """
-    softmax(scale * theta phi^T) g by PyTorch's ``scaled_dot_product_attention``. Where d differs
-    from c, that would make all N_q x N_k weights; theta, phi and g are widened to the same width.
-
-    Args:
-        theta: (B, N_q, d), floating point.
-        phi: (B, N_k, d), same dtype.
-        g: (B, N_k, c), same dtype.
-        scale: multiplies the logits.
-
-    Returns:
-        (B, N_q, c), dtype of g.
+    PyTorch's ``scaled_dot_product_attention``. Where d differs from c, that would make all
+    N_q x N_k weights; theta, phi and g are widened to the same width.
     """
     width = max(theta.shape[2], g.shape[2])
     if theta.is_cuda:
         width += -width % 8  # the kernels that hold no N_q x N_k weights read 16 bytes at a time
-    (keys, _), (values, mean) = _centred(phi.to(g.dtype)), _centred(g)  # see _TiledSoftmax
+    (keys, _), (values, mean) = _centred(phi.to(g.dtype)), _centred(g)
     y = functional.scaled_dot_product_attention(
         _widened(theta.to(g.dtype), width),
         _widened(keys, width),
@@ -150,122 +120,76 @@ def _widened(x: Tensor, width: int) -> Tensor:
 
 class _TiledSoftmax(torch.autograd.Function):
     """
-    softmax(scale * theta phi^T) g, a tile of queries at a time. The backward pass computes the
-    softmax again, unless it is small enough to be kept, so that both passes need memory linear in
-    N_q + N_k.
+    A tile of queries at a time, in float32 or better. The backward pass computes the softmax again
+    where ``plan`` does not keep it: then both passes need memory linear in N_q + N_k.
 
-    float32 phi and g are centred first. The softmax does not see a constant in phi, and one in g
-    passes through it, but both would cost digits, above all in the gradients, whose sums over the
-    keys cancel. For the same reason the weights are divided by their sum once more: PyTorch's
-    softmax adds up float32 in a row, and that of 70,000 keys is off by 1e-5.
+    The weights are divided by their sum once more: PyTorch's softmax adds up float32 in a row, and
+    that of 70,000 keys is off by 1e-5.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, scale: float, plan: Plan
+        ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, scale: float, plan: SoftmaxPlan
     ) -> Tensor:
         with no_autocast(theta):
-            keys, values, mean = _operands(phi, g, plan)
-            y = mean.new_empty(*theta.shape[:2], g.shape[2])
-            total = mean.new_empty(*theta.shape[:2], 1)
+            (keys, _), (values, mean) = _centred(accumulable(phi)), _centred(accumulable(g))
+            y = values.new_empty(*theta.shape[:2], g.shape[2])
+            total = values.new_empty(*theta.shape[:2], 1)
             whole = (*theta.shape[:2], phi.shape[1])
-            kept = mean.new_empty(whole) if plan.keep else None
+            kept = values.new_empty(whole) if plan.keep else None
             for tile, weights in _tiles(theta, keys, plan, kept):
-                _softmax(_scaled(theta[:, tile], scale, keys), keys, out=weights)
+                _softmax(accumulable(theta[:, tile]) * scale, keys, out=weights)
                 total[:, tile] = weights.sum(2, keepdim=True)  # pairwise, hence exact enough
-                rounded, size = _rounded(weights, keys.dtype, 1.0)
-                part = sum_of_products(rounded, values, out=y[:, tile])
-                part.div_(total[:, tile] / size)
+                sum_of_products(weights, values, out=y[:, tile]).div_(total[:, tile])
         y.add_(mean)
-        ctx.save_for_backward(theta, phi, g, y, total, kept)
-        ctx.scale, ctx.plan = scale, plan
+        ctx.save_for_backward(theta, keys, values, mean, y, total, kept)
+        ctx.scale, ctx.plan, ctx.dtypes = scale, plan, (theta.dtype, phi.dtype, g.dtype)
         return y.to(g.dtype)  # of float32 what is kept itself
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        theta, phi, g, y, total, kept = ctx.saved_tensors
+        theta, keys, values, mean, y, total, kept = ctx.saved_tensors
+        grad_theta = torch.empty_like(theta, dtype=keys.dtype)
+        grad_phi, grad_g = torch.zeros_like(keys), torch.zeros_like(values)
         with no_autocast(theta):
-            keys, values, mean = _operands(phi, g, ctx.plan)
-            grad_theta = torch.empty_like(theta, dtype=mean.dtype)
-            grad_phi = torch.zeros_like(phi, dtype=mean.dtype)
-            grad_g = torch.zeros_like(g, dtype=mean.dtype)
             buffers = zip(_tiles(theta, keys, ctx.plan, kept), _tiles(theta, keys, ctx.plan))
             for (tile, weights), (_, grad_logits) in buffers:
-                queries = _scaled(theta[:, tile], ctx.scale, keys)
+                queries = accumulable(theta[:, tile]) * ctx.scale
                 if kept is None:
                     _softmax(queries, keys, out=weights)
                 grad = accumulable(grad_y[:, tile]) / total[:, tile]
-                dot = (grad * (y[:, tile] - mean)).sum(2, keepdim=True)
-                grad = grad.to(keys.dtype)
-                rounded, size = _rounded(weights, keys.dtype, 1.0)
-                _add_product(grad_g, rounded.mT, grad, size)
+                grad_g.baddbmm_(weights.mT, grad)
                 # The softmax's Jacobian: dlogits = weights * (dweights - sum_j weights dweights),
                 # and that sum is y . dy.
-                product(grad, values.mT, out=grad_logits)
-                grad_logits.sub_(dot).mul_(weights)
-                rounded, size = _rounded(grad_logits, keys.dtype)
-                part = sum_of_products(rounded, keys, out=grad_theta[:, tile])
-                part.mul_(ctx.scale * size)
-                _add_product(grad_phi, rounded.mT, queries, size)
-        gradients = grad_theta.to(theta.dtype), grad_phi.to(phi.dtype), grad_g.to(g.dtype)
-        return *gradients, None, None
-
-
-def _operands(phi: Tensor, g: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """phi and g as they are multiplied, and what to add to the average, in full precision."""
-    g = g if plan.half else accumulable(g)
-    phi = phi.to(g.dtype)  # autocast leaves the plain Gaussian's x in float32
-    (keys, _), (values, mean) = _centred(phi), _centred(g)
-    return keys, values, mean
-
-
-def _scaled(theta: Tensor, scale: float, keys: Tensor) -> Tensor:
-    return (accumulable(theta) * scale).to(keys.dtype)
+                torch.bmm(grad, values.mT, out=grad_logits)
+                grad_logits.sub_((grad * (y[:, tile] - mean)).sum(2, keepdim=True)).mul_(weights)
+                sum_of_products(grad_logits, keys, out=grad_theta[:, tile]).mul_(ctx.scale)
+                grad_phi.baddbmm_(grad_logits.mT, queries)
+        gradients = zip((grad_theta, grad_phi, grad_g), ctx.dtypes)
+        return *(gradient.to(dtype) for gradient, dtype in gradients), None, None
 
 
 def _softmax(theta: Tensor, keys: Tensor, *, out: Tensor) -> None:
-    product(theta, keys.mT, out=out)
+    torch.bmm(theta, keys.mT, out=out)
     torch.softmax(out, 2, out=out)
-
-
-def _rounded(
-    x: Tensor, dtype: torch.dtype, largest: float | None = None
-) -> tuple[Tensor, Tensor | float]:
-    """
-    x in ``dtype``, and what that has to be multiplied by: float16 has few exponents. Nothing in x
-    exceeds ``largest``; None if that is to be looked for.
-    """
-    if dtype != torch.float16:
-        return x.to(dtype), 1.0
-    size: Tensor | float = _MIN_LARGEST if largest is None else largest
-    if largest is None and x.numel():
-        size = x.abs().amax((1, 2), keepdim=True).clamp(min=_MIN_LARGEST)
-    size = size / _MAX_ROUNDED
-    return torch.div(x, size, out=torch.empty_like(x, dtype=dtype)), size
-
-
-def _add_product(total: Tensor, x: Tensor, y: Tensor, factor: Tensor | float) -> None:
-    """total += factor x y."""
-    if x.dtype == total.dtype:
-        total.baddbmm_(x, y)  # what is not rounded has the factor 1
-    else:
-        total.add_(product(x, y) * factor)
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """
-    x less its mean over the positions, and that mean. Half precision stays as it is: differences
-    would be rounded, those of like numbers all to the same side, which no average takes away.
+    x less its mean over the positions, and that mean. The softmax does not see a constant in phi,
+    and one in g passes through it, but both would cost digits, above all in the gradients, whose
+    sums over the keys cancel. Half precision stays as it is: differences would be rounded, those
+    of like numbers all to the same side, which no average takes away.
     """
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
+    if is_half(x):
         return x, torch.zeros_like(x[:, :1], dtype=torch.float32)
     mean = x.mean(1, keepdim=True)
     return x - mean, mean
 
 
 def _tiles(
-    theta: Tensor, keys: Tensor, plan: Plan, whole: Tensor | None = None
+    theta: Tensor, keys: Tensor, plan: SoftmaxPlan, whole: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """
     Tiles of queries, each with memory for its (B, queries, N_k) logits: its part of ``whole``
@@ -274,8 +198,7 @@ def _tiles(
     (batch, queries), count = theta.shape[:2], keys.shape[1]
     size = plan.max_pairs // max(1, batch * count)
     size = min(max(size, 1), plan.max_queries, queries)
-    dtype = accumulable(keys[:0]).dtype
-    buffer = keys.new_empty(batch, size, count, dtype=dtype) if whole is None else whole
+    buffer = keys.new_empty(batch, size, count) if whole is None else whole
     for start in range(0, queries, max(size, 1)):
         stop = min(start + size, queries)
         tile = slice(start, stop)

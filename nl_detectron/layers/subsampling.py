@@ -20,14 +20,8 @@ PYRAMID = (1, 3, 6, 8)
 
 def max_pool(x: Tensor) -> Tensor:
     """
-    Max-pooling with kernel and stride 2 in space, where a dimension of size 1 is left alone. Time,
-    the first of three dimensions, is not pooled.
-
-    Args:
-        x: (B, C, *grid) in 1, 2 or 3 dimensions.
-
-    Returns:
-        (B, C, *grid), each spatial size halved and rounded down.
+    Max-pooling of (B, C, *grid) with kernel and stride 2 in space, where a dimension of size 1 is
+    left alone, to half the size, rounded down. Time, the first of three dimensions, is not pooled.
     """
     images = _as_images(x)
     kernel = [2 if size > 1 else 1 for size in images.shape[2:]]
@@ -39,21 +33,13 @@ def max_pool(x: Tensor) -> Tensor:
 
 def pyramid_pool(x: Tensor) -> Tensor:
     """
-    PyTorch's adaptive average pooling to 1, 3, 6 and 8 bins in each spatial dimension; the bins of
-    all levels follow each other, those of a level row by row. Time is not pooled.
-
-    Args:
-        x: (B, C, *grid) in 1, 2 or 3 dimensions, of any size; bins overlap where the number does
-            not divide the size.
-
-    Returns:
-        (B, C, 18), (B, C, 110) or (B, C, T, 110).
+    The means over :data:`PYRAMID` bins in each spatial dimension of (B, C, *grid), of any size: (B,
+    C, 18), (B, C, 110) or, since time is not pooled, (B, C, T, 110). The levels follow each other,
+    each row by row; bins overlap where their number does not divide the size.
     """
     images = _as_images(x)
-    levels = []
-    for bins in (1, 3, 6, 8):  # PYRAMID; TorchScript knows no constants of modules
-        levels.append(_average_pool(images, 1 if x.dim() == 3 else bins, bins).flatten(2))
-    pooled = torch.cat(levels, 2)
+    levels = [average_pool(images, 1 if x.dim() == 3 else bins, bins) for bins in PYRAMID]
+    pooled = torch.cat([level.flatten(2) for level in levels], 2)
     return pooled.unflatten(1, x.shape[1:3]) if x.dim() == 5 else pooled
 
 
@@ -63,21 +49,27 @@ def spread_over_bins(weights: Tensor, grid: Sequence[int]) -> Tensor:
     parts. A weighted sum of the bins is the same weighted sum of the cells.
 
     Args:
-        weights: (..., 110), of the bins of an image in the order of :func:`pyramid_pool`.
+        weights: (..., 110), of the bins of an image: the levels of 1, 3, 6 and 8 bins in each
+            dimension follow each other, each row by row.
         grid: rows and columns of the image.
 
     Returns:
         (..., rows, columns), with the same sums.
     """
-    rows, columns = grid
     levels = []
     for bins, part in zip(PYRAMID, weights.split([bins * bins for bins in PYRAMID], -1)):
-        of_rows, of_columns = (
-            _bin_weights(rows, bins, weights),
-            _bin_weights(columns, bins, weights),
-        )
+        of_rows, of_columns = (_bin_weights(size, bins, weights) for size in grid)
         levels.append(of_rows.mT @ part.unflatten(-1, (bins, bins)) @ of_columns)
     return torch.stack(levels).sum(0)
+
+
+def average_pool(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, C, H, W) to the means of (B, C, rows, columns) bins: adaptive average pooling."""
+    if torch.onnx.is_in_onnx_export() or is_compiling():
+        # ONNX has adaptive pooling only where the bins divide the size, and that at one size.
+        height, width = x.shape[2], x.shape[3]
+        return _bin_weights(height, rows, x) @ x @ _bin_weights(width, columns, x).mT
+    return functional.adaptive_avg_pool2d(x, (rows, columns))
 
 
 def _as_images(x: Tensor) -> Tensor:
@@ -85,17 +77,6 @@ def _as_images(x: Tensor) -> Tensor:
     if x.dim() == 3:
         return x.unsqueeze(2)
     return x.flatten(1, 2) if x.dim() == 5 else x
-
-
-def _average_pool(x: Tensor, rows: int, columns: int) -> Tensor:
-    """(B, C, H, W) to (B, C, rows, columns)."""
-    if torch.jit.is_scripting():
-        return functional.adaptive_avg_pool2d(x, (rows, columns))
-    if torch.onnx.is_in_onnx_export() or is_compiling():
-        # ONNX has adaptive pooling only where the bins divide the size, and that at one size.
-        height, width = x.shape[2], x.shape[3]
-        return _bin_weights(height, rows, x) @ x @ _bin_weights(width, columns, x).mT
-    return functional.adaptive_avg_pool2d(x, (rows, columns))
 
 
 def _bin_weights(size: int, bins: int, like: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 from detectron2.config import CfgNode
@@ -9,8 +10,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 
 from nl_detectron.config import nonlocal_node
+from nl_detectron.layers import BalancedPyramid
 from nl_detectron.modeling.blocks import build_block
-from nl_detectron.modeling.insertion import PlacementError, insert_blocks
+from nl_detectron.modeling.first_step import announce_at_first_step, expect_lr_factors
+from nl_detectron.modeling.insertion import insert_blocks
+from nl_detectron.modeling.network import PlacementError
+from nl_detectron.surgery import CHILD, attach
 from nl_detectron.validation import check_choice
 
 
@@ -29,19 +34,61 @@ def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     Raises:
         ValueError: a value in ``MODEL.NONLOCAL`` is not legal; the message names the key.
     """
+    backbone, node = _build_wrapped(cfg, input_shape), cfg.MODEL.NONLOCAL
+    for key, kind in [
+        ("AFTER_BLOCKS_PER_STAGE", "block indices for each stage"),
+        ("AFTER_MODULES", "names or patterns of modules"),
+    ]:
+        try:
+            insert_blocks(backbone, node[key], partial(build_block, cfg))
+        except PlacementError as error:
+            raise ValueError(
+                f"MODEL.NONLOCAL.{key} is {node[key]}, a list of {kind} of {node.BACKBONE}: {error}"
+            ) from error
+    return backbone
+
+
+@BACKBONE_REGISTRY.register()
+def build_balanced_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """
+    Build ``cfg.MODEL.NONLOCAL.BACKBONE``, an FPN, and balance its levels, as Libra R-CNN does, with
+    the block that ``cfg.MODEL.NONLOCAL`` describes: the child ``nonlocal``, applied to what the FPN
+    returns. Its places for other blocks are not read.
+
+    Args:
+        cfg: a config with ``MODEL.NONLOCAL``.
+        input_shape: the input's, for the wrapped builder.
+
+    Returns:
+        The FPN.
+
+    Raises:
+        ValueError: a value in ``MODEL.NONLOCAL`` is not legal, or the levels have different numbers
+            of channels.
+    """
+    fpn = _build_wrapped(cfg, input_shape)
+    levels = fpn.output_shape()
+    channels = {level.channels for level in levels.values()}
+    if len(channels) > 1:
+        raise ValueError(
+            f"MODEL.NONLOCAL.BACKBONE is {cfg.MODEL.NONLOCAL.BACKBONE!r}, whose outputs have "
+            f"{sorted(channels)} channels, but must be an FPN, whose outputs have the same"
+        )
+    middle = min(levels, key=lambda name: abs(math.log2(levels[name].stride / 16)))
+    block = build_block(cfg, *channels)
+    attach(fpn, BalancedPyramid(block, middle))
+    announce_at_first_step(fpn, [(CHILD, block, *channels)])
+    return fpn
+
+
+def _build_wrapped(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     node = nonlocal_node(cfg)
-    builders = [name for name, _ in BACKBONE_REGISTRY if name != "build_nonlocal_backbone"]
+    ours = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
+    builders = [name for name, _ in BACKBONE_REGISTRY if name not in ours]
     check_choice("MODEL.NONLOCAL.BACKBONE", node.BACKBONE, sorted(builders))
     backbone = BACKBONE_REGISTRY.get(node.BACKBONE)(cfg, input_shape)
-    if not any(node.AFTER_BLOCKS_PER_STAGE):
-        return backbone
-    try:
-        return insert_blocks(backbone, node.AFTER_BLOCKS_PER_STAGE, partial(build_block, cfg))
-    except PlacementError as error:
-        raise ValueError(
-            f"MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE is {node.AFTER_BLOCKS_PER_STAGE}, a list of "
-            f"block indices for each stage of {node.BACKBONE}: {error}"
-        ) from error
+    expect_lr_factors(backbone, node.GAMMA_LR_FACTOR, node.LR_FACTOR)
+    return backbone
 
 
 @BACKBONE_REGISTRY.register()

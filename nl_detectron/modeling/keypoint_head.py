@@ -14,7 +14,8 @@ from torch import nn
 
 from nl_detectron.layers import NonLocalBlock
 from nl_detectron.modeling.blocks import build_block
-from nl_detectron.modeling.insertion import insert_child
+from nl_detectron.modeling.first_step import announce_at_first_step
+from nl_detectron.surgery import insert_child
 
 
 @ROI_KEYPOINT_HEAD_REGISTRY.register()
@@ -58,20 +59,16 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
         super().__init__(input_shape, conv_dims=conv_dims, **kwargs)
         # Only now: the parent's own initialisation runs over every parameter it finds.
         if nonlocal_every:
+            inserted = []
             for number in range(nonlocal_every, len(conv_dims) + 1, nonlocal_every):
-                block = make_block(conv_dims[number - 1], **(nonlocal_options or {}))
-                insert_child(self, f"conv_fcn_relu{number}", f"nonlocal{number}", block)
+                name, channels = f"nonlocal{number}", conv_dims[number - 1]
+                block = make_block(channels, **(nonlocal_options or {}))
+                insert_child(self, f"conv_fcn_relu{number}", name, block)
+                inserted.append((name, block, channels))
+            announce_at_first_step(self, inserted)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        """
-        Args:
-            cfg: a config with ``MODEL.NONLOCAL``.
-            input_shape: shape of the region features.
-
-        Returns:
-            The arguments of ``__init__``.
-        """
         return {
             **super().from_config(cfg, input_shape),
             "make_block": partial(build_block, cfg),

@@ -5,17 +5,19 @@ Weights of other implementations for our models, and our non-local blocks for th
 computes the same, and a row for every tensor; ``tools/convert_weights.py`` does so with files.
 """
 
+from nl_detectron.submodules import submodules
+from nl_detectron.weights.conversion import Conversion, ConversionError, ConvertedTensor, Options
 from nl_detectron.weights.convert import SOURCES, TARGETS, convert, recognise
-from nl_detectron.weights.options import Options
-from nl_detectron.weights.report import Conversion, ConversionError, Row
 
 __all__ = [
     "SOURCES",
     "TARGETS",
     "Conversion",
     "ConversionError",
+    "ConvertedTensor",
     "Options",
-    "Row",
     "convert",
     "recognise",
 ]
+
+__getattr__ = submodules(__name__)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nl_detectron.weights.report import ConversionError
+from nl_detectron.weights.conversion import ConversionError
 
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN")
 # Epsilon of the batch norms that get_norm makes.
@@ -20,10 +20,7 @@ AFFINE_NOTE = "no statistics in the file: multiplication and addition only"
 
 
 class Traits(NamedTuple):
-    """
-    What a block computes, in the words of :class:`NonLocalBlock`'s arguments; of a
-    :class:`GlobalContextBlock`, ``pairwise`` is "global_context".
-    """
+    """What a block computes, as NonLocalBlock's arguments say it, or by "global_context"."""
 
     pairwise: str
     scale: bool
@@ -38,26 +35,27 @@ _UNKNOWN = Traits("", False, "", "")
 @dataclass
 class Block:
     """
-    Attributes:
-        prefix: its name in the file; empty at the root.
-        tensors: by the names of our block's state dict; reading changes them so that our block
-            computes what the file's did.
-        origins: the names of the file's tensors, by ours.
-        parts: the implementation's names of the parts that it has, by ours.
-        faults: why it cannot be converted.
-        notes: by our names, how a tensor was changed, or why it is in ``origins`` only.
-        traits: what it computes, once it is read.
-        in_channels, inner_channels: C and d.
-        dims: of the convolutions.
+    A block: its name in the file, ``prefix`` ("" at the root); by our names, its tensors, which
+    reading changes so that our block computes what the file's did, their names in the file
+    (``origins``) and how or why each was changed or left out (``notes``); the implementation's
+    names of its ``parts``, by ours, and which of these are ``pooled``; ``faults``, why it cannot be
+    converted; and, once it is read, what it computes and of how many dimensions it was.
     """
 
     prefix: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, str] = field(default_factory=dict)
-    faults: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+    pooled: set[str] = field(default_factory=set)
+    faults: list[str] = field(default_factory=list)
     traits: Traits = _UNKNOWN
+    dims_in_file: int = 0
+
+    @property
+    def title(self) -> str:
+        """How messages call it."""
+        return self.prefix or "the block"
 
     @property
     def is_context(self) -> bool:
@@ -70,36 +68,40 @@ class Block:
         return "reduce" if self.is_context else "g"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the embedding's weight: (channels inside, channels, *kernel)."""
+        return tuple(self.tensors[f"{self.embedding}.weight"].shape)
+
+    @property
     def in_channels(self) -> int:
-        return self.tensors[f"{self.embedding}.weight"].shape[1]
+        return self.shape[1]
 
     @property
     def inner_channels(self) -> int:
-        return self.tensors[f"{self.embedding}.weight"].shape[0]
+        return self.shape[0]
 
     @property
     def dims(self) -> int:
-        return self.tensors[f"{self.embedding}.weight"].dim() - 2
+        return len(self.shape) - 2
+
+    @property
+    def is_affine(self) -> bool:
+        """Is its norm one multiplication and addition per channel?"""
+        return self.traits.norm == "FrozenBN" and "norm.running_var" not in self.tensors
 
     def change(self, name: str, tensor: Tensor, note: str) -> None:
-        """
-        Args:
-            name: of the tensor, in our words.
-            tensor: its new value.
-            note: added to what the table says of it.
-        """
+        """Give a tensor, in our words, a new value; the note is added to what is said of it."""
         self.tensors[name] = tensor
         self.notes[name] = "; ".join(filter(None, (self.notes.get(name), note)))
 
+    def multiply_theta(self, factor: float, note: str) -> None:
+        """Multiply the logits."""
+        for name in ("theta.weight", "theta.bias"):
+            self.change(name, self.tensors[name] * factor, note)
+
 
 def affine_statistics(weight: Tensor) -> dict[str, Tensor]:
-    """
-    Args:
-        weight: (C,), the factors of an affine layer, a multiplication and an addition.
-
-    Returns:
-        The statistics with which a frozen batch norm computes the same: mean 0, variance 1 - eps.
-    """
+    """The statistics with which a frozen batch norm multiplies by its weight (C,) and adds only."""
     return {
         "running_mean": torch.zeros_like(weight),
         "running_var": torch.full_like(weight, 1 - OUR_EPS),
@@ -107,16 +109,7 @@ def affine_statistics(weight: Tensor) -> dict[str, Tensor]:
 
 
 def common_reduction(blocks: Iterable[Block]) -> int:
-    """
-    Args:
-        blocks: of C channels with d inside, each of its own.
-
-    Returns:
-        The largest ``reduction`` for which C // reduction is d in all of them.
-
-    Raises:
-        ConversionError: there is none.
-    """
+    """The largest reduction for which C // reduction is the inner width in all blocks."""
     low, high, widths = 1, 2**31, []
     for block in blocks:
         channels, inner = block.in_channels, block.inner_channels

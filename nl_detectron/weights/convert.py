@@ -8,26 +8,25 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from nl_detectron.validation import check_choice, did_you_mean
 from nl_detectron.weights.block import Block
-from nl_detectron.weights.checkpoint_io import STATE_DICT_KEYS
+from nl_detectron.weights.checkpoint_io import as_tensor, split_checkpoint, with_plain_names
+from nl_detectron.weights.conversion import Conversion, ConversionError, Options
 from nl_detectron.weights.families import FAMILIES
-from nl_detectron.weights.families.torchvision import convert_torchvision, is_torchvision
-from nl_detectron.weights.family import Family, Target
+from nl_detectron.weights.family import Family
 from nl_detectron.weights.mmdetection import convert_detector, is_detector
-from nl_detectron.weights.options import Options
+from nl_detectron.weights.placeholder import placeholders_in
 from nl_detectron.weights.reading import read_block
-from nl_detectron.weights.report import Conversion, ConversionError
 from nl_detectron.weights.resnets import is_detectron2, resnet_config
+from nl_detectron.weights.torchvision import convert_torchvision, is_torchvision
 from nl_detectron.weights.writing import write_block
 
 # "torchvision" is a ResNet of torchvision or timm, "detectron2" what has its names already.
 # "mmdetection" a whole detector.
 SOURCES = (*FAMILIES, "torchvision", "detectron2", "mmdetection")
-TARGETS = tuple(name for name, family in FAMILIES.items() if family.target)
+TARGETS = tuple(name for name, family in FAMILIES.items() if family.settings)
 
 # mmdet's plug-ins and timm's attention layers: within a residual block, before its sum.
 _IN_RESIDUAL_BRANCH = re.compile(r"(?:.*\.)?layer\d+\.\d+\..+")
@@ -49,8 +48,7 @@ def convert(
             checkpoint that has one under "blobs", "model_state", "state_dict" or "model".
         family: one of ``SOURCES``; by default recognised from the names.
         to: one of ``TARGETS``; other ones than "nl_detectron" take only non-local blocks.
-        **options: ``pairwise``, ``scale``, ``subsample``, ``norm``, ``norm_eps``, ``temperature``,
-            ``dims`` and ``rename``, the attributes of :class:`Options`; None is as if not given.
+        **options: the attributes of :class:`Options`; None is as if not given.
 
     Returns:
         The converted tensors, their settings, and what became of each tensor of the source.
@@ -68,7 +66,8 @@ def convert(
     check_choice("family", family, SOURCES)
     result = Conversion(family)
     for name, value in others.items():
-        result.leave_out(name, value, "not a tensor")
+        objects = ", ".join(placeholder.name for placeholder in placeholders_in(value))
+        result.leave_out(name, value, f"not a tensor{objects and f', not data: {objects}'}")
 
     if to == "nl_detectron" and family in ("nl_detectron", "detectron2"):
         _copy(tensors, result)
@@ -79,21 +78,22 @@ def convert(
     elif family == "torchvision":
         convert_torchvision(tensors, result)
     else:
-        meta = checkpoint.get("meta")
-        convert_detector(tensors, meta if isinstance(meta, Mapping) else {}, result)
+        convert_detector(tensors, checkpoint.get("meta"), given.detector_config, result)
     return result
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> str:
     """
+    Tell whose names the tensors of a state dict have.
+
     Args:
-        tensors: a state dict.
+        tensors: the state dict.
 
     Returns:
-        Which of ``SOURCES`` has such names.
+        One of ``SOURCES``.
 
     Raises:
-        ConversionError: none has, or several have.
+        ConversionError: it is none of them, or could be several.
     """
     if is_detector(tensors):
         return "mmdetection"
@@ -123,21 +123,15 @@ def _options_of(keywords: Mapping[str, Any]) -> Options:
 
 
 def _tensors_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of the state dict, without "module." of data-parallel training; all the rest."""
-    content: Mapping[str, Any] = checkpoint
-    others: dict[str, Any] = {}
-    for key in STATE_DICT_KEYS:
-        if isinstance(content.get(key), Mapping):
-            others.update({name: value for name, value in content.items() if name != key})
-            content = content[key]
+    """The tensors of the state dict, by their names without wrappers; all the rest."""
+    state_dict, others = split_checkpoint(checkpoint)
+    arrays = {n: v for n, v in state_dict.items() if isinstance(v, (Tensor, np.ndarray))}
+    others.update({name: value for name, value in state_dict.items() if name not in arrays})
     tensors = {
-        name: torch.as_tensor(value)
-        for name, value in content.items()
-        if isinstance(value, (Tensor, np.ndarray))
+        # The shapes of tensors without values are enough.
+        name: value if isinstance(value, Tensor) and value.is_meta else as_tensor(name, value)
+        for name, value in with_plain_names(arrays).items()
     }
-    others.update({name: value for name, value in content.items() if name not in tensors})
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name[len("module.") :]: tensor for name, tensor in tensors.items()}
     return tensors, others
 
 
@@ -158,18 +152,21 @@ def _copy(tensors: Mapping[str, Tensor], result: Conversion) -> None:
 def _convert_blocks(
     tensors: Mapping[str, Tensor], family: Family, to: str, options: Options, result: Conversion
 ) -> None:
-    found = family.find(tensors)
+    found, target = family.find(tensors), FAMILIES[to]
     if not found:
         raise ConversionError(f"there is no non-local block in {family.title}'s names")
+    assert target.settings is not None  # TARGETS are those that have them
     _check_rename(options.rename, found, family.separator)
-    target = FAMILIES[to].target
-    assert target is not None  # TARGETS are those that have one
-    options = replace(options, dims=_dims_of(FAMILIES[to].title, target, options.dims))
+    if options.dims not in (None, *target.dims):
+        raise ConversionError(
+            f"{target.title}'s blocks are {target.dims[0]}-D, not {options.dims}-D"
+        )
+    options = replace(options, dims=options.dims or target.dims[0])
 
     written: dict[str, Block] = {}
     for where, block in _placed(found.values(), family, options.rename, result):
-        read_block(block, family, options, result.notes)
-        written[where], names = write_block(block, FAMILIES[to], target)
+        read_block(block, family, options, result)
+        written[where], names = write_block(block, target)
         _add_block(written[where], names, where, result)
     if not written:
         raise ConversionError(f"no block can be converted: {result.rows[-1].note}")
@@ -184,14 +181,6 @@ def _convert_blocks(
     else:
         for name, tensor in rest.items():
             result.leave_out(name, tensor, "not a non-local block's")
-
-
-def _dims_of(title: str, target: Target, dims: int | None) -> int | None:
-    if dims is None:
-        return target.dims[0]
-    if dims not in target.dims:
-        raise ConversionError(f"{title}'s blocks are {target.dims[0]}-D, not {dims}-D")
-    return dims
 
 
 def _check_rename(rename: Mapping[str, str], found: Iterable[str], separator: str) -> None:

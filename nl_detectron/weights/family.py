@@ -5,55 +5,45 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from nl_detectron.layers import SUBSAMPLE
-from nl_detectron.weights.block import Block
-from nl_detectron.weights.report import Conversion
+from nl_detectron.weights.block import Block, Traits
+from nl_detectron.weights.conversion import Conversion
 
-_TORCH_LEAVES = {
-    leaf: leaf for leaf in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-}
-EITHER = (True, False)
-# Pairwise functions that have no logits to scale.
-NO_SOFTMAX: Mapping[str, Sequence[bool]] = {"dot_product": (), "concatenation": ()}
+_LEAVES = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass(frozen=True)
-class Target:
-    """
-    What it takes to write blocks for an implementation.
+class Part(NamedTuple):
+    """What an implementation calls a part: in general, and in blocks that subsample or have GN."""
 
-    Attributes:
-        dims: the dimensions that its blocks can have, the default first; None is the source's.
-        norms: the norms that they can have, in our words.
-        settings: what our blocks, by their names there, have to be built with there; may append to
-            the list of notes.
-        adapt: changes a block of ours where another form than ours is needed.
-    """
+    name: str
+    pooled: str = ""
+    group_norm: str = ""
+    read_only: str = ""  # another name of the same part, in blocks that are only read
 
-    dims: Sequence[int | None]
-    norms: Sequence[str]
-    settings: Callable[[Mapping[str, Block], list[str]], dict[str, Any]]
-    adapt: Callable[[Block], None] = lambda block: None
+    def name_in(self, traits: Traits) -> str:
+        """Its name in a block that computes this."""
+        pooled = self.pooled if traits.subsample == "embeddings" else ""
+        return (self.group_norm if traits.norm == "GN" else "") or pooled or self.name
 
 
 @dataclass(frozen=True)
 class Family:
     """
-    An implementation. Where it leaves open what a block computes, the names do not tell, and the
-    caller has to; ``usual`` holds what its code does by default.
+    An implementation, for reading and writing. Where it leaves open what a block computes, the
+    names do not tell, and the caller has to; ``usual`` is what its code does by default.
 
     Attributes:
         title: its name for people.
-        modules: our name of a part to theirs. A part with two names has a second key: "phi pooled"
-            and "g pooled" are for blocks that subsample, "norm GN" is for group norm; another
-            second word is for reading only.
+        parts: what it calls the parts, by our names.
         scales: the pairwise functions that it has, and for those with a softmax, whether it
             multiplies the logits by d ** -0.5.
-        subsample: the ways of subsampling that it has; "phi pooled" tells which one a block has.
+        refusal: why none of its blocks can be converted; "" if they can.
+        subsample: the ways of subsampling that it has; the names of pooled parts tell which one a
+            block has.
         leaves: their name of a parameter or buffer to ours.
         separator: between block, part and leaf.
         optimizer: how the names of the optimizer's tensors end.
@@ -64,18 +54,22 @@ class Family:
         norm_eps: epsilon of its batch norm.
         usual: what it does by default.
         assume_usual: all its published weights were made so.
-        adapt: changes a block of theirs, in our names, where ours computes another thing with it.
         needs: what has all parts of one of these sets is a block.
-        refusal: why none of its blocks can be converted; "" if they can.
+        to_ours: changes a block of theirs, in our names, where ours computes another thing with it.
         convert_rest: converts the tensors that are no block's; None leaves them out.
-        target: what it takes to write blocks for it; None where this cannot be done.
+        settings: what our blocks, by their names there, have to be built with there; may append to
+            the list of notes. None: blocks are not written for it.
+        dims: the dimensions that blocks are written in, the default first; None is the source's.
+        norms: the norms that they are written with, in our words.
+        to_theirs: changes a block of ours where another form is needed there.
     """
 
     title: str
-    modules: Mapping[str, str]
-    scales: Mapping[str, Sequence[bool]]
+    parts: Mapping[str, Part]
+    scales: Mapping[str, Sequence[bool]] = field(default_factory=dict)
+    refusal: str = ""
     subsample: Sequence[str] = SUBSAMPLE
-    leaves: Mapping[str, str] = field(default_factory=lambda: _TORCH_LEAVES)
+    leaves: Mapping[str, str] = field(default_factory=lambda: dict(zip(_LEAVES, _LEAVES)))
     separator: str = "."
     optimizer: tuple[str, ...] = ()
     place_names: tuple[str, str] = ("", "")
@@ -85,27 +79,30 @@ class Family:
     norm_eps: float = 1e-5
     usual: Mapping[str, Any] = field(default_factory=dict)
     assume_usual: bool = False
-    adapt: Callable[[Block], None] = lambda block: None
     needs: Sequence[frozenset[str]] = (frozenset({"g", "out"}),)
-    refusal: str = ""
+    to_ours: Callable[[Block], None] = lambda block: None
     convert_rest: Callable[[Mapping[str, Tensor], Conversion], None] | None = None
-    target: Target | None = None
+    settings: Callable[[Mapping[str, Block], list[str]], dict[str, Any]] | None = None
+    dims: Sequence[int | None] = ()
+    norms: Sequence[str] = ()
+    to_theirs: Callable[[Block], None] = lambda block: None
 
     def find(self, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
-        """
-        Args:
-            tensors: a state dict; what is no block's is ignored.
-
-        Returns:
-            Its blocks by their names in the file, with what is wrong with each.
-        """
-        pattern = self._pattern()
+        """Its blocks in a state dict, by their names there, with what is wrong with each."""
+        separator = re.escape(self.separator)
+        modules = {name: key for key, part in self.parts.items() for name in part if name}
+        pattern = re.compile(
+            rf"(?:(.*){separator})?({'|'.join(map(re.escape, modules))}){separator}"
+            rf"({'|'.join(map(re.escape, self.leaves))})"
+        )
         found: dict[str, Block] = {}
         for name, tensor in tensors.items():
-            match = pattern.fullmatch(name)
-            if match:
+            if match := pattern.fullmatch(name):
                 prefix, module, leaf = match.groups(default="")
-                self._add(found.setdefault(prefix, Block(prefix)), module, leaf, name, tensor)
+                block, part = found.setdefault(prefix, Block(prefix)), modules[module]
+                self._add_part(block, part, module)
+                ours = f"{part}.{self.leaves[leaf]}"
+                block.tensors[ours], block.origins[ours] = tensor, name
         blocks = {p: b for p, b in found.items() if any(n <= set(b.parts) for n in self.needs)}
         if not self.recognises([name for b in blocks.values() for name in b.origins.values()]):
             return {}
@@ -114,14 +111,7 @@ class Family:
         return blocks
 
     def place(self, prefix: str, rename: Mapping[str, str]) -> str:
-        """
-        Args:
-            prefix: the name of a block in the file.
-            rename: new names of blocks, or of what they are in, by the old ones.
-
-        Returns:
-            Its name in our model, as ``rename`` has it, or where the name tells its place.
-        """
+        """A block's name in our model: as ``rename`` has it, or where its name tells its place."""
         for old, new in rename.items():
             if prefix == old or (old and prefix.startswith(old + self.separator)):
                 rest = prefix[len(old) :]
@@ -130,22 +120,14 @@ class Family:
         match = re.fullmatch(pattern, prefix)
         return match.expand(template) if match else prefix
 
-    def _pattern(self) -> re.Pattern[str]:
-        """Matches a full name; groups: block (None at the root), module, leaf."""
-        separator = re.escape(self.separator)
-        modules = "|".join(map(re.escape, self.modules.values()))
-        leaves = "|".join(map(re.escape, self.leaves))
-        return re.compile(rf"(?:(.*){separator})?({modules}){separator}({leaves})")
-
-    def _add(self, block: Block, module: str, leaf: str, name: str, tensor: Tensor) -> None:
-        part = next(key.split()[0] for key, theirs in self.modules.items() if theirs == module)
+    def _add_part(self, block: Block, part: str, module: str) -> None:
+        if module == self.parts[part].pooled:
+            block.pooled.add(part)
         if block.parts.setdefault(part, module) != module:
             block.faults.append(
                 f"it has both {block.parts[part]} and {module}, which are the same part in "
                 f"different variants of {self.title}'s block"
             )
-        ours = f"{part}.{self.leaves[leaf]}"
-        block.tensors[ours], block.origins[ours] = tensor, name
 
     def _find_faults(self, block: Block, names: Iterable[str]) -> None:
         if self.refusal:
@@ -154,9 +136,9 @@ class Family:
             block.faults.append("only one of theta and phi is there: it is incomplete")
         start = block.prefix and block.prefix + self.separator
         known = {*block.origins.values()}
-        for name in names:
-            if name.startswith(start) and name not in known and not name.endswith(self.optimizer):
-                block.faults.append(
-                    f"{name} is no part of {self.title}'s block, so with it the block computes "
-                    "something else"
-                )
+        block.faults += [
+            f"{name} is no part of {self.title}'s block, so with it the block computes something "
+            "else"
+            for name in names
+            if name.startswith(start) and name not in known and not name.endswith(self.optimizer)
+        ]

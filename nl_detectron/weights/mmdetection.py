@@ -21,9 +21,9 @@ from torch import Tensor
 
 from nl_detectron.config import add_nonlocal_config
 from nl_detectron.weights import mmdetection_names as theirs
+from nl_detectron.weights.conversion import Conversion, ConversionError
 from nl_detectron.weights.mmdetection_1x import NOTE, is_1x, modern_config, modern_tensors
 from nl_detectron.weights.python_config import read_python_config
-from nl_detectron.weights.report import Conversion, ConversionError
 from nl_detectron.weights.resnets import rename
 
 Settings = dict[str, Any]
@@ -37,7 +37,7 @@ def is_detector(names: Iterable[str]) -> bool:
 
 
 def convert_detector(
-    tensors: Mapping[str, Tensor], meta: Mapping[str, Any], result: Conversion
+    tensors: Mapping[str, Tensor], meta: Any, config_text: str | None, result: Conversion
 ) -> None:
     """
     Convert a detector.
@@ -45,13 +45,15 @@ def convert_detector(
     Args:
         tensors: the state dict, in their names.
         meta: what the checkpoint has under "meta": the config as text, and the classes.
+        config_text: the config, in the place of that under "meta".
         result: gets the tensors, a complete config, and a row for every tensor of the file.
 
     Raises:
         ConversionError: the config is missing, or it or a tensor asks for what Detectron2 does not
             compute; the message names the key or the tensor.
     """
-    config = _config_of(meta)
+    meta = meta if isinstance(meta, Mapping) else {}
+    config = _read_config(config_text or meta.get("cfg") or meta.get("config"))
     changes: Mapping[str, str] = {}
     if is_1x(tensors):
         config = modern_config(config)
@@ -117,8 +119,7 @@ def read_detector(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _config_of(meta: Mapping[str, Any]) -> dict[str, Any]:
-    text = meta.get("cfg") or meta.get("config")
+def _read_config(text: Any) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ConversionError(
             "the file has no config of the detector under 'meta', and its tensors do not tell the "
@@ -201,7 +202,11 @@ def _read_neck(values: Any, settings: Settings) -> None:
     _read(fpn, theirs.FPN, "model.neck", settings)
     for neck in others:
         _read(neck, theirs.BFP, "model.neck", settings)
-        # TODO: settings of the balanced pyramid
+        if neck.get("refine_type") is None:
+            raise ConversionError("model.neck.refine_type is None; 'non_local' is converted")
+        settings["MODEL.NONLOCAL.BACKBONE"] = settings["MODEL.BACKBONE.NAME"]
+        settings["MODEL.BACKBONE.NAME"] = "build_balanced_fpn_backbone"
+        settings |= {f"MODEL.NONLOCAL.{key}": value for key, value in theirs.BFP_BLOCK.items()}
 
 
 def _read_anchors(values: Mapping[str, Any], settings: Settings) -> None:

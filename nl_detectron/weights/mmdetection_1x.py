@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nl_detectron.weights.report import ConversionError
+from nl_detectron.weights.conversion import ConversionError
 
 NOTE = (
     "mmdetection 1.x rounds its anchors to whole pixels, and its boxes are a pixel wider; here "

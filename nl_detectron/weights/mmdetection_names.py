@@ -25,7 +25,7 @@ _PATTERNS = {
     rf"{_FPN}lateral_convs\.(?P<level>[0-3])\.[bg]n": "backbone.fpn_lateral{level}.norm",
     rf"{_FPN}fpn_convs\.(?P<level>[0-3])\.conv": "backbone.fpn_output{level}",
     rf"{_FPN}fpn_convs\.(?P<level>[0-3])\.[bg]n": "backbone.fpn_output{level}.norm",
-    r"neck\.1\.refine\.(?P<part>theta|phi|g|conv_out)\.conv": "backbone.refine.{part}",
+    r"neck\.1\.refine\.(?P<part>theta|phi|g|conv_out)\.conv": "backbone.nonlocal.refine.{part}",
     r"rpn_head\.(?P<part>rpn_conv|rpn_cls|rpn_reg)": "proposal_generator.rpn_head.{part}",
     rf"{_HEAD}\.shared_convs\.(?P<number>\d+)\.conv": "roi_heads.box_head.conv{number}",
     rf"{_HEAD}\.shared_convs\.(?P<number>\d+)\.[bg]n": "roi_heads.box_head.conv{number}.norm",
@@ -166,11 +166,20 @@ BFP = {
     "type": ("BFP",),
     "num_levels": (5,),
     "refine_level": (2,),
-    "refine_type": (None, "non_local"),
+    "refine_type": ("non_local",),
     "conv_cfg": (None,),
     "norm_cfg": (None,),
     **dict.fromkeys(("in_channels", "init_cfg"), ANY),
 }
+BFP_BLOCK = {
+    "BLOCK": "NonLocalBlock",
+    "PAIRWISE": "embedded_gaussian",
+    "REDUCTION": 1,
+    "SCALE": False,
+    "SUBSAMPLE": "none",
+    "NORM": "",
+}
+"""The block in it, in the keys of MODEL.NONLOCAL."""
 RPN_HEAD = {
     "type": ("RPNHead",),
     "num_convs": (1,),

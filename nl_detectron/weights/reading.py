@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from nl_detectron.validation import check_choice
@@ -15,9 +15,8 @@ from nl_detectron.weights.block import (
     Traits,
     affine_statistics,
 )
+from nl_detectron.weights.conversion import Conversion, ConversionError, Options
 from nl_detectron.weights.family import Family
-from nl_detectron.weights.options import Options
-from nl_detectron.weights.report import ConversionError
 
 # The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
 _CONVS = {"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "unary": "1C", "out": "Cd"}
@@ -32,153 +31,130 @@ _KINDS = {
 }
 
 
-def read_block(block: Block, family: Family, options: Options, notes: list[str]) -> None:
+def read_block(block: Block, family: Family, options: Options, result: Conversion) -> None:
     """
-    Settle what a block computes, and change its tensors so that ours computes the same.
-
-    Args:
-        block: as it was found.
-        family: whose block it is.
-        options: what the caller knows about it; ``dims`` are those of the result.
-        notes: gets one for each thing that was assumed.
-
-    Raises:
-        ConversionError: it is incomplete, an option is missing, or ours cannot compute the same.
-        ValueError: an option contradicts the names.
+    Settle what a block computes, and change its tensors so that ours, of ``options.dims``
+    dimensions, computes the same. What is assumed becomes a note of the result; an error names the
+    block.
     """
     try:
         if block.faults:
             raise ConversionError(block.faults[0])
-        block.traits = _settle_traits(block, family, options, notes)
-        _drop_counter(block)
+        block.traits = _Settling(block, family, options, result).traits()
+        counter = "norm.num_batches_tracked"
+        if block.traits.norm == "FrozenBN" and block.tensors.pop(counter, None) is not None:
+            block.notes[counter] = "a counter that a frozen batch norm does not have"
         convs = [part for part in _CONVS if part in block.parts]
         _add_biases(block, convs, family)
         _reshape_convs(block, convs, options.dims)
-        family.adapt(block)
+        family.to_ours(block)
         _check_norm(block)
         _carry_norm(block, family.norm_eps if options.norm_eps is None else options.norm_eps)
     except ConversionError as error:
-        raise ConversionError(f"{block.prefix or 'the block'}: {error}") from error
+        raise ConversionError(f"{block.title}: {error}") from error
 
 
-def _settle_traits(block: Block, family: Family, options: Options, notes: list[str]) -> Traits:
-    legal: dict[str, Sequence[Any]] = {"pairwise": _pairwise_of(block, family)}
-    pairwise = _settle("pairwise", legal["pairwise"], family, options, notes)
-    # Where there is no softmax there is no scale; True is the config's default.
-    scale: Any = True
-    scales = family.scales[pairwise or legal["pairwise"][0]]
-    if scales:
-        legal["scale"] = scales
-        scale = _settle("scale", scales, family, options, notes)
-    legal["subsample"] = _subsample_of(block, family)
-    subsample = _settle("subsample", legal["subsample"], family, options, notes)
-    norm = _norm_of(block, family, options)
-    temperature = _temperature_of(pairwise, family, options, notes)
-    traits = Traits(pairwise, scale, subsample, norm, temperature)
-    unsettled = {key: legal[key] for key, value in traits._asdict().items() if value is None}
-    if unsettled:
-        raise ConversionError(_what_is_missing(family, unsettled))
-    return traits
+class _Settling:
+    """What a block computes, by its names, the family and the options; and what is left open."""
 
+    def __init__(self, block: Block, family: Family, options: Options, result: Conversion) -> None:
+        self.block, self.family, self.options, self.result = block, family, options, result
+        self.open: dict[str, Sequence[Any]] = {}
 
-def _settle(
-    key: str, legal: Sequence[Any], family: Family, options: Options, notes: list[str]
-) -> Any:
-    """The value among ``legal`` that the option, the names or the family settle, else None."""
-    given = getattr(options, key)
-    if given is not None:
-        check_choice(key, given, legal)
-        return given
-    if len(legal) == 1:
-        return legal[0]
-    if not family.assume_usual:
-        return None
-    usual = family.usual[key]
-    others = " or ".join(repr(value) for value in legal if value != usual)
-    note = (
-        f"The file does not say {key}; assumed is {usual!r}, as {family.title} has it unless told "
-        f"otherwise. If this was told otherwise: {key}={others}."
-    )
-    if note not in notes:
-        notes.append(note)
-    return usual
+    def traits(self) -> Traits:
+        kinds = self._kinds()
+        pairwise = self._settle("pairwise", kinds)
+        # Where there is no softmax there is no scale; True is the config's default.
+        scales = self.family.scales[pairwise or kinds[0]]
+        scale = self._settle("scale", scales) if scales else True
+        subsample = self._settle("subsample", self._subsample())
+        traits = Traits(pairwise, scale, subsample, self._norm(), self._temperature(pairwise))
+        if self.open:
+            raise ConversionError(self._what_is_missing())
+        return traits
 
-
-def _temperature_of(pairwise: str, family: Family, options: Options, notes: list[str]) -> float:
-    if pairwise == "disentangled" and options.temperature is None:
-        note = (
-            f"The file does not say temperature; assumed is {PUBLISHED_TEMPERATURE}, as all "
-            "published blocks have it."
+    def _settle(self, key: str, legal: Sequence[Any]) -> Any:
+        """The value among ``legal`` that the option, the names or the family settle, else None."""
+        given, title = getattr(self.options, key), self.family.title
+        if given is not None:
+            check_choice(key, given, legal)
+            return given
+        if len(legal) == 1:
+            return legal[0]
+        if not self.family.assume_usual:
+            self.open[key] = legal
+            return None
+        usual = self.family.usual[key]
+        others = " or ".join(repr(value) for value in legal if value != usual)
+        self.result.note_once(
+            f"The file does not say {key}; assumed is {usual!r}, as {title} has it unless told "
+            f"otherwise. If this was told otherwise: {key}={others}."
         )
-        if note not in notes:
-            notes.append(note)
-    return options.temperature or PUBLISHED_TEMPERATURE
+        return usual
 
+    def _temperature(self, pairwise: str) -> float:
+        if pairwise == "disentangled" and self.options.temperature is None:
+            self.result.note_once(
+                f"The file does not say temperature; assumed is {PUBLISHED_TEMPERATURE}, as all "
+                "published blocks have it."
+            )
+        return self.options.temperature or PUBLISHED_TEMPERATURE
 
-def _what_is_missing(family: Family, unsettled: Mapping[str, Sequence[Any]]) -> str:
-    lines = []
-    for key, legal in unsettled.items():
-        usual = f" ({family.title}'s default: {family.usual[key]!r})" if key in family.usual else ""
-        lines.append(f"{key}={' or '.join(map(repr, legal))}{usual}")
-    flags = ", ".join(f"--{key}" for key in unsettled)
-    return (
-        f"the file does not tell {'; '.join(lines)}. Say how the model was built "
-        f"(convert_weights.py: {flags})"
-    )
-
-
-def _pairwise_of(block: Block, family: Family) -> Sequence[str]:
-    kinds = next(kinds for part, kinds in _KINDS.items() if part in block.parts)
-    had = [kind for kind in kinds if kind in family.scales]
-    if not had:
-        raise ConversionError(
-            f"with the parts {', '.join(sorted(block.parts))} it would be a {kinds[0]} block, "
-            f"which {family.title} does not have: it is incomplete"
+    def _what_is_missing(self) -> str:
+        usual = self.family.usual
+        texts = [
+            f"{key}={' or '.join(map(repr, legal))}"
+            + (f" ({self.family.title}'s default: {usual[key]!r})" if key in usual else "")
+            for key, legal in self.open.items()
+        ]
+        flags = ", ".join(f"--{key}" for key in self.open)
+        return (
+            f"the file does not tell {'; '.join(texts)}. Say how the model was built "
+            f"(convert_weights.py: {flags})"
         )
-    return had
 
+    def _kinds(self) -> Sequence[str]:
+        parts, family = self.block.parts, self.family
+        kinds = next(kinds for part, kinds in _KINDS.items() if part in parts)
+        had = [kind for kind in kinds if kind in family.scales]
+        if not had:
+            raise ConversionError(
+                f"with the parts {', '.join(sorted(parts))} it would be a {kinds[0]} block, "
+                f"which {family.title} does not have: it is incomplete"
+            )
+        return had
 
-def _subsample_of(block: Block, family: Family) -> Sequence[str]:
-    if block.is_context:
-        return ("none",)
-    pooled = {part: family.modules.get(f"{part} pooled") for part in block.parts}
-    telling = [part for part in pooled if pooled[part]]
-    if not telling:
-        return family.subsample
-    subsampled = [part for part in telling if pooled[part] == block.parts[part]]
-    if not subsampled:
-        return ("none",)
-    if subsampled != telling:
-        raise ConversionError(f"of phi and g only {', '.join(subsampled)} is subsampled")
-    return ("embeddings",)
+    def _subsample(self) -> Sequence[str]:
+        if self.block.is_context:
+            return ("none",)
+        telling = [part for part in self.block.parts if self.family.parts[part].pooled]
+        if not telling:
+            return self.family.subsample
+        pooled = [part for part in telling if part in self.block.pooled]
+        if pooled and pooled != telling:
+            raise ConversionError(f"of phi and g only {', '.join(pooled)} is subsampled")
+        return ("embeddings",) if pooled else ("none",)
 
-
-def _norm_of(block: Block, family: Family, options: Options) -> str:
-    legal: tuple[str, ...] = ("GN", "LN")
-    if block.is_context:
-        return "LN"
-    if "norm" not in block.parts:
-        legal = ("",)
-    elif "norm.running_var" in block.tensors:
-        legal = BATCH_NORMS
-    elif family.affine:
-        legal = ("FrozenBN",)
-    elif options.norm is None:
-        raise ConversionError(
-            "its norm has no running statistics, and the file does not say what it is: say "
-            "norm='GN' if it is group norm with 32 groups, norm='LN' if it is layer norm over "
-            "the channels of each position; another one cannot be converted"
-        )
-    if options.norm is None:
-        return legal[0]
-    check_choice("norm", options.norm, legal)
-    return options.norm
-
-
-def _drop_counter(block: Block) -> None:
-    counter = "norm.num_batches_tracked"
-    if block.traits.norm == "FrozenBN" and block.tensors.pop(counter, None) is not None:
-        block.notes[counter] = "a counter that a frozen batch norm does not have"
+    def _norm(self) -> str:
+        legal: tuple[str, ...] = ("GN", "LN")
+        if self.block.is_context:
+            return "LN"
+        if "norm" not in self.block.parts:
+            legal = ("",)
+        elif "norm.running_var" in self.block.tensors:
+            legal = BATCH_NORMS
+        elif self.family.affine:
+            legal = ("FrozenBN",)
+        elif self.options.norm is None:
+            raise ConversionError(
+                "its norm has no running statistics, and the file does not say what it is: say "
+                "norm='GN' if it is group norm with 32 groups, norm='LN' if it is layer norm over "
+                "the channels of each position; another one cannot be converted"
+            )
+        if self.options.norm is None:
+            return legal[0]
+        check_choice("norm", self.options.norm, legal)
+        return self.options.norm
 
 
 def _add_biases(block: Block, convs: Sequence[str], family: Family) -> None:
@@ -197,10 +173,9 @@ def _add_biases(block: Block, convs: Sequence[str], family: Family) -> None:
 
 def _reshape_convs(block: Block, convs: Sequence[str], dims: int | None) -> None:
     """Kernels of size 1 in ``dims`` dimensions (None: those of the file)."""
-    first = block.embedding
+    first, block.dims_in_file = block.embedding, block.dims
     if block.dims < 1:
-        shape = tuple(block.tensors[f"{first}.weight"].shape)
-        raise ConversionError(f"{first} has shape {shape}, which is no convolution's")
+        raise ConversionError(f"{first} has shape {block.shape}, which is no convolution's")
     inner, channels = block.inner_channels, block.in_channels
     sizes = {"1": 1, "C": channels, "d": inner, "D": 2 * inner}
     dims = dims or block.dims
@@ -226,21 +201,17 @@ def _check_norm(block: Block) -> None:
                 f"{name} has shape {tuple(tensor.shape)}, but must have ({channels},)"
             )
     needed = {"norm.weight", "norm.bias"} if block.traits.norm else set()
-    if block.traits.norm in BATCH_NORMS and not _is_affine(block):
+    if block.traits.norm in BATCH_NORMS and not block.is_affine:
         needed |= {"norm.running_mean", "norm.running_var"}
-    missing = needed - set(norm)
-    if missing:
+    if missing := needed - set(norm):
         raise ConversionError(f"it has no {', '.join(sorted(missing))}: it is incomplete")
 
 
-def _is_affine(block: Block) -> bool:
-    return block.traits.norm == "FrozenBN" and "norm.running_var" not in block.tensors
-
-
 def _carry_norm(block: Block, eps: float) -> None:
+    """Our epsilon, and our form of an affine layer."""
     if block.traits.norm not in BATCH_NORMS:
         return
-    if _is_affine(block):
+    if block.is_affine:
         for leaf, tensor in affine_statistics(block.tensors["norm.weight"]).items():
             block.change(f"norm.{leaf}", tensor, AFFINE_NOTE)
     elif eps != OUR_EPS:

@@ -12,7 +12,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from torch import Tensor
 
-from nl_detectron.weights.report import Conversion, ConversionError
+from nl_detectron.weights.conversion import Conversion, ConversionError
 
 # Whether it is of bottlenecks, and the blocks in each stage, to MODEL.RESNETS.DEPTH.
 _DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
@@ -28,13 +28,8 @@ def rename(
     name: str, names: Sequence[tuple[str, str]], words: Mapping[str, Mapping[str, str]]
 ) -> str | None:
     """
-    Args:
-        name: a tensor's.
-        names: patterns of names, and templates of ours with the patterns' groups.
-        words: by group, what it has to ours; what is missing stays.
-
-    Returns:
-        Our name, or None where no pattern matches.
+    Our name of a tensor, or None where no pattern matches: ``names`` are patterns, with templates
+    of ours from their groups; ``words`` has, by group, theirs to ours; what is missing stays.
     """
     for pattern, template in names:
         match = re.fullmatch(pattern, name)
@@ -45,13 +40,7 @@ def rename(
 
 
 def is_detectron2(names: Iterable[str]) -> bool:
-    """
-    Args:
-        names: of a state dict's tensors.
-
-    Returns:
-        Whether a ResNet in Detectron2's names is among them.
-    """
+    """Is a ResNet in Detectron2's names among these?"""
     return any(re.fullmatch(r"(.*\.)?res2\.0\.conv1\.weight", name) for name in names)
 
 
@@ -59,12 +48,8 @@ def add_resnet_settings(
     result: Conversion, pixel_mean: Sequence[float], pixel_std: Sequence[float]
 ) -> None:
     """
-    Args:
-        result: with a ResNet, whose 3x3 convolutions have the stride; gets its config.
-        pixel_mean, pixel_std: (3,), red, green, blue, for input in 0..255.
-
-    Raises:
-        ConversionError: Detectron2 has no such ResNet.
+    Give the result, a ResNet whose 3x3 convolutions have the stride, its config; mean and standard
+    deviation are of red, green, blue from 0 to 255.
     """
     resnets = resnet_config(result.state_dict)
     model = result.settings.setdefault("MODEL", {})
@@ -76,16 +61,9 @@ def add_resnet_settings(
 
 def resnet_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """
-    Args:
-        state_dict: a ResNet in Detectron2's names; its classifier ``linear`` and non-local blocks
-            are not looked at.
-
-    Returns:
-        The values of ``MODEL.RESNETS`` that make such a ResNet, except STRIDE_IN_1X1, which shapes
-        do not tell.
-
-    Raises:
-        ConversionError: none do; the message names a tensor that does not fit.
+    The values of ``MODEL.RESNETS`` that make such a ResNet in Detectron2's names, except
+    STRIDE_IN_1X1, which shapes do not tell; a ConversionError names a tensor that does not fit.
+    The classifier ``linear`` and non-local blocks are not looked at.
     """
     shapes = {
         name: tuple(tensor.shape)

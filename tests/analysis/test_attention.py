@@ -50,18 +50,18 @@ def test_a_bright_place_attends_to_the_other(subsample, size_divisibility, augme
     maps = attention_maps(model, image, [centre(1, 2)], augmentation=augmentation)
     attention_map = only_map(maps)
     left, top, right, bottom = attention_map.extent
-    rows, columns = attention_map.weights.shape
+    rows, columns = attention_map.values.shape
     x, y = centre(*target)
     column = math.floor((x - left) / (right - left) * columns)
     row = math.floor((y - top) / (bottom - top) * rows)
-    assert attention_map.weights[row, column] > 100 * np.median(attention_map.weights)
+    assert attention_map.values[row, column] > 100 * np.median(attention_map.values)
 
 
 def test_keys_of_an_odd_grid():
     image = image_with_bright_cells(48, 80, (0, 0))  # 3 x 5 cells
     model = PlantedDetector(0, subsample="embeddings")
     straight = only_map(attention_maps(model, image, [(0, 0)]))
-    assert straight.weights.shape == (1, 2)
+    assert straight.values.shape == (1, 2)
     assert straight.extent == (0, 0, 64, 32)
     assert straight.query == (0, 0, 16, 16)
     flipped = only_map(attention_maps(model, image, [(79, 47)], augmentation=FLIP))
@@ -85,7 +85,7 @@ def test_weight_in_the_padding(augmentation, subsample, extent, outside):
     assert attention_map.extent == extent
     assert attention_map.outside == pytest.approx(outside, abs=1e-6)
     # Black attends to all black alike.
-    assert attention_map.weights == pytest.approx(1 / attention_map.keys)
+    assert attention_map.values == pytest.approx(1 / attention_map.keys)
 
 
 def test_an_image_smaller_than_its_padding():
@@ -157,7 +157,7 @@ def test_a_head_attends_within_the_box_of_its_object(flip):
     if flip:
         expected = expected.flip(1)
     attention_map = only_map(record.maps([(x, y)]))
-    assert attention_map.weights == pytest.approx(expected.numpy(), rel=1e-4)
+    assert attention_map.values == pytest.approx(expected.numpy(), rel=1e-4)
     assert attention_map.extent == pytest.approx((left, top, right, bottom), abs=1e-3)
     assert attention_map.outside == 0
 
@@ -296,7 +296,7 @@ def test_weights_are_those_of_the_block(pairwise):
     with torch.no_grad():
         expected = block.attention(features.x, [(2, 3)])[0, 0]
     attention_map = only_map(record.maps([centre(2, 3)]))
-    assert attention_map.weights == pytest.approx(expected.numpy())
+    assert attention_map.values == pytest.approx(expected.numpy())
     assert record.maps([]).blocks[0].maps == []
 
 
@@ -313,11 +313,11 @@ def test_a_pyramids_weights_lie_on_the_cells_of_its_bins(pairwise, augmentation)
         torch.nn.init.normal_(parameter)
     record = record_attention(model, image, augmentation=augmentation)
     attention_map = only_map(record.maps([centre(2, 3)]))
-    assert attention_map.weights.shape == (4, 6)
+    assert attention_map.values.shape == (4, 6)
     assert attention_map.keys == 24
-    assert attention_map.weights.sum() == pytest.approx(2 if pairwise == "disentangled" else 1)
+    assert attention_map.values.sum() == pytest.approx(2 if pairwise == "disentangled" else 1)
     assert attention_map.extent == (0, 0, 96, 64)
-    weights, column = torch.from_numpy(attention_map.weights), 3
+    weights, column = torch.from_numpy(attention_map.values), 3
     if augmentation:
         weights, column = weights.flip(1), 2
     (features,) = record.features["backbone.1"]
@@ -357,7 +357,7 @@ def test_what_is_found_by_averaging_lights_up_by_contribution(away_from_red):
     assert weights.multiples.max() < 1.1
     others = np.delete(contributions.multiples.ravel(), 6 + 4)
     assert contributions.multiples[1, 4] > 10 > 10 * others.max()
-    assert contributions.strongest(1) == [(centre(1, 4), contributions.weights[1, 4])]
+    assert contributions.strongest(1) == [(centre(1, 4), contributions.values[1, 4])]
 
 
 def test_where_attention_points_contributions_do():
@@ -444,7 +444,7 @@ def test_effects_in_a_detector_of_detectron2():
     left, top, right, bottom = record.boxes[0]
     (block,) = record.maps([((left + right) / 2, (top + bottom) / 2)], "effect").blocks
     assert block.name == "backbone.bottom_up.res4.nonlocal0"  # those of the head have no part
-    assert np.abs(block.maps[0].weights).max() > 0
+    assert np.abs(block.maps[0].values).max() > 0
     with pytest.raises(ValueError, match="nonlocal4 has no effect on scores: it is in a head"):
         record_attention(model, image, blocks=[KEYPOINT_BLOCK], effects=True)
 
@@ -455,8 +455,8 @@ def test_contributions_of_global_context():
     maps = attention_maps(PlantedDetector(block=block), image_with_a_red_cell(1, 4), [(5, 5)])
     record = record_attention(PlantedDetector(block=block), image_with_a_red_cell(1, 4))
     contributions = only_map(record.maps([(5, 5)], "contributions"))
-    assert contributions.weights.argmax() == 6 + 4
-    assert contributions.weights.shape == only_map(maps).weights.shape
+    assert contributions.values.argmax() == 6 + 4
+    assert contributions.values.shape == only_map(maps).values.shape
 
 
 def test_global_context_is_one_map_for_all_points():
@@ -467,8 +467,8 @@ def test_global_context_is_one_map_for_all_points():
     (attended,) = maps.blocks
     assert attended.pairwise == "global_context"
     first, second = attended.maps
-    assert first.weights.shape == (4, 6)
-    assert np.array_equal(first.weights, second.weights)
-    assert first.weights.sum() == pytest.approx(1)
-    assert len(set(first.weights.ravel())) > 1
+    assert first.values.shape == (4, 6)
+    assert np.array_equal(first.values, second.values)
+    assert first.values.sum() == pytest.approx(1)
+    assert len(set(first.values.ravel())) > 1
     assert first.query != second.query

@@ -53,7 +53,7 @@ def blocks_of(path, what="weights"):
 
 def places_of(block):
     """Places on the scale, -1 to 1, a list of (queries, rows, columns) for each region."""
-    values = np.frombuffer(zlib.decompress(base64.b64decode(block["weights"])), np.uint8)
+    values = np.frombuffer(zlib.decompress(base64.b64decode(block["values"])), np.uint8)
     places = []
     for region in block["regions"]:
         keys = region["keys"]

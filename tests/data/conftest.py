@@ -8,7 +8,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from nl_detectron.data import CompletingCOCOEvaluator
 
 
-def _as_prediction(record):
+def as_prediction(record):
     """The ground truth of an image in the form of a perfect model's output."""
     size = record["height"], record["width"]
     annotations = [a for a in record["annotations"] if not a["iscrowd"]]
@@ -39,7 +39,7 @@ def evaluate_ground_truth():
             name, distributed=False, use_fast_impl=False, kpt_oks_sigmas=kpt_oks_sigmas
         )
         evaluator.reset()
-        evaluator.process(records, [{"instances": _as_prediction(r)} for r in records])
+        evaluator.process(records, [{"instances": as_prediction(r)} for r in records])
         return evaluator.evaluate()
 
     return evaluate

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import shutil
 
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from nl_detectron.data import register_coco_json
+from nl_detectron.data import pictures, register_coco_json
 from nl_detectron.data.coco_checks import check_coco, in_one_line, without_bad
 from nl_detectron.data.coco_format import rle_counts
+from nl_detectron.engine.setup import use_own_data
 
 NAN, INFINITY = float("nan"), float("inf")
 WIDTH, HEIGHT = 64, 48
@@ -78,8 +81,15 @@ def without(section, key):
     return lambda coco: coco[section][0].pop(key)
 
 
+def all_of(**values):
+    return lambda coco: [
+        a.update({k: f"{v}-{i}" if k == "id" else v for k, v in values.items()})
+        for i, a in enumerate(coco["annotations"])
+    ]
+
+
 def all_boxes(*box):
-    return lambda coco: [a.update(bbox=list(box)) for a in coco["annotations"]]
+    return all_of(bbox=list(box))
 
 
 def rle(counts, size=(HEIGHT, WIDTH)):
@@ -160,13 +170,12 @@ ERRORS = {
     "keypoints of texts": (annotation(keypoints=["1"] * 6), "wrong keypoints"),
     "keypoints of null": (annotation(keypoints=[None] * 6), "wrong keypoints"),
     "num_keypoints a text": (annotation(num_keypoints="2"), "wrong num_keypoints"),
-    "unknown keypoint in a skeleton": (category(skeleton=[[1, 3]]), "keypoints of the categories"),
-    "skeleton of triples": (category(skeleton=[[1, 2, 3]]), "wrong skeleton"),
     "keypoint names of numbers": (category(keypoints=[1, 2]), "wrong keypoints"),
     # ids and other values
     "unknown category": (annotation(category_id=9), "unknown category_id"),
     "unknown image": (annotation(image_id=9), "unknown image_id"),
     "image id a text": (annotation(image_id="1"), "unknown image_id"),
+    "annotation id a list": (annotation(id=[1]), "wrong id"),
     "category a float": (annotation(category_id=1.0), "wrong category_id"),
     "category a boolean": (annotation(category_id=True), "wrong category_id"),
     "image id a list": (annotation(image_id=[1]), "wrong image_id"),
@@ -181,6 +190,8 @@ ERRORS = {
     "two images of one id": (image(id=1), "repeated id"),
     "ids of numbers and texts": (image(id="2"), "mixed ids"),
     "image id a float": (image(id=2.0), "wrong id"),
+    "image id of more than 64 bits": (image(id=2**63), "wrong id"),
+    "category id of more than 64 bits": (category(id=-(2**63) - 1), "wrong id"),
     "image of width 0": (image(width=0), "wrong width"),
     "image of height -1": (image(height=-1), "wrong height"),
     "image of half a pixel": (image(height=47.5), "wrong height"),
@@ -218,11 +229,62 @@ WARNINGS = {
     ),
     "num_keypoints of others": (annotation(num_keypoints=1), "wrong num_keypoints"),
     "a long image": (image(width=1000), "extreme shape"),
+    # keypoints of the categories, which are of no concern to a model of boxes
+    "a skeleton counted from 0": (category(skeleton=[[0, 1]]), "wrong skeleton"),
+    "a skeleton of other keypoints": (category(skeleton=[[16, 14], [1, 2]]), "wrong skeleton"),
+    "a skeleton of triples": (category(skeleton=[[1, 2, 3]]), "wrong skeleton"),
+    "a skeleton of names": (category(skeleton=[["nose", "tail"]]), "wrong skeleton"),
+    "a skeleton of floats": (category(skeleton=[[1.0, 2.0]]), "wrong skeleton"),
+    "a skeleton of pairs in a row": (category(skeleton=[1, 2]), "wrong skeleton"),
+    "a skeleton a text": (category(skeleton="1-2"), "wrong skeleton"),
+    "keypoints of one name": (category(keypoints=["nose", "nose"]), "repeated keypoint"),
+    "a keypoint of one side": (category(keypoints=["nose", "left_ear"]), "keypoint of one side"),
+    "names that look paired": (category(keypoints=["lsho", "rsho"]), "keypoint of one side"),
+    "different keypoints": (
+        lambda coco: coco["categories"].append({"id": 2, "name": "dog", "keypoints": ["ear"]}),
+        "different keypoints",
+    ),
+    # areas, on which evaluation depends
+    "a negative area": (annotation(area=-400), "wrong area"),
+    "an area above COCO's ranges": (annotation(area=1e11), "wrong area"),
+    "the same area everywhere": (all_of(area=7), "one area"),
+    "areas of 1": (all_of(area=1.0), "one area"),
+    "relative areas": (
+        lambda coco: [a.update(area=0.1 + 0.1 * i) for i, a in enumerate(coco["annotations"])],
+        "areas not in pixels",
+    ),
+    # what cannot be trained on
+    "no mask": (lambda coco: coco["annotations"][0].pop("segmentation"), "no mask"),
+    "a mask of no polygon": (annotation(segmentation=[]), "no mask"),
+    "mask null": (annotation(segmentation=None), "no mask"),
+    "all crowds": (all_of(iscrowd=1), "all crowds"),
+    "no annotations": (lambda coco: coco["annotations"].clear(), "no annotations"),
+    "a root category that nothing has": (
+        lambda coco: (
+            coco["categories"].append({"id": 0, "name": "animals", "supercategory": "none"}),
+            coco["categories"][0].update(supercategory="animals"),
+        ),
+        "unused root category",
+    ),
+}
+FINE = {
+    "a category as its own supercategory": category(supercategory="cat"),
+    "a category that nothing has": lambda coco: coco["categories"].append({"id": 2, "name": "dog"}),
+    "a skeleton": category(skeleton=[[1, 2]]),
+    "no skeleton": category(skeleton=None),
+    "whole sizes as floats": image(width=64.0, height=48.0),
+    "no masks at all": lambda coco: [a.pop("segmentation") for a in coco["annotations"]],
+    "area 0": annotation(area=0),
+    "area null": annotation(area=None),
+    "annotation ids of texts": all_of(id="6f1c"),
+    "annotation ids of floats": annotation(id=2.0),
 }
 
 
-def test_nothing_is_wrong(data, caplog):
+@pytest.mark.parametrize("change", [lambda coco: None, *FINE.values()], ids=["sound", *FINE])
+def test_nothing_is_wrong(data, change, caplog):
     coco, folder, register = data
+    change(coco)
     assert check_coco(coco, folder, "decoded") == []
     register(pictures="header")
     assert not caplog.text
@@ -296,10 +358,18 @@ def break_png(path):
     path.write_bytes(content)
 
 
-def turned(path):
+def exif(orientation):
     exif = Image.Exif()
-    exif[274] = 6
-    jpeg(path, exif=exif)
+    exif[274] = orientation
+    return exif
+
+
+def turned(path):
+    jpeg(path, exif=exif(6))
+
+
+def tiff(orientation, size=(WIDTH, HEIGHT)):
+    return lambda path: Image.new("RGB", size).save(path, "TIFF", exif=exif(orientation))
 
 
 def sixteen_bits(path):
@@ -319,6 +389,10 @@ PICTURES = {
     "truncated PNG": (cut_png, "does not decode"),
     "another size": (lambda path: jpeg(path, (32, 32)), "is 32 x 32"),
     "turned by EXIF": (turned, "is 48 x 64"),
+    "a TIFF on its side": (tiff(6), "is a TIFF file with orientation 6, which is applied twice"),
+    "a turned TIFF": (tiff(8, (HEIGHT, WIDTH)), "is a TIFF file with orientation 8"),
+    "a mirrored TIFF": (tiff(2), "is a TIFF file with orientation 2"),
+    "a TIFF upside down": (tiff(3), "is a TIFF file with orientation 3"),
     "recorded turned": (lambda path: jpeg(path, (HEIGHT, WIDTH)), "is 48 x 64"),
     "16 bits": (sixteen_bits, "has more than 8 bits"),
     "floats": (floats, "has more than 8 bits"),
@@ -338,6 +412,61 @@ def test_pictures(data, spoil, text, pictures):
     assert len(str(error.value).splitlines()) == 1
 
 
+JPEGS = {
+    "progressive": {"progressive": True},
+    "with comments": {"comment": b"c" * 9000},
+    "with a color profile": {"icc_profile": b"p" * 70_000},
+    "upright by EXIF": {"exif": exif(1)},
+    "of many tables": {"qtables": [[8] * 64] * 3, "subsampling": 0, "restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("pictures", ["header", "decoded"])
+def test_jpeg_files_of_all_kinds(data, options, mode, pictures):
+    coco, folder, _ = data
+    noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    picture = Image.fromarray(noise).convert(mode)
+    tables = {} if mode == "RGB" else {"qtables": [[8] * 64], "subsampling": -1}
+    options = {**options, **(tables if "qtables" in options else {})}
+    picture.save(folder / "2.png", "JPEG", **options)
+    assert check_coco(coco, folder, pictures) == []
+    coco["images"][1].update(width=HEIGHT, height=WIDTH)
+    assert "is 64 x 48" in check_coco(coco, folder, pictures)[0].text
+    coco["images"][1].update(width=WIDTH, height=HEIGHT)
+    path = folder / "2.png"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "does not decode" in check_coco(coco, folder, pictures)[0].text
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_pictures_of_a_run_are_looked_at(data, which, eval_only):
+    """Those to train on, if it trains, and those to evaluate on."""
+    coco, folder, _ = data
+    cfg = get_cfg()
+    files = []
+    for name in ("train", "val"):
+        (folder / name).mkdir()
+        for i in (1, 2, 3):
+            shutil.copy(folder / f"{i}.png", folder / name)
+        (folder / f"{name}.json").write_text(json.dumps(coco))
+        files += [str(folder / f"{name}.json"), str(folder / name)]
+    sixteen_bits(folder / which / "2.png")
+    try:
+        if which == "train" and eval_only:
+            use_own_data(cfg, *files, eval_only=True)
+        else:
+            message = rf"{which}\.json: images\[1\] '2.png' \(id 2\) has more than 8 bits a value"
+            with pytest.raises(ValueError, match=message):
+                use_own_data(cfg, *files, eval_only=eval_only)
+    finally:
+        for name in ("train", "val"):
+            DatasetCatalog.pop(name, None)
+            MetadataCatalog.pop(name, None)
+
+
 def test_a_broken_middle_is_found_by_decoding(data):
     coco, folder, _ = data
     break_png(folder / "2.png")
@@ -352,6 +481,47 @@ def test_turned_pictures_are_read_as_detectron2_does(data):
     coco["images"][1].update(width=HEIGHT, height=WIDTH)
     coco["annotations"][1].update(bbox=[1, 1, 9, 9])
     assert check_coco(coco, folder, "header") == check_coco(coco, folder, "decoded") == []
+
+
+@pytest.mark.parametrize("orientation", [0, 1, 99])
+def test_a_tiff_file_as_it_is(data, orientation):
+    coco, folder, _ = data
+    tiff(orientation)(folder / "2.png")
+    assert check_coco(coco, folder, "header") == check_coco(coco, folder, "decoded") == []
+
+
+def test_pictures_beyond_a_thread_s_share(data, monkeypatch):
+    coco, folder, _ = data
+    monkeypatch.setattr(pictures, "_AT_ONCE", 2)
+    (folder / "3.png").write_bytes(b"")
+    (problem,) = check_coco(coco, folder, "header")
+    assert "'3.png' (id 3) is empty" in problem.text
+
+
+@pytest.mark.parametrize(
+    ("file_name", "cause"),
+    [
+        ("a\\2.png", "backslashes"),
+        ("train/2.png", "but {root}/2.png is there"),
+        ("/data/2.png", "but {root}/2.png is there"),
+        ("2.PNG", "but {root}/2.png is there"),
+        (" 2.png", "but {root}/2.png is there"),
+    ],
+)
+def test_why_a_picture_is_missing(data, file_name, cause):
+    coco, folder, _ = data
+    coco["images"][1]["file_name"] = file_name
+    (problem,) = check_coco(coco, folder)
+    assert problem.kind == "missing picture"
+    assert cause.format(root=folder) in problem.text
+
+
+def test_ids_of_another_type_are_named_as_the_cause(data):
+    coco, folder, _ = data
+    all_of(image_id="1")(coco)
+    assert "image_id '1', not among the images, where it is a number" in in_one_line(
+        check_coco(coco, folder)
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -370,6 +540,7 @@ def test_without_bad(data):
     for i, values in enumerate(({"bbox": [NAN] * 4}, {"bbox": [1, 1, 0, 5]}, {"num_keypoints": 1})):
         coco["annotations"].append({**coco["annotations"][0], "id": 20 + i, **values})
     coco["annotations"].append({**coco["annotations"][0], "id": 30, "image_id": 4})
+    coco["annotations"].append({**coco["annotations"][0], "id": 31, "segmentation": []})
     (folder / "2.png").write_bytes(b"")
     clean = without_bad(coco, check_coco(coco, folder, "decoded"))
     assert [i["id"] for i in clean["images"]] == [1, 3]

@@ -22,6 +22,7 @@ from nl_detectron.data import (
     register_coco_json,
 )
 from tests.corruption import read_corrupted
+from tests.data.conftest import as_prediction
 
 COCO_SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco"
 PERSON = {
@@ -77,7 +78,8 @@ def rle_of(top, left, bottom, right, compressed):
         return {"size": rle["size"], "counts": rle["counts"].decode()}
     flat = mask.ravel(order="F")
     changes = np.flatnonzero(np.diff(flat)) + 1
-    return {"size": [48, 64], "counts": np.diff([0, *changes, flat.size]).tolist()}
+    first = [0] * int(flat[0])
+    return {"size": [48, 64], "counts": first + np.diff([0, *changes, flat.size]).tolist()}
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,7 @@ def write(tmp_path):
         for image in coco["images"]:
             path = tmp_path / "images" / image["file_name"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (image["width"], image["height"])).save(path)
+            Image.new("RGB", (int(image["width"]), int(image["height"]))).save(path)
         json_file = tmp_path / f"{name}.json"
         json_file.write_text(json.dumps(coco))
         return json_file, tmp_path / "images"
@@ -157,6 +159,91 @@ def test_fills_in_what_evaluation_reads(register, tmp_path, caplog):
     assert [a["id"] for a in completed["annotations"]] == [1, 2, 3]
     assert [a["num_keypoints"] for a in completed["annotations"]] == [3, 0, 0]
     assert [a["area"] for a in completed["annotations"]] == pytest.approx([200, 300, 200], abs=15)
+
+
+IDS = {
+    "UUIDs": ["6f1c-1", "6f1c-2", "6f1c-3"],
+    "quoted from 0": ["0", "1", "2"],
+    "beyond a float's digits": [2**53, 2**53 + 1, 2**53 + 2],
+    "beyond floats": [10**400, 10**400 + 1, 10**400 + 2],
+    "floats": [1.0, 2.0, 3.0],
+    "from 0": [0, 1, 2],
+    "negative": [-1, -2, -3],
+    "the same": [5, 5, 5],
+    "some null": [1, None, 2],
+    "numbers and texts": [1, "2", 3],
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_annotation_ids_are_numbered_anew(register, evaluate_ground_truth, ids):
+    coco = hand_made_coco()
+    for annotation, id_ in zip(coco["annotations"], ids):
+        annotation["id"] = id_
+    register(coco)
+    assert [a["id"] for a in evaluated("mine")["annotations"]] == [1, 2, 3]
+    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
+    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
+
+
+@pytest.mark.parametrize("ids", [["x", "y", "z"], [2**62 + 1, 2**63 - 1, 7], [-1, -5, -9]])
+def test_image_ids_of_any_kind(register, evaluate_ground_truth, ids):
+    coco = hand_made_coco()
+    new = dict(zip([0, 5, 6], ids))
+    for image in coco["images"]:
+        image["id"] = new[image["id"]]
+    for annotation in coco["annotations"]:
+        annotation["image_id"] = new[annotation["image_id"]]
+    register(coco)
+    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
+    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
+
+
+@pytest.mark.parametrize("area", [0, 0.0, None, -1, -200.0, 1e10 + 1e4, 1e13])
+def test_area_that_evaluation_would_not_count(register, evaluate_ground_truth, area, caplog):
+    coco = hand_made_coco()
+    for annotation in coco["annotations"]:
+        annotation["area"] = area
+    with caplog.at_level(logging.INFO):
+        register(coco)
+    assert "lacks area" in caplog.text
+    areas = [annotation["area"] for annotation in evaluated("mine")["annotations"]]
+    assert areas == pytest.approx([200, 300, 200], abs=15)
+    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
+    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
+
+
+@pytest.mark.parametrize("area", [0.5, 1e10])
+def test_area_that_evaluation_counts_stays(register, area):
+    coco = hand_made_coco()
+    coco["annotations"][1]["area"] = area
+    register(coco)
+    assert evaluated("mine")["annotations"][1]["area"] == area
+
+
+@pytest.mark.parametrize("count", [0, None, 2])
+def test_visible_keypoints_count(register, evaluate_ground_truth, count):
+    coco = hand_made_coco()
+    coco["annotations"][0]["num_keypoints"] = count
+    register(coco)
+    assert [a["num_keypoints"] for a in evaluated("mine")["annotations"]] == [count or 3, 0, 0]
+    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
+    assert results["keypoints"]["AP"] == pytest.approx(100)
+
+
+def test_whole_sizes_written_as_floats(register, evaluate_ground_truth):
+    coco = hand_made_coco()
+    rle = rle_of(5, 40, 35, 50, compressed=True)
+    coco["annotations"][1]["segmentation"] = rle | {"size": [48.0, 64.0]}
+    rle = rle_of(0, 0, 10, 20, compressed=False)
+    coco["annotations"][2]["segmentation"] = rle | {"size": [48.0, 64.0]}
+    for image in coco["images"]:
+        image.update(height=48.0, width=64.0)
+    register(coco)
+    records = DatasetCatalog.get("mine")
+    assert {type(r[side]) for r in records for side in ("height", "width")} == {int}
+    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
+    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
 
 
 def test_complete_file_is_used_as_it_is(register, tmp_path, caplog):
@@ -255,7 +342,12 @@ def change(section, i, **values):
         ),
         (change("categories", 0, name=7), "name 7, not a text"),
         (lambda coco: coco.update(images={}), "no list 'images'"),
-        (lambda coco: coco["annotations"].clear(), "has no annotations"),
+        (lambda coco: coco["categories"].clear(), "has no categories"),
+        # What has no category at hand, VIA leaves out: the first cause first.
+        (
+            lambda coco: (coco["annotations"].clear(), coco["categories"].clear()),
+            "has no categories",
+        ),
         (lambda coco: coco["images"][1].pop("height"), r"images\[1\] has no 'height'"),
         (lambda coco: coco["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
         (change("annotations", 1, category_id=4), "category_id 4, not among the categories"),
@@ -264,8 +356,6 @@ def change(section, i, **values):
         (change("annotations", 1, segmentation=TRIANGLE[0]), "nor a list of polygons"),
         (change("annotations", 1, segmentation=[[1, 1, 5, 5]]), "nor a list of polygons"),
         (change("annotations", 0, keypoints=[1, 1, 2]), "has 3 numbers in 'keypoints'"),
-        (change("categories", 1, keypoints=["tail"]), "'person' and 'dog' have different lists"),
-        (change("categories", 0, skeleton=[[0, 1]]), r"skeleton's \[0, 1\]"),
         (
             lambda coco: [a.update(bbox=[0.1, 0.2, 0.5, 0.5]) for a in coco["annotations"]],
             "COCO's are in pixels",
@@ -283,10 +373,19 @@ def test_explains_what_is_wrong_with_a_file(write, spoil, message):
     assert "mine" not in DatasetCatalog
 
 
-@pytest.mark.parametrize("text", ["{images: []}", "", "[1, 2]"])
-def test_explains_files_of_another_format(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{images: []}", "is not JSON"),
+        ("", "is not JSON"),
+        ("[1, 2]", r"is not in COCO's format: it has no list 'categories', but is \[1, 2\]"),
+        ('{"_via_settings": {}, "_via_img_metadata": {}}', "with the keys '_via_settings', '_via"),
+        ('{"shapes": [], "imagePath": "1.png"}', "with the keys 'shapes', 'imagePath'"),
+    ],
+)
+def test_explains_files_of_another_format(tmp_path, text, message):
     (tmp_path / "mine.json").write_text(text)
-    with pytest.raises(ValueError, match=r"is not JSON|is not in COCO's format"):
+    with pytest.raises(ValueError, match=message):
         register_coco_json("mine", tmp_path / "mine.json", tmp_path)
 
 
@@ -329,6 +428,25 @@ def test_configure(register, cfg, caplog):
     assert "2 classes (dog, person), mask format polygon, 3 keypoints" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("num_keypoints", "stale", "expected"),
+    [
+        (3, [0.02] * 4, [0.05] * 3),
+        (3, [0.02] * 2, [0.05] * 3),
+        (17, [0.02] * 3, []),
+        (17, [0.02] * 17, [0.02] * 17),
+    ],
+)
+def test_configure_replaces_sigmas_of_another_length(register, cfg, num_keypoints, stale, expected):
+    coco = hand_made_coco()
+    coco["categories"][0].update(keypoints=[f"point {i}" for i in range(num_keypoints)])
+    coco["annotations"][0]["keypoints"] = [15, 12, 2] * num_keypoints
+    register(coco)
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = stale
+    configure_for_dataset(cfg, "mine", "mine")
+    assert expected == cfg.TEST.KEYPOINT_OKS_SIGMAS
+
+
 def test_configure_keeps_fitting_sigmas(register, cfg):
     register(hand_made_coco())
     cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.02, 0.07, 0.07]
@@ -366,6 +484,75 @@ def test_configured_training_data_load(register, cfg, is_crowd, mask_format):
     assert all(x.gt_masks.nonempty().all() for x in instances)
 
 
+def crowds_alone(coco):
+    for annotation in coco["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda coco: coco["annotations"].clear(), "'mine' has no annotations"),
+        (lambda coco: coco.pop("annotations"), "'mine' has no annotations"),
+        (crowds_alone, "all 3 annotations of 'mine' have iscrowd 1"),
+    ],
+)
+def test_what_cannot_be_trained_on_can_be_evaluated_on(register, cfg, spoil, message, tmp_path):
+    register(hand_made_coco(), "mine_val")
+    coco = hand_made_coco()
+    spoil(coco)
+    register(coco)
+    cfg.MODEL.KEYPOINT_ON = "iscrowd" not in message
+    with pytest.raises(ValueError, match=message):
+        configure_for_dataset(cfg, "mine", "mine")
+    configure_for_dataset(cfg, "mine_val", "mine")
+    configure_for_dataset(cfg, "mine", "mine", eval_only=True)
+    assert cfg.DATASETS.TEST == ("mine",)
+    assert len(DatasetCatalog.get("mine")) == 3
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda coco: coco["annotations"].clear(), lambda coco: coco.pop("annotations")]
+)
+def test_predictions_without_annotations_are_written(register, spoil, tmp_path, caplog):
+    coco = hand_made_coco()
+    register(coco)
+    (record, *_) = DatasetCatalog.get("mine")
+    prediction = as_prediction(record)
+    spoil(coco)
+    with caplog.at_level(logging.WARNING):
+        register(coco)
+        assert "no annotations: none to train on, and in evaluation no AP" in caplog.text
+        evaluator = CompletingCOCOEvaluator("mine", distributed=False, output_dir=str(tmp_path))
+        evaluator.reset()
+        evaluator.process([record], [{"instances": prediction}])
+        assert evaluator.evaluate() == {}
+    written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    assert [entry["category_id"] for entry in written] == [7, 3]
+
+
+def test_keypoints_do_not_matter_to_a_model_of_boxes(register, cfg):
+    coco = hand_made_coco()
+    coco["categories"][1]["keypoints"] = ["tail"]
+    coco["categories"][0]["skeleton"] = [[0, 1]]
+    register(coco)
+    register(hand_made_coco(), "mine_val")
+    cfg.MODEL.KEYPOINT_ON = False
+    configure_for_dataset(cfg, "mine", "mine_val")
+    mapper = DatasetMapper(cfg, is_train=True)
+    assert [len(mapper(r)["instances"]) for r in get_detection_dataset_dicts("mine")] == [2, 1]
+
+
+def test_the_pairs_of_keypoints_are_logged(register, caplog):
+    caplog.set_level("INFO", "nl_detectron")
+    coco = hand_made_coco()
+    coco["categories"][0]["keypoints"] = ["nose", "handR", "handL"]
+    register(coco)
+    assert "swap places in a flip: handL - handR" in caplog.text
+    assert MetadataCatalog.get("mine").keypoint_flip_map == [("handL", "handR")]
+    assert len(MetadataCatalog.get("mine").keypoint_connection_rules) == 2
+
+
 def without_person_keypoints(coco):
     del coco["categories"][0]["keypoints"]
 
@@ -376,6 +563,8 @@ def without_person_keypoints(coco):
         (without_person_keypoints, "no category of 'mine' has a list 'keypoints'"),
         (change("annotations", 0, keypoints=[0] * 9), "visibility above 0"),
         (change("annotations", 1, segmentation=[]), "1 of 3 annotations of 'mine' have no segm"),
+        (change("categories", 1, keypoints=["tail"]), "or categories have different ones"),
+        (change("categories", 0, keypoints=["hand", "nose", "hand"]), "have the same name"),
     ],
 )
 def test_configure_explains_what_the_model_lacks(register, cfg, spoil, message):

@@ -14,18 +14,11 @@ SIZE = (48, 80)
 
 @pytest.fixture
 def run(trained, tmp_path):
+    model = ["--config-file", trained / "config.yaml", "--weights", trained / "model_final.pth"]
+
     def run(*words):
-        attention.main(
-            [
-                *(
-                    "--config-file",
-                    str(trained / "config.yaml"),
-                    "--weights",
-                    str(trained / "model_final.pth"),
-                ),
-                *("--output", str(tmp_path / "output"), *map(str, words)),
-            ]
-        )
+        words = [*model, "--output", tmp_path / "output", *words]
+        attention.main([str(word) for word in words])
         return sorted(path.name for path in (tmp_path / "output").iterdir())
 
     return run
@@ -97,22 +90,13 @@ def test_shows_what_is_asked_for(run, image, monkeypatch):
 
 def test_flipping_gives_another_map_of_the_same_place(run, image, monkeypatch):
     drawn = drawn_maps(monkeypatch)
-    for words in ([], ["--flip"]):
-        run(
-            "--input",
-            image,
-            "--points",
-            "10,20",
-            "--block",
-            "nonlocal0",
-            "--show",
-            "weights",
-            *words,
-        )
+    words = ["--points", "10,20", "--block", "nonlocal0", "--show", "weights"]
+    for flip in ([], ["--flip"]):
+        run("--input", image, *words, *flip)
     (plain,), (flipped,) = [maps.blocks[0].maps for maps, _ in drawn]
     assert plain.query[0] <= 10 <= plain.query[2]
     assert flipped.query[0] <= 10 <= flipped.query[2]
-    assert not np.array_equal(plain.weights, flipped.weights)
+    assert not np.array_equal(plain.values, flipped.values)
 
 
 def test_without_objects_there_is_the_page_alone(run, image, capsys):

@@ -7,7 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from detectron2.utils.visualizer import Visualizer
+from PIL import Image
 
 from demo import demo
 from tests.random_model import QUICK_START
@@ -20,13 +21,9 @@ def run(trained, tmp_path):
     """Run the demo, by default so that a random model's predictions are drawn."""
 
     def run(*words, config_file=trained / "config.yaml", confidence=0.0):
-        return demo.main(
-            [
-                *("--config-file", str(config_file), "--confidence", str(confidence)),
-                *("--weights", str(trained / "model_final.pth")),
-                *("--output", str(tmp_path / "output"), *map(str, words)),
-            ]
-        )
+        model = ["--config-file", config_file, "--weights", trained / "model_final.pth"]
+        options = ["--confidence", confidence, "--output", tmp_path / "output"]
+        return demo.main([str(word) for word in (*model, *options, *words)])
 
     return run
 
@@ -212,11 +209,13 @@ def test_no_frames(run, monkeypatch, capsys):
 
 
 def test_names_of_own_classes(run, trained, tmp_path, monkeypatch):
-    labels = []
-    text = ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw, "text", lambda *words: labels.append(words[2]) or text(*words)
-    )
+    labels, draw_text = [], Visualizer.draw_text
+
+    def spy(self, text, *arguments, **options):
+        labels.append(text)
+        return draw_text(self, text, *arguments, **options)
+
+    monkeypatch.setattr(Visualizer, "draw_text", spy)
     write_images(tmp_path, "x.png")
     keypoints = {"keypoints": ["a", "b"], "skeleton": []}
     coco = {
@@ -288,14 +287,8 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit):
         demo.main(["--help"])
     text = capsys.readouterr().out
-    for word in (
-        "Examples",
-        "--compare",
-        "--video-input",
-        "--webcam",
-        "--val-json",
-        "'more/*.jpg'",
-    ):
+    options = ("--compare", "--video-input", "--webcam", "--val-json")
+    for word in ("Examples", *options, "'more/*.jpg'"):
         assert word in text
 
 

@@ -50,34 +50,57 @@ def test_every_so_many_iterations_and_at_the_last(options, expected):
         assert [iteration for _, iteration in values] == expected
 
 
-def warnings_of(caplog, model, iterations):
+def warnings_of(caplog, model, iterations, **options):
     caplog.clear()
-    train(model, iterations)
+    train(model, iterations, **options)
     return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
 
-@pytest.mark.parametrize(
-    ("gamma", "w_z", "is_frozen", "ending"),
-    [
-        (0.0, 1.0, False, "|gamma| is 0: a higher MODEL.NONLOCAL.GAMMA_LR_FACTOR (such as 100.0)"),
-        (0.009, 1.0, False, "|gamma| is 0.009: a higher MODEL.NONLOCAL.GAMMA_LR_FACTOR"),
-        (0.0, 1.0, True, "|gamma| is 0: it is frozen, as its stage is"),
-        (1.0, 0.0, False, "as W_z is 0: a higher MODEL.NONLOCAL.LR_FACTOR"),
-        (1.0, 0.0, True, "as W_z is 0: it is frozen, as its stage is"),
-        (0.02, 1.0, False, None),
-        (0.02, 1.0, True, None),
-    ],
-)
-def test_warns_once_of_a_block_that_is_still_the_identity(gamma, w_z, is_frozen, ending, caplog):
+def block_with(gamma, w_z):
     block = NonLocalBlock(8)
     nn.init.constant_(block.norm.weight, gamma)
     nn.init.constant_(block.out.weight, w_z)
-    block.requires_grad_(not is_frozen)
-    warnings = warnings_of(caplog, nn.ModuleDict({"res4": block}), 40)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("gamma", "w_z", "is_frozen", "options", "ending"),
+    [
+        (0, 1, False, {}, "|gamma| is 0: a higher MODEL.NONLOCAL.GAMMA_LR_FACTOR (such as 100.0)"),
+        (0.009, 1, False, {}, "|gamma| is 0.009: a higher MODEL.NONLOCAL.GAMMA_LR_FACTOR"),
+        (0, 1, False, {"gamma_lr_factor": 100.0}, "|gamma| is 0: see docs/STUDY.md"),
+        (0, 1, True, {}, "|gamma| is 0: it is frozen, as its stage is"),
+        (1, 0, False, {}, "as W_z is 0: a higher MODEL.NONLOCAL.LR_FACTOR"),
+        (1, 0, False, {"lr_factor": 10.0}, "as W_z is 0: see docs/STUDY.md"),
+        (1, 0, True, {}, "as W_z is 0: it is frozen, as its stage is"),
+        (0.02, 1, False, {}, None),
+        (0.02, 1, True, {}, None),
+    ],
+)
+def test_warns_once_of_a_block_that_is_still_the_identity(
+    gamma, w_z, is_frozen, options, ending, caplog
+):
+    model = nn.ModuleDict({"res4": block_with(gamma, w_z).requires_grad_(not is_frozen)})
+    warnings = warnings_of(caplog, model, 1000, warmup_iters=100, **options)
     assert len(warnings) == (ending is not None)
     for warning in warnings:
-        assert warning.startswith("res4 is still nearly the identity after 4 of 40 iterations")
+        assert warning.startswith("res4 is still nearly the identity after 600 of 1000 iterations")
         assert ending in warning
+
+
+@pytest.mark.parametrize(
+    ("iterations", "warmup_iters", "moment"),
+    [
+        *((40, 0, None), (499, 0, None), (500, 0, 500), (600, 101, None), (600, 100, 600)),
+        *((6000, 0, 600), (6000, 700, 1200)),
+    ],
+)
+def test_a_run_too_short_to_tell_warns_of_nothing(iterations, warmup_iters, moment, caplog):
+    model = nn.ModuleDict({"res4": block_with(0, 1)})
+    warnings = warnings_of(caplog, model, iterations, warmup_iters=warmup_iters)
+    assert [f"after {moment} of" in warning for warning in warnings] == [True] * (
+        moment is not None
+    )
 
 
 def test_model_without_blocks_writes_nothing():

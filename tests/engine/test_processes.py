@@ -195,3 +195,16 @@ def test_evaluation_is_that_of_one_process(world_size, pictures, weights, tmp_pa
     assert predictions[0] == predictions[1]
     assert len(json.loads(predictions[0])) > 20
     np.testing.assert_equal(results[1], results[0])
+
+
+def test_last_evaluation_is_that_of_the_final_weights(pictures, tmp_path):
+    """With batch norm each process has statistics of its own, and those of rank 0 are saved."""
+    words = [*CONFIG, *pictures, *SMALL, "SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path)]
+    words += ["MODEL.RESNETS.NORM", "BN", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    file = tmp_path / "inference" / "coco_instances_results.json"
+    predictions = []
+    for more in ([], ["--eval-only", "MODEL.WEIGHTS", str(tmp_path / "model_final.pth")]):
+        run_processes(2, evaluate, parse_arguments([*words, *more]))
+        predictions.append(json.loads(file.read_text()))
+    assert len(predictions[0]) > 20
+    assert predictions[0] == predictions[1]

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -164,13 +165,25 @@ def test_keeps_the_last(keep, kept, tmp_path):
     assert {path.name for path in tmp_path.glob("*.pth")} == names
 
 
+def test_keeps_the_last_by_iteration(run):
+    os.utime(run / "model_0000004.pth", (2**33, 2**33))  # of a clock that was wrong
+    torch.save({}, run / "model_0000099.pth")  # of another run, before this one
+    for iteration in (19, 24):
+        save(build(run, keep_last=2), iteration)
+    names = {f"model_{iteration:07d}.pth" for iteration in (19, 24, 99)}
+    assert {path.name for path in run.glob("*.pth")} == names
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A folder where 1 MiB is left, or where no file can be larger, if mounting is not allowed."""
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
-    if shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode:
+    if (
+        shutil.which("mount")
+        and not subprocess.run(command, capture_output=True, timeout=60).returncode
+    ):
         yield tmp_path
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", str(tmp_path)], check=True, timeout=60)
         return
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -231,6 +244,24 @@ def test_second_run_in_a_folder_is_refused_in_one_line(tmp_path):
     os.waitpid(holder, 0)
     with sole_run(str(folder)):  # though its child lives on
         assert not list(folder.glob("*.draft"))
+    os.killpg(holder, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="holds names without files")
+def test_second_run_in_a_folder_that_was_made_anew_is_refused(tmp_path):
+    folder = tmp_path / "output"
+    reader, writer = os.pipe()
+    holder = hold(folder, writer)
+    assert os.read(reader, 5) == b"holds"
+    shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="is where another run is running now"):
+        sole_run(str(folder)).__enter__()
+    with sole_run(str(tmp_path / "another")):
+        pass
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
+    with sole_run(str(folder)):
+        pass
     os.killpg(holder, signal.SIGKILL)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,11 @@ SMALL = [
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "10"),
 ]
+CHANGED = [
+    *("SOLVER.BASE_LR", "0.5", "SOLVER.MOMENTUM", "0.5", "SOLVER.WEIGHT_DECAY", "0.5"),
+    *("MODEL.NONLOCAL.GAMMA_LR_FACTOR", "7.0", "MODEL.NONLOCAL.LR_FACTOR", "3.0"),
+    *("SEED", "77", "INPUT.MAX_SIZE_TRAIN", "100"),
+]
 
 
 def metrics(folder):
@@ -41,11 +47,11 @@ def run(folder, iterations, *words):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Two iterations, then two more after --resume; and an evaluation after each."""
+    """Two iterations, then two more after --resume, with other values; an evaluation after each."""
     folder = tmp_path_factory.mktemp("trained")
     run(folder, 2)
     first = torch.load(folder / "model_final.pth", weights_only=False)
-    run(folder, 4, "--resume")
+    run(folder, 4, "--resume", *CHANGED)
     return folder, first
 
 
@@ -71,6 +77,34 @@ def test_resuming_goes_on_where_it_stopped(trained):
     # The schedule and the optimizer's momentum come back too.
     assert final["trainer"]["hooks"]["LRScheduler"]["last_epoch"] == 4
     assert first["trainer"]["_trainer"]["optimizer"]["state"]
+
+
+def test_a_resumed_run_goes_on_with_its_own_values(trained):
+    folder, first = trained
+    final = torch.load(folder / "model_final.pth", weights_only=False)
+    groups = [c["trainer"]["_trainer"]["optimizer"]["param_groups"] for c in (first, final)]
+    assert groups[0] == groups[1]
+    expected = build_config(
+        QUICK_START[1], [*SMALL, "SOLVER.MAX_ITER", 4, "OUTPUT_DIR", str(folder)]
+    )
+    use_cpu_without_cuda(expected)
+    assert (folder / "config.yaml").read_text() == expected.dump()
+    (line,) = (r for r in (folder / "log.txt").read_text().splitlines() if "--resume goes on" in r)
+    for key, value in zip(CHANGED[::2], CHANGED[1::2]):
+        assert re.search(rf"{re.escape(key)} [^ ]+ \(not {value}\)", line), key
+
+
+def test_momentum_is_loaded(trained):
+    folder, _ = trained
+    final = torch.load(folder / "model_final.pth", weights_only=False)
+    cfg = build_config(folder / "config.yaml")
+    trainer = Trainer(cfg)
+    trainer.resume_or_load()
+    expected = final["trainer"]["_trainer"]["optimizer"]["state"]
+    actual = trainer.optimizer.state_dict()["state"]
+    assert actual.keys() == expected.keys() != set()
+    for number, state in expected.items():
+        assert torch.equal(actual[number]["momentum_buffer"], state["momentum_buffer"])
 
 
 def test_every_block_learns(trained):
@@ -177,11 +211,15 @@ def test_resumed_run_keeps_the_best_checkpoint(tmp_path, monkeypatch):
 def test_command_line(tmp_path):
     """From another folder, and with an error that a user sees."""
     command = [sys.executable, str(ROOT / "train_net.py")]
-    shown = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    shown = subprocess.run(
+        [*command, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert shown.returncode == 0
     assert "Examples" in shown.stdout
     words = [*QUICK_START, "MODEL.NONLOCAL.PAIRWISE", "dot", "OUTPUT_DIR", str(tmp_path)]
-    failed = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+    failed = subprocess.run(
+        [*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert failed.returncode != 0
     assert "MODEL.NONLOCAL.PAIRWISE is 'dot'" in failed.stderr
 

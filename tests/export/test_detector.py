@@ -94,7 +94,7 @@ def test_refusals_before_any_work(image, tmp_path, monkeypatch):
             export_detector(model, image, tmp_path / "model", format)
 
     with_keypoints, with_masks = make_detector(), make_detector("MODEL.KEYPOINT_ON", False)
-    refused("'traced', 'scripted', 'onnx'; did you mean 'traced'", with_keypoints, "trace")
+    refused("'traced', 'onnx'; did you mean 'traced'", with_keypoints, "trace")
     refused("a Linear, but only Detectron2's GeneralizedRCNN", nn.Linear(1, 1))
     refused("on meta, but is exported on the CPU", make_detector().to("meta"))
     refused("predicts keypoints, .* choose another format", with_keypoints, "onnx")

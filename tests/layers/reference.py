@@ -66,7 +66,6 @@ def block(
     subsample: str,
     scale: bool,
     temperature: float = 0.05,
-    keys: Tensor | None = None,
 ) -> Tensor:
     """z of a NonLocalBlock without norm, whose state_dict is ``tensors``."""
 
@@ -74,8 +73,7 @@ def block(
         weight, bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
         return CONV[x.dim() - 2](x, weight, bias)
 
-    keys = x if keys is None else keys
-    keys = pool(keys) if subsample == "input" else keys
+    keys = pool(x) if subsample == "input" else x
     reduce = SUBSAMPLE[subsample]
     g = reduce(embed("g", keys))
     if pairwise == "gaussian":

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nl_detectron.layers import concatenation_pairwise, dot_product_pairwise, softmax
-from nl_detectron.layers.softmax import CANDIDATES
+from nl_detectron.layers import concatenation_pairwise, dot_product_pairwise, softmax_pairwise
+from nl_detectron.layers.softmax import SDPA, TILES, SoftmaxPlan
 from tests.layers import reference
 
 DEVICES = [
@@ -13,6 +13,11 @@ DEVICES = [
         "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
     ),
 ]
+PLANS = {
+    "tiles": SoftmaxPlan(TILES, max_queries=32),
+    "kept": SoftmaxPlan(TILES, keep=True),
+    "sdpa": SoftmaxPlan(SDPA),
+}
 HALF = [torch.float16, torch.bfloat16]
 
 
@@ -48,7 +53,7 @@ def n_by_n_softmax(scale):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("plan", CANDIDATES)
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("scale", "shape"),
@@ -62,7 +67,7 @@ def n_by_n_softmax(scale):
 @pytest.mark.parametrize("grad_scale", [1.0, 1e-3, 1e3])
 def test_softmax(plan, dtype, device, scale, shape, grad_scale):
     def ours(theta, phi, g):
-        return softmax.attend(theta, phi, g, scale, CANDIDATES[plan])
+        return softmax_pairwise(theta, phi, g, scale, PLANS[plan])
 
     n_by_n = n_by_n_softmax(scale)
     for our, their in compare(ours, n_by_n, inputs(**shape), dtype, device, grad_scale):
@@ -70,13 +75,13 @@ def test_softmax(plan, dtype, device, scale, shape, grad_scale):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("plan", CANDIDATES)
+@pytest.mark.parametrize("plan", PLANS)
 def test_plans_agree_in_full_precision(plan, device):
     scale, tensors = 0.3, inputs(d=24, c=16)
     grad = torch.randn(2, 70, 16)
 
     def ours(*tensors):
-        return softmax.attend(*tensors, scale, CANDIDATES[plan])
+        return softmax_pairwise(*tensors, scale, PLANS[plan])
 
     actual = results(ours, tensors, torch.float32, device, grad)
     expected = results(n_by_n_softmax(scale), tensors, torch.float64, "cpu", grad)
@@ -124,7 +129,7 @@ def test_sums(kind, dtype, magnitude, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("plan", CANDIDATES)
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("dtype", HALF)
 def test_softmax_of_magnitude_50(plan, dtype, device):
     """Logits of up to 1.28e6: no infinities, and what is not a tie is right."""
@@ -133,7 +138,7 @@ def test_softmax_of_magnitude_50(plan, dtype, device):
     if plan == "sdpa" and device == "cpu" and dtype == torch.float16:
         pytest.skip("PyTorch's own, which the CPU does not choose, computes logits in float16")
     y, *gradients = results(
-        lambda *t: softmax.attend(*t, 1.0, CANDIDATES[plan]),
+        lambda *t: softmax_pairwise(*t, 1.0, PLANS[plan]),
         tensors,
         dtype,
         device,

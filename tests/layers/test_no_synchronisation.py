@@ -14,10 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nl_detectron import GlobalContextBlock, NonLocalBlock
 from nl_detectron.layers import PAIRWISE, SUBSAMPLE, softmax
-from nl_detectron.layers.average import _ChunkedAverage
+from nl_detectron.layers.average import _SoftmaxAverage
 from nl_detectron.layers.ramp import _RampSum
-from nl_detectron.layers.softmax import CANDIDATES, _TiledSoftmax
+from nl_detectron.layers.softmax import SDPA, TILES, SoftmaxPlan, _TiledSoftmax
 
+PLANS = {
+    "sdpa": SoftmaxPlan(SDPA),
+    "tiles": SoftmaxPlan(TILES, max_pairs=2**22),
+    "kept": SoftmaxPlan(TILES, keep=True),
+}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKS = [
     *({"pairwise": f, "subsample": s} for f, s in itertools.product(PAIRWISE, SUBSAMPLE)),
@@ -50,10 +55,10 @@ def make_block(options, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("plan", ["sdpa", "tiles of 4M pairs"])
+@pytest.mark.parametrize("plan", ["sdpa", "tiles"])
 @pytest.mark.parametrize("options", BLOCKS, ids=str)
 def test_forward_and_backward(options, plan, dtype, monkeypatch):
-    monkeypatch.setattr(softmax, "choose", lambda *args: CANDIDATES[plan])
+    monkeypatch.setattr(softmax, "choose", lambda *args: PLANS[plan])
     block = make_block(options, "meta").to(dtype)
     x = torch.randn(2, 64, 60, 50, device="meta", dtype=dtype, requires_grad=True)
     with OneDevice("meta"):
@@ -87,7 +92,7 @@ class Context:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*CANDIDATES, "ramp", "average"])
+@pytest.mark.parametrize("name", ["tiles", "kept", "ramp", "average"])
 def test_our_own_backward_passes_on_cuda(name, dtype):
     with FakeTensorMode():
         theta, phi, g = (
@@ -96,10 +101,10 @@ def test_our_own_backward_passes_on_cuda(name, dtype):
         if name == "ramp":
             function, inputs = _RampSum, [t.float() for t in (theta[..., 0], phi[..., 0], g)]
         elif name == "average":
-            function, inputs = _ChunkedAverage, [phi[..., 0], g]
+            function, inputs = _SoftmaxAverage, [phi[..., 0], g]
         else:
             function, inputs = _TiledSoftmax, [theta, phi, g]
-        others = (0.1, CANDIDATES[name]) if name in CANDIDATES else ()
+        others = (0.1, PLANS[name]) if name in PLANS else ()
         context = Context()
         with OneDevice("cuda"), torch.no_grad():  # as autograd calls them
             y = function.forward(context, *inputs, *others)

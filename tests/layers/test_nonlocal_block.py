@@ -445,12 +445,11 @@ def test_equals_mmsegmentations_disentangled_block(use_scale, temperature):
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("key_channels", [16, 24])
-def test_equals_mmsegmentations_pyramid_attention(key_channels):
+def test_equals_mmsegmentations_pyramid_attention():
     """ANN's attention without the norm and the ReLU that its own embeddings have."""
     _, ann_head = peers.mmsegmentation()
     theirs = ann_head.SelfAttentionBlock(
-        low_in_channels=key_channels,
+        low_in_channels=16,
         high_in_channels=16,
         channels=8,
         out_channels=16,
@@ -461,13 +460,13 @@ def test_equals_mmsegmentations_pyramid_attention(key_channels):
         norm_cfg=None,
         act_cfg=None,
     ).eval()
-    ours = make_block(16, norm="", subsample="pyramid", key_channels=key_channels)
+    ours = make_block(16, norm="", subsample="pyramid")
     copy_parameters(ours.theta, theirs.query_project.conv)
     copy_parameters(ours.phi, theirs.key_project.conv)
     copy_parameters(ours.g, theirs.value_project)
     copy_parameters(ours.out, theirs.out_project)
-    x, keys = make_input(channels=16, grid=(5, 7)), make_input(channels=key_channels, grid=(9, 14))
-    torch.testing.assert_close(ours(x, keys) - x, theirs(x, keys), rtol=1e-5, atol=1e-5)
+    x = make_input(channels=16, grid=(9, 14))
+    torch.testing.assert_close(ours(x) - x, theirs(x, x), rtol=1e-5, atol=1e-5)
 
 
 def copy_parameters(ours, theirs):
@@ -475,43 +474,6 @@ def copy_parameters(ours, theirs):
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
     ours.load_state_dict(theirs.state_dict())
-
-
-@pytest.mark.parametrize("subsample", SUBSAMPLE)
-@pytest.mark.parametrize("pairwise", PAIRWISE)
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_keys_of_other_features(dims, pairwise, subsample):
-    key_channels = 8 if pairwise == "gaussian" else 6
-    options = {"dims": dims, "pairwise": pairwise, "subsample": subsample, "norm": ""}
-    block = make_block(**options, key_channels=key_channels).double()
-    x = make_input(dims, dtype=torch.float64).requires_grad_()
-    key_grid = tuple(size + 3 for size in GRID[dims])
-    keys = make_input(channels=key_channels, grid=key_grid, dtype=torch.float64).requires_grad_()
-    tensors = dict(block.named_parameters())
-    expected = reference.block(x, tensors, pairwise, subsample, True, keys=keys)
-    actual = block(x, keys)
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-    for a, e in zip(
-        torch.autograd.grad(actual.sum(), [x, keys]), torch.autograd.grad(expected.sum(), [x, keys])
-    ):
-        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)
-    # The weights of one query, and with them its y.
-    g = reference.pool(keys) if subsample == "input" else keys
-    g = reference.SUBSAMPLE[subsample](block.g(g)).flatten(2)
-    weights = block.attention(x, [3], keys).flatten(1)
-    y = torch.zeros(2, g.shape[1], x[0, 0].numel(), dtype=x.dtype)
-    y[:, :, 3] = torch.einsum("bj,bcj->bc", weights, g)
-    z = (x + block.out(y.unflatten(2, x.shape[2:]))).flatten(2)[:, :, 3]
-    torch.testing.assert_close(z, actual.flatten(2)[:, :, 3])
-
-
-def test_refuses_keys():
-    block = make_block(key_channels=6)
-    for shape in [(2, 8, 5, 5), (1, 6, 5, 5), (2, 6, 5)]:
-        with pytest.raises(ValueError, match=r"this block needs \(2, 6, size, size\)"):
-            block(make_input(), torch.zeros(shape))
-    with pytest.raises(ValueError, match="keys of shape"):
-        block(make_input())
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -544,7 +506,6 @@ def test_plain_gaussian_is_non_local_means(channels, h):
         ({"subsample": "pool"}, "subsample is 'pool'.*'none', 'embeddings', 'input', 'pyramid'"),
         ({"temperature": 0}, "temperature is 0, but must be a number above 0"),
         ({"temperature": True}, "temperature is True"),
-        ({"pairwise": "gaussian", "key_channels": 4}, "key_channels is 4.*in_channels=8"),
         ({"dims": 4}, "dims is 4.*1, 2, 3"),
         ({"reduction": 9}, "reduction is 9.*in_channels=8"),
         ({"reduction": 0}, "reduction is 0"),

@@ -10,6 +10,7 @@ from nl_detectron.layers import (
     softmax,
     softmax_pairwise,
 )
+from nl_detectron.layers.softmax import SDPA, SoftmaxPlan
 from tests.layers import reference
 
 D, C = 5, 3
@@ -241,7 +242,7 @@ def test_a_fused_kernel_takes_what_a_block_gives(channels):
     d, c = channels
     theta, phi, g = (torch.randn(2, n, 30, requires_grad=True).mT for n in (d, d, c))
     with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
-        y = softmax.fused_softmax(theta, phi, g, 0.3)
+        y = softmax_pairwise(theta, phi, g, 0.3, SoftmaxPlan(SDPA))
         y.sum().backward()
     assert relative_error(y, exact("softmax", theta, phi, g, scale=0.3)) < 1e-6
 

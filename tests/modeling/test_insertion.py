@@ -129,12 +129,14 @@ def test_own_backbone_through_the_registry():
     assert names(backbone.first) == ["0", "nonlocal0", "1"]
 
 
-def test_refuses_blocks_that_do_not_state_their_channels():
+def test_refuses_blocks_whose_channels_nobody_knows():
     class Nameless(nn.Module):
         def __init__(self, *_):
             super().__init__()
 
-    with pytest.raises(ValueError, match=r"Nameless in first.*out_channels"):
+    with pytest.raises(
+        ValueError, match=r"after first.0 \(a Nameless\) are not known: .* does not"
+    ):
         insert_nonlocal_blocks(OwnBackbone(Nameless), {"first": [0]})
 
 

@@ -1,5 +1,7 @@
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -106,3 +108,37 @@ def test_mistakes_are_one_line(run, tmp_path):
         (line,) = errors.splitlines()
         assert line.startswith("check_data.py: error: ")
         assert message in line
+
+
+def test_entries_without_a_mask_are_named_and_left_out(run, tmp_path):
+    def spoil(coco, _):
+        for annotation, mask in zip(coco["annotations"], ([[1, 2, 31, 2, 31, 42]], [], None)):
+            annotation["segmentation"] = mask
+
+    status, output, _ = run(spoil, "--drop-bad", str(tmp_path / "clean.json"))
+    assert status == 0
+    for i in (1, 2):
+        said = (
+            f"annotations[{i}] has no segmentation, as others have (id {11 + i}, image_id {i + 1})"
+        )
+        assert f"warning: {said}" in output
+    assert "2 warnings: 2 x no mask" in output
+    clean = json.loads((tmp_path / "clean.json").read_text())
+    assert [annotation["id"] for annotation in clean["annotations"]] == [11]
+
+
+def test_a_test_set_has_a_warning_and_can_be_cleaned(run, tmp_path):
+    def spoil(coco, folder):
+        coco["annotations"].clear()
+        (folder / "2.png").write_bytes(b"")
+
+    status, output, _ = run(spoil, "--drop-bad", str(tmp_path / "clean.json"))
+    assert status == 0
+    assert "warning: there are no annotations" in output
+    assert len(json.loads((tmp_path / "clean.json").read_text())["images"]) == 2
+
+
+def test_the_trainer_is_not_loaded():
+    code = "import sys, check_data; assert not sys.modules.keys() & {'nl_detectron.engine.trainer'}"
+    folder = Path(check_data.__file__).parent
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, timeout=120)

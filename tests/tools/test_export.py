@@ -58,10 +58,19 @@ def test_status_1_and_no_file_if_it_does_not_find_the_same(folder, capsys, monke
 def test_format_follows_the_suffix_unless_it_is_named(folder, monkeypatch):
     formats = []
     monkeypatch.setattr(export, "export_detector", lambda *words: formats.append(words[-1]))
-    for more in ([], ["--format", "scripted"]):
+    for more in ([], ["--format", "traced"]):
         for output in ("model.ts", "model.onnx"):
             assert export.main([*words(folder, output), *more]) == 0
-    assert formats == ["traced", "onnx", "scripted", "scripted"]
+    assert formats == ["traced", "onnx", "traced", "traced"]
+
+
+def test_datasets_that_are_not_registered_here(folder, monkeypatch):
+    """As in the config of a keypoint model that train_net.py trained on --train-json."""
+    images = []
+    monkeypatch.setattr(export, "export_detector", lambda model, image, *_: images.append(image))
+    data = ["DATASETS.TRAIN", "('train',)", "DATASETS.TEST", "('val',)"]
+    assert export.main([*words(folder), *data]) == 0
+    assert images[0].shape == (3, 64, 85)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,7 @@ def test_format_follows_the_suffix_unless_it_is_named(folder, monkeypatch):
         ({}, ["MODEL.DEVIC", "cpu"], "did you mean 'MODEL.DEVICE'"),
         ({}, ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "1.1"], "finds nothing"),
         ({"format": "onnx"}, [], "predicts keypoints"),
+        ({"format": "scripted"}, [], "PyTorch deprecates scripting: use traced, or onnx"),
     ],
 )
 def test_errors_of_the_user(folder, capsys, replaced, more, message):

@@ -69,27 +69,36 @@ def test_head_without_detections(folder, capsys):
     assert out.count("learnt next to nothing") == 1
 
 
-def test_errors_of_the_user(folder, tmp_path, capsys):
-    weights, image = folder / "model_final.pth", ["--image", folder / "image.png"]
-    assert "none.pth, a file that does not exist" in fail(capsys, folder / "none.pth")
-    alone = tmp_path / "model_final.pth"
-    alone.symlink_to(weights)
-    assert "--config-file" in fail(capsys, alone, *image)
-    assert "none.png" in fail(capsys, weights, "--image", folder / "none.png")
-    assert "config.yaml" in fail(capsys, weights, "--image", folder / "config.yaml")
-    dataset = ["DATASETS.TEST", "('never_registered',)"]
-    assert "'never_registered'" in fail(capsys, weights, *dataset)
-    assert "--image" in fail(capsys, weights, "DATASETS.TEST", "()")
-    assert "--num-images: '0' is not" in fail(capsys, weights, "--num-images", 0)
-    assert "KEY VALUE" in fail(capsys, weights, "MODEL.DEVICE")
-    assert "did you mean 'MODEL.DEVICE'" in fail(capsys, weights, "MODEL.DEVIC", "cpu")
-    gaussian = ["MODEL.NONLOCAL.PAIRWISE", "gaussian"]
-    assert "embedded_gaussian (or dot_product)" in fail(capsys, weights, *image, *gaussian)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{folder}/none.pth"], "none.pth, a file that does not exist"),
+        (["{alone}/model_final.pth", "--image", "{image}"], "--config-file"),
+        (["{weights}", "--image", "{folder}/none.png"], "none.png"),
+        (["{weights}", "--image", "{folder}/config.yaml"], "config.yaml"),
+        (["{weights}", "DATASETS.TEST", "('never_registered',)"], "'never_registered'"),
+        (["{weights}", "DATASETS.TEST", "()"], "--image"),
+        (["{weights}", "--num-images", 0], "--num-images: '0' is not"),
+        (["{weights}", "MODEL.DEVICE"], "KEY VALUE"),
+        (["{weights}", "MODEL.DEVIC", "cpu"], "did you mean 'MODEL.DEVICE'"),
+        (
+            ["{weights}", "--image", "{image}", "MODEL.NONLOCAL.PAIRWISE", "gaussian"],
+            "embedded_gaussian (or dot_product)",
+        ),
+    ],
+)
+def test_errors_of_the_user(words, message, folder, tmp_path, capsys):
+    (tmp_path / "model_final.pth").symlink_to(folder / "model_final.pth")
+    names = {"folder": folder, "weights": folder / "model_final.pth", "alone": tmp_path}
+    names["image"] = folder / "image.png"
+    assert message in fail(capsys, *(str(word).format(**names) for word in words))
+
+
+def test_models_without_blocks_are_refused(folder, tmp_path, capsys):
     no_blocks = [
         *("MODEL.BACKBONE.NAME", "build_resnet_fpn_no_top_block_backbone"),
         *("MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY", "0"),
     ]
-    (tmp_path / "plain").mkdir()
-    save_random_model(tmp_path / "plain", *no_blocks)
-    plain = tmp_path / "plain" / "model_final.pth"
-    assert "no non-local blocks" in fail(capsys, plain, *image)
+    save_random_model(tmp_path, *no_blocks)
+    image = ["--image", folder / "image.png"]
+    assert "no non-local blocks" in fail(capsys, tmp_path / "model_final.pth", *image)

@@ -3,6 +3,7 @@ import json
 import pytest
 
 import plot_metrics
+from tests.commands import error_of
 
 
 @pytest.fixture
@@ -12,15 +13,6 @@ def runs(tmp_path):
         record = json.dumps({"iteration": 19, "total_loss": 1.0, "bbox/AP": 30.0})
         (tmp_path / name / "metrics.json").write_text(record + "\n")
     return tmp_path
-
-
-def fail(capsys, *words):
-    """The one line on stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        plot_metrics.main([str(word) for word in words])
-    assert exit_.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_draws_runs_into_one_file(runs, capsys):
@@ -41,16 +33,20 @@ def test_labels_are_folder_names_or_given(runs, monkeypatch):
     assert list(plot_metrics.label_runs([plot_metrics.Path()], None)) == ["nl"]
 
 
-def test_errors_of_the_user(runs, capsys):
-    output = ["--output", runs / "curves.png"]
-    baseline, nl = runs / "baseline", runs / "nl"
-    assert "none/metrics.json" in fail(capsys, runs / "none" / "metrics.json", *output)
-    assert "'nl'" in fail(capsys, nl, nl / "metrics.json", *output)
-    message = fail(capsys, baseline, nl, *output, "--labels", "a")
-    assert "--labels" in message
-    assert "1" in message
-    assert "'b'" in fail(capsys, baseline, nl, *output, "--labels", "b", "b")
-    assert "png" in fail(capsys, nl, "--output", runs / "curves.xyz")
-    (nl / "metrics.json").write_text("{")
-    assert f"{nl / 'metrics.json'}, line 1" in fail(capsys, nl, *output)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none/metrics.json"], "none/metrics.json"),
+        (["nl", "nl/metrics.json"], "2 runs have the label 'nl'"),
+        (["baseline", "nl", "--labels", "a"], "--labels are 1, but the runs are 2"),
+        (["baseline", "nl", "--labels", "b", "b"], "2 runs have the label 'b'"),
+        (["nl", "--output", "curves.xyz"], "png"),
+        (["broken"], "broken/metrics.json, line 1"),
+    ],
+)
+def test_errors_of_the_user(words, message, runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs)
+    (runs / "broken").mkdir()
+    (runs / "broken" / "metrics.json").write_text("{")
+    assert message in error_of(capsys, plot_metrics.main, "--output", "curves.png", *words)
     assert not (runs / "curves.png").exists()

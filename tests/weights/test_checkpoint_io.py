@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import io
 import os
@@ -9,12 +10,20 @@ import pickle
 import subprocess
 import tarfile
 import zipfile
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint, save_checkpoint
+from nl_detectron.weights.checkpoint_io import (
+    CheckpointError,
+    load_checkpoint,
+    save_checkpoint,
+    with_plain_names,
+)
 from tests.corruption import nothing_is_run, read_corrupted
 
 SUFFIXES = [".pth", ".pkl", ".safetensors"]
@@ -220,13 +229,7 @@ EXPLOITS = list(exploits(""))
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".legacy.pth"])
 def test_exploits_are_refused(kind, suffix, tmp_path):
     evidence = tmp_path / "evidence"
-    path = tmp_path / f"model{suffix}"
-    content = {"model": {"weight": exploits(evidence)[kind]}}
-    if suffix == ".pkl":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        is_zip = suffix == ".pth"
-        torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    path = write({"model": {"weight": exploits(evidence)[kind]}}, tmp_path / f"model{suffix}")
     with pytest.raises(CheckpointError) as error, nothing_is_run():
         load_checkpoint(path)
     assert not evidence.exists()
@@ -239,14 +242,179 @@ def test_exploits_are_refused(kind, suffix, tmp_path):
 )
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
 def test_what_was_refused_is_named(function, name, suffix, tmp_path):
-    path = tmp_path / f"model{suffix}"
-    content = {"a": Calls(function, "x")}
-    if suffix == ".pkl":
-        path.write_bytes(pickle.dumps(content))
-    else:
-        torch.save(content, path)
+    path = write({"model": {"a": Calls(function, "x")}}, tmp_path / f"model{suffix}")
     with pytest.raises(CheckpointError, match=rf"it asks for (\w+\.)?{name}, which is neither a"):
         load_checkpoint(path)
+
+
+def write(content, path):
+    """By what the suffix says: a pickle, or a file of torch.save in its new or old format."""
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        is_zip = not path.name.endswith(".legacy.pth")
+        torch.save(content, path, _use_new_zipfile_serialization=is_zip)
+    return path
+
+
+@pytest.mark.parametrize("kind", EXPLOITS)
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".legacy.pth"])
+def test_code_beside_sound_weights_is_left_out(kind, suffix, tmp_path, caplog):
+    evidence, weights = tmp_path / "evidence", {"a.weight": np.ones(2)}
+    content = {"model": weights, "epoch": 3, "optimizer": [exploits(evidence)[kind]]}
+    path = write(content, tmp_path / f"model{suffix}")
+    with caplog.at_level("INFO", "nl_detectron"), nothing_is_run():
+        loaded = load_checkpoint(path)
+    assert not evidence.exists()
+    assert np.array_equal(loaded["model"]["a.weight"], weights["a.weight"])
+    assert loaded["epoch"] == 3
+    assert f"Not data, and left out of {path}: " in caplog.text
+    save_checkpoint(loaded, tmp_path / "again.pth")
+
+
+def mmengine_checkpoint():
+    logging = pytest.importorskip("mmengine.logging")
+    config = pytest.importorskip("mmengine").ConfigDict(type="SGD", lr=0.1)
+    scalars = {"train/loss": logging.HistoryBuffer([1.0, 2.0], [1, 1])}
+    return {"meta": {"cfg": config, "epoch": 1}, "message_hub": {"log_scalars": scalars}}
+
+
+class Attributes(dict):
+    """As Lightning's hyperparameters are."""
+
+    __getattr__ = dict.__getitem__
+
+
+def trainer_states():
+    """What programs save beside weights, and the names that are left out."""
+    generator = np.random.default_rng(0)
+    return {
+        "lightning": (
+            {"hyper_parameters": Attributes(lr=0.1), "callbacks": {"a": {"path": Path("x")}}},
+            "Attributes",
+        ),
+        "accelerate": (
+            {"numpy_random_seed": np.random.get_state(), "generator": generator},
+            "numpy.random._pickle.__generator_ctor",
+        ),
+        "namespace": ({"args": argparse.Namespace(lr=0.1), "when": datetime.now()}, "datetime"),
+        "optimizer": ({"optimizer": torch.optim.Adam(nn.Linear(2, 2).parameters())}, "Adam"),
+        "module": ({"ema": nn.Linear(2, 2)}, "torch.nn.modules.linear.Linear"),
+        "containers": (
+            {
+                "a": collections.defaultdict(list, {1: [2]}),
+                "b": collections.deque([1]),
+                "c": collections.Counter("a"),
+                "d": (frozenset({1}), 1j, torch.Size([2]), torch.float16, range(3)),
+            },
+            "range",
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["mmengine", *trainer_states()])
+@pytest.mark.parametrize("suffix", [".pth", ".legacy.pth"])
+def test_states_of_trainers_do_not_keep_the_weights(kind, suffix, tmp_path, caplog):
+    if kind == "mmengine":
+        others, name = mmengine_checkpoint(), "mmengine.logging.history_buffer.HistoryBuffer"
+    else:
+        others, name = trainer_states()[kind]
+    weights = {"a.weight": torch.ones(2)}
+    for content in ({"state_dict": weights, **others}, {**weights, **others}):
+        path = write(content, tmp_path / f"model{suffix}")
+        with caplog.at_level("INFO", "nl_detectron"):
+            loaded = load_checkpoint(path)
+        found = loaded.get("state_dict", loaded)["a.weight"]
+        assert torch.equal(found, torch.ones(2))
+        assert name in caplog.text
+        caplog.clear()
+
+
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8"),
+    *("bool", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2", "uint16", "uint64"),
+)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("suffix", [".pth", ".legacy.pth"])
+def test_tensors_of_every_type(dtype, suffix, tmp_path):
+    if not hasattr(torch, dtype):
+        pytest.skip("this PyTorch has no such type")
+    values = torch.tensor([[0, 1, 2], [3, 4, 6]]).to(getattr(torch, dtype))
+    weights = {"a.weight": values.T, "row": values[1], "first": values[:, 0], "p": values.clone()}
+    weights["e"] = values[:1, :1].expand(4, 5)
+    if values.is_floating_point() and values.dtype.itemsize > 1:
+        weights["p"] = nn.Parameter(weights["p"])
+    loaded = load_checkpoint(write({"model": weights}, tmp_path / f"model{suffix}"))["model"]
+    assert all(torch.equal(loaded[n].view(t.dtype), t) for n, t in weights.items())
+    assert loaded["row"].data_ptr() > loaded["a.weight"].data_ptr()  # the memory is shared
+    save_checkpoint(loaded, tmp_path / "again.pkl")
+    arrays = load_checkpoint(tmp_path / "again.pkl")["model"]
+    for name, tensor in weights.items():
+        exact = torch.complex128 if tensor.is_complex() else torch.float64
+        assert torch.equal(torch.as_tensor(arrays[name]).to(exact), tensor.detach().to(exact))
+
+
+def tensors_that_are_no_weights():
+    return {
+        "sparse": torch.eye(2).to_sparse(),
+        "csr": torch.eye(2).to_sparse_csr(),
+        "meta": torch.empty(2, device="meta"),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "view": torch.ones(1).expand(2**20, 2**20),
+        "conjugated": torch.ones(2, dtype=torch.complex64).conj(),
+        "uint8": torch.ones(2, dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("kind", tensors_that_are_no_weights())
+@pytest.mark.parametrize("suffix", [".pth", ".legacy.pth"])
+def test_tensors_that_are_no_weights(kind, suffix, tmp_path):
+    tensor, sound = tensors_that_are_no_weights()[kind], {"b": torch.ones(2)}
+    try:
+        path = write({"model": sound, "other": tensor}, tmp_path / f"model{suffix}")
+    except Exception:
+        pytest.skip("this PyTorch does not write it")
+    assert torch.equal(load_checkpoint(path)["model"]["b"], torch.ones(2))
+    path = write({"model": {"a.weight": tensor, **sound}}, path)
+    if kind == "uint8":
+        assert load_checkpoint(path)["model"]["a.weight"].tolist() == [1, 1]
+        return
+    with pytest.raises(
+        CheckpointError, match=r"model.*: a\.weight in it is a (tensor|\w+)"
+    ) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta", "nested", "quantised"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_cannot_be_written_is_named(kind, suffix, tmp_path):
+    tensor = tensors_that_are_no_weights()[kind]
+    with pytest.raises(ValueError, match=r"model\.\w+ is not written: w is an? .* tensor, not"):
+        save_checkpoint({"w": tensor}, tmp_path / f"model{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_versions_of_modules_are_kept(tmp_path):
+    weights = nn.BatchNorm2d(3).state_dict()
+    loaded = load_checkpoint(write({"model": weights}, tmp_path / "model.pth"))["model"]
+    assert loaded._metadata == weights._metadata
+    assert loaded._metadata[""]["version"] == 2
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "_checkpoint_wrapped_module"])
+def test_names_without_wrappers(prefix, wrapper):
+    wrapped = {f"{prefix}res4.nonlocal0.{wrapper}.g.weight": 1, f"{prefix}res4.0.{wrapper}.b": 2}
+    plain = {"res4.nonlocal0.g.weight": 1, "res4.0.b": 2}
+    assert with_plain_names(wrapped) == plain
+    assert with_plain_names({"n_averaged": 3, **wrapped}) == {"n_averaged": 3, **plain}
+    assert with_plain_names(plain) is plain
+    with pytest.raises(CheckpointError, match="the same name"):
+        with_plain_names({**plain, "res4.0._orig_mod.b": 2})
 
 
 def test_a_hostile_pickle_in_a_sound_archive(tmp_path):
@@ -296,8 +464,9 @@ def test_opcodes_that_need_no_call(tmp_path):
 )
 def test_arrays_of_anything_but_numbers_are_refused(array, tmp_path):
     path = tmp_path / "model.pkl"
-    path.write_bytes(pickle.dumps({"a": array if array.dtype != object else numpy_array_of(1)}))
-    with pytest.raises(CheckpointError, match=r"model\.pkl.*(which are no numbers|it asks for)"):
+    array = array if array.dtype != object else numpy_array_of(1)
+    path.write_bytes(pickle.dumps({"model": {"a": array}}))
+    with pytest.raises(CheckpointError, match=r"model\.pkl.*a in it is an array of '[|<]?\w+.*num"):
         load_checkpoint(path)
 
 

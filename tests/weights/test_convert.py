@@ -336,7 +336,8 @@ def test_config_beside_a_checkpoint_of_ours_tells_its_options(
     run_tool(monkeypatch, *paths, "--to", "mmcv")
     told = f"{tmp_path / 'config.yaml'} tells PAIRWISE {pairwise} SCALE False SUBSAMPLE embeddings"
     assert told in capsys.readouterr().out
-    run_tool(monkeypatch, *paths, "--to", "mmcv", "--pairwise", pairwise, "--no-scale")
+    said = ["--pairwise", pairwise, "--no-scale", "--overwrite"]
+    run_tool(monkeypatch, *paths, "--to", "mmcv", *said)
     assert "tells SUBSAMPLE embeddings" in capsys.readouterr().out
 
 

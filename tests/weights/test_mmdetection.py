@@ -9,9 +9,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 
 from nl_detectron import add_nonlocal_config
-from nl_detectron.weights import ConversionError, convert
-from nl_detectron.weights.python_config import read_python_config
-
+from nl_detectron.weights import convert
 from tests.weights.mmdet_peer import Detector, is_installed
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="mmdet is not installed")

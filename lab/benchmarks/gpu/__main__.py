@@ -21,8 +21,8 @@ from xml.etree import ElementTree
 import torch
 
 from lab.benchmarks.gpu.detector import QUICK_SETTINGS, SETTINGS, measure_ddp, measure_settings
-from lab.benchmarks.gpu.operation import measure_cases
-from lab.benchmarks.gpu.report import Row, is_sound, write_report
+from lab.benchmarks.gpu.device_report import is_sound, write_report
+from lab.benchmarks.gpu.operation import Row, measure_cases
 from lab.benchmarks.machine import describe_machine, machine_line
 
 HELP = """
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[3]
 WHEELS = ROOT / "build" / "wheels"
 # Sections and their shares of the time. What one does not need is the next ones'.
 SECTIONS = {"tests": 90, "block": 150, "softmax": 110, "detector": 130, "ddp": 30, "study": 90}
-TESTS = ("layers/test_cuda.py", "layers/test_half_precision.py", "analysis/test_memory.py")
+TESTS = ("layers/test_cuda.py", "layers/test_half_precision.py", "lab/test_memory.py")
 # Of its time, what a section may take longer than it plans to, before it is stopped.
 _GRACE = 15.0
 # A study of two iterations, for a try.
@@ -129,11 +129,7 @@ def _run_section(section: str, place: Place, seconds: float) -> list[Row]:
     options = [f"--device={place.device}", *["--quick"] * place.quick, f"--seconds={seconds}"]
     module = [*launcher, "lab.benchmarks.gpu", f"--section={section}", f"--rows={rows}"]
     problem = _run(["-m", *module, *options], section, place, seconds)
-    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
-    return [
-        *found,
-        *([_left_out("the rest of it" if found else "all of it", problem)] * bool(problem)),
-    ]
+    return _with_problem(list(map(json.loads, rows.read_text("utf-8").splitlines())), problem)
 
 
 def _run_tests(place: Place, seconds: float) -> list[Row]:
@@ -142,7 +138,7 @@ def _run_tests(place: Place, seconds: float) -> list[Row]:
     command = ["-m", "pytest", *tests, "-q", "-k", chosen, f"--junitxml={file}"]
     problem = _run([*command, "-p", "no:cacheprovider"], "tests", place, seconds)
     if not file.exists():
-        return [_left_out("all of it", problem)]
+        return _with_problem([], problem)
     suite = next(ElementTree.parse(file).iter("testsuite"))
     counts = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
     failed = [
@@ -156,27 +152,18 @@ def _run_tests(place: Place, seconds: float) -> list[Row]:
 def _run_study(place: Place, seconds: float) -> list[Row]:
     """Of the runs that finish in time, the APs."""
     output = place.scratch / "study"
-    command = [
-        "tools/study.py",
-        "lab/studies/quick.yaml",
-        "--output",
-        str(output),
-        "--workers",
-        "5",
-    ]
+    command = ["tools/study.py", "lab/studies/quick.yaml", "--output", str(output), "--workers=5"]
     problem = _run([*command, *(_QUICK_STUDY * place.quick)], "study", place, seconds)
-    found: list[Row] = [
-        {
-            "kind": "study",
-            "run": str(file.parent.relative_to(output)),
-            **json.loads(file.read_text()),
-        }
-        for file in sorted(output.rglob("result.json"))
-    ]
-    return [
-        *found,
-        *([_left_out("the rest of it" if found else "all of it", problem)] * bool(problem)),
-    ]
+    found: list[Row] = []
+    for file in sorted(output.rglob("result.json")):
+        name = str(file.parent.relative_to(output))
+        found.append({"kind": "study", "run": name, **json.loads(file.read_text())})
+    return _with_problem(found, problem)
+
+
+def _with_problem(found: list[Row], problem: str) -> list[Row]:
+    what = "the rest of it" if found else "all of it"
+    return [*found, _left_out(what, problem)] if problem else found
 
 
 def _left_out(what: str, why: str) -> Row:

@@ -6,12 +6,13 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from lab.benchmarks.gpu.operation import Row
 
 # Detectron2 and what needs it is imported where it is used: without it the other sections run.
 
@@ -27,8 +28,6 @@ _QUICK_OPTIONS = [
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_BOX_HEAD.FC_DIM", 16),
     *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 16),
 ]
-
-Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
@@ -92,6 +91,8 @@ def _measure(setting: Setting, device: torch.device, quick: bool) -> Row:
     from detectron2.solver import build_optimizer
     from detectron2.utils.events import EventStorage
 
+    from nl_detectron.modeling import nonlocal_blocks
+
     torch.manual_seed(0)
     cfg = _config(setting, device, quick)
     model = build_model(cfg)
@@ -99,17 +100,19 @@ def _measure(setting: Setting, device: torch.device, quick: bool) -> Row:
     batch = [_picture(*size, seed) for seed in range(BATCH)]
     _calibrate(model, batch)
     optimizer = build_optimizer(cfg, model)
-    if setting.compiled:
-        _compile_blocks(model, "aot_eager" if quick else "inductor")
+    for block in nonlocal_blocks(model).values() if setting.compiled else ():
+        block.compile(backend="aot_eager" if quick else "inductor", fullgraph=True)
     trained: nn.Module = model
     if setting.processes > 1:
         ids = [torch.cuda.current_device()] if device.type == "cuda" else None
         trained = nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    is_scaled = setting.amp and device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=is_scaled)
+    is_cuda = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=setting.amp and is_cuda)
+    dtype = torch.float16 if is_cuda else torch.bfloat16
+    precision = torch.autocast(device.type, dtype, enabled=setting.amp)
 
     def step() -> None:
-        with _precision(setting, device):
+        with precision:
             loss = sum(trained(batch).values())
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -117,15 +120,15 @@ def _measure(setting: Setting, device: torch.device, quick: bool) -> Row:
         scaler.update()
 
     def infer() -> None:
-        with torch.no_grad(), _precision(setting, device):
+        with torch.no_grad(), precision:
             model(batch[:1])
 
-    if device.type == "cuda":
+    if is_cuda:
         torch.cuda.reset_peak_memory_stats()
     seconds = QUICK_SECONDS if quick else SECONDS
     with EventStorage():
         rate = _rate(step, device, seconds, setting.processes)
-    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+    memory = torch.cuda.max_memory_allocated() if is_cuda else None
     model.eval()
     images = None if setting.processes > 1 else _rate(infer, device, seconds)
     return {"iterations_per_second": rate, "memory_bytes": memory, "images_per_second": images}
@@ -144,13 +147,6 @@ def _config(setting: Setting, device: torch.device, quick: bool) -> Any:
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device.type
     cfg.SOLVER.BASE_LR = 1e-5  # the weights are random, and should stay what they are
     return cfg
-
-
-def _precision(setting: Setting, device: torch.device) -> Any:
-    if not setting.amp:
-        return nullcontext()
-    dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype)
 
 
 def _picture(height: int, width: int, seed: int) -> dict[str, Any]:
@@ -189,14 +185,6 @@ def _calibrate(model: Any, batch: list[dict[str, Any]]) -> None:
     model.backbone(model.preprocess_image(batch).tensor)
     for hook in hooks:
         hook.remove()
-
-
-def _compile_blocks(model: nn.Module, backend: str) -> None:
-    from nl_detectron.layers import NonLocalBlock
-
-    for module in model.modules():
-        if isinstance(module, NonLocalBlock):
-            module.compile(backend=backend, fullgraph=True)
 
 
 def _rate(

@@ -18,10 +18,20 @@ from lab.benchmarks.implementations import (
     Implementation,
 )
 from lab.benchmarks.peers import Block, Built
-from nl_detectron.layers import NonLocalBlock, softmax
+from nl_detectron.layers import NonLocalBlock, softmax_pairwise
+from nl_detectron.layers.softmax import SDPA, TILES, SoftmaxPlan
 
 # theta (B, N_q, d), phi (B, N_k, d), g (B, N_k, c) and the scale, to y (B, N_q, c)
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+CANDIDATES = {
+    "tiles of 4M pairs": SoftmaxPlan(TILES, max_pairs=2**22),
+    "tiles of 16M pairs": SoftmaxPlan(TILES, max_pairs=2**24),
+    "tiles of 64M pairs": SoftmaxPlan(TILES, max_pairs=2**26),
+    "dense": SoftmaxPlan(TILES, keep=True),
+    "sdpa": SoftmaxPlan(SDPA),
+}
+"""What ``softmax.choose`` may choose from on CUDA; tiles multiply float32."""
 
 FLEX = "FlexAttention"
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
@@ -44,8 +54,8 @@ def _implementation(name: str, attend: Attend) -> Implementation:
     return Implementation(name, build, ("gaussian", "embedded_gaussian"))
 
 
-def _planned(plan: softmax.Plan) -> Attend:
-    return lambda theta, phi, g, scale: softmax.attend(theta, phi, g, scale, plan)
+def _planned(plan: SoftmaxPlan) -> Attend:
+    return functools.partial(softmax_pairwise, plan=plan)
 
 
 def _sdpa(backend: str) -> Attend:
@@ -98,10 +108,10 @@ def _flex(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
     return attend(*inputs, scale=scale, kernel_options=_FLEX_OPTIONS).squeeze(1)
 
 
-# The first, what :func:`softmax.choose` chooses, is what the others are compared with.
+# The first, what ``softmax.choose`` chooses, is what the others are compared with.
 KERNELS = (
     *(i for i in IMPLEMENTATIONS if i.name in (OURS, TEXTBOOK)),
-    *(_implementation(name, _planned(plan)) for name, plan in softmax.CANDIDATES.items()),
+    *(_implementation(name, _planned(plan)) for name, plan in CANDIDATES.items()),
     *(_implementation(f"SDPA {backend.lower()}", _sdpa(backend)) for backend in BACKENDS),
     _implementation(FLEX, _flex),
 )

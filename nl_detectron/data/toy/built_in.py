@@ -76,6 +76,8 @@ def _make(
 ) -> None:
     counts = " + ".join(str(num_images) for num_images, _ in splits.values())
     logger.info(f"Drawing {counts} images of {name} into {root} ...")
+    for left in root.parent.glob(f"{root.name}.{'[0-9a-f]' * 32}"):  # by one that was killed
+        shutil.rmtree(left, ignore_errors=True)
     draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}")
     draft.mkdir(parents=True)
     try:

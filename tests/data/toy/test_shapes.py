@@ -105,6 +105,7 @@ def test_killed_make_leaves_no_half_made_set(tmp_path):
     maker.join()
     assert not root.exists()
     assert len(pixels(make_shapes(root, num_train=2, num_val=3))) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]  # and no drafts
 
 
 def test_failed_make_cleans_up(tmp_path, monkeypatch):

@@ -10,9 +10,9 @@ import torch
 
 from lab.benchmarks.comparison import BLOCK, OPERATION
 from lab.benchmarks.gpu import __main__ as check
+from lab.benchmarks.gpu.device_report import is_sound, write_report
 from lab.benchmarks.gpu.kernels import KERNEL_NAMES, KERNELS
 from lab.benchmarks.gpu.operation import flops
-from lab.benchmarks.gpu.report import is_sound, write_report
 from lab.benchmarks.implementations import OURS, TEXTBOOK, Case, build_all, make_block
 from lab.benchmarks.measure import FORWARD, FORWARD_BACKWARD, MEASURED
 

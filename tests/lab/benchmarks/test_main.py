@@ -11,7 +11,7 @@ import pytest
 
 from lab.benchmarks import __main__ as main_module
 from lab.benchmarks.__main__ import main, parse_arguments
-from lab.benchmarks.comparison import BLOCK, PASSES, Row
+from lab.benchmarks.comparison import BLOCK, PASSES, MeasuredPass
 from lab.benchmarks.implementations import NAMES, OURS, TEXTBOOK
 from lab.benchmarks.measure import DIFFERS, FORWARD, MEASURED, OUT_OF_MEMORY, Outcome
 
@@ -52,7 +52,7 @@ def measured(monkeypatch):
         if isinstance(found, Exception):
             raise found
         return [
-            Row(case, name, level, which, outcome(case) if callable(outcome) else outcome)
+            MeasuredPass(case, name, level, which, outcome(case) if callable(outcome) else outcome)
             for level in levels
             for which in PASSES[level]
             for name, outcome in found.items()
@@ -159,8 +159,8 @@ def test_help(capsys):
     ("arguments", "message"),
     [
         (["--stages", "res9"], "invalid choice: 'res9' (choose from"),
-        (["--batch", "0"], "'0' is not an integer of at least 1"),
-        (["--threads", "two"], "'two' is not an integer of at least 1"),
+        (["--batch", "0"], "'0' is not a whole number above 0"),
+        (["--threads", "two"], "'two' is not a whole number above 0"),
         (["--memory-limit", "-1"], "'-1' is not a positive number"),
         (["--memory-limit", "nan"], "'nan' is not a positive number"),
         (["--device", "tpu"], "invalid choice: 'tpu' (choose from"),

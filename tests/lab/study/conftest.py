@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lab.study.plan import Plan
+from lab.study.plan import StudyPlan
 
 HERE = Path(__file__).resolve().parent
 FAKE_TRAIN = [sys.executable, str(HERE / "fake_train.py")]
@@ -16,7 +16,7 @@ class Study:
 
     def __init__(self, output):
         self.output = output
-        self.plan = Plan(
+        self.plan = StudyPlan(
             HERE.parents[2] / "configs" / "quick_start.yaml",
             seeds=[1, 2],
             settings={"nl": {}, "baseline": {"MODEL.NONLOCAL.REDUCTION": 4}},

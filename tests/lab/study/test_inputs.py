@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from lab.study.inputs import check_inputs
-from lab.study.plan import Run
+from lab.study.plan import TrainingRun
 from nl_detectron.data.toy.built_in import register_dataset
 
 
@@ -12,7 +12,7 @@ def run_with(tmp_path, weights, *datasets):
         "MODEL": {"WEIGHTS": weights},
         "DATASETS": {"TRAIN": list(datasets), "TEST": list(datasets)},
     }
-    return Run("nl", 1, tmp_path, yaml.safe_dump(config))
+    return TrainingRun("nl", 1, tmp_path, yaml.safe_dump(config))
 
 
 def test_everything_that_is_missing_has_a_line(tmp_path):

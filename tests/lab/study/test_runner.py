@@ -9,14 +9,17 @@ from collections import Counter
 import pytest
 import torch
 
+from lab.study import runner
 from lab.study.runner import default_workers, prepare_runs, read_result, run_all
 
 RUN_ALL = """
 import sys
 from pathlib import Path
-from lab.study.plan import Run
+from lab.study.plan import TrainingRun
 from lab.study.runner import run_all
-runs = [Run("nl", seed, Path(sys.argv[1], "nl", f"seed_{seed}"), "") for seed in (1, 2)]
+folder = Path(sys.argv[1], "nl")
+config = "SOLVER: {MAX_ITER: 20}"
+runs = [TrainingRun("nl", seed, folder / f"seed_{seed}", config) for seed in (1, 2)]
 run_all(runs, sys.argv[2:], workers=2)
 """
 
@@ -39,6 +42,18 @@ def test_finished_runs_are_not_run_again(study):
     prepare_runs(study.runs)
     run_all(study.runs[:1], study.train, workers=1)
     assert prepare_runs(study.runs) == study.runs[1:]
+
+
+def test_the_bar_counts_iterations(study, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "_WATCH_SECONDS", 0.01)
+    prepare_runs(study.runs)
+    for run, text in zip(study.runs, ('{"iteration": 9}\n{"iterat', "", "no such thing", None)):
+        if text is not None:
+            (run.folder / "metrics.json").write_text(text)
+    assert runner._iterations_done(study.runs) == 10
+    run_all(study.runs, study.train, workers=2)
+    assert runner._iterations_done(study.runs) == 4 * 20
+    assert f"80/{4 * study.runs[0].iterations} [" in capsys.readouterr().err
 
 
 def test_a_failure_does_not_stop_the_others(study, capsys):
@@ -118,7 +133,7 @@ def test_an_interrupt_stops_the_children(study, signal_):
         # What runs in the background of a shell ignores SIGINT, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(study.starts()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     parent.send_signal(signal_)

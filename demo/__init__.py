@@ -1,0 +1,1 @@
+"""The demonstrations: `demo.py`, `attention.py`, and what `make demo` runs."""

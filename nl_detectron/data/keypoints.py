@@ -1,0 +1,133 @@
+"""Keypoint names and skeletons: which keypoints change sides when a picture is flipped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from nl_detectron.data.coco_format import Record
+
+SKELETON_COLOR = (255, 255, 255)
+_TOKEN = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # of left_eye, eyeL, LShoulder, forelegR1
+_SIDES = {"l": "left", "left": "left", "r": "right", "right": "right"}
+
+
+class _Side(NamedTuple):
+    """What a keypoint's name says: the side, and the rest of the name before and behind it."""
+
+    side: str
+    rest: tuple[str, str]
+
+
+def keypoint_metadata(categories: list[Record]) -> dict[str, Any]:
+    """
+    ``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules`` of Detectron2's
+    metadata; nothing if no category has keypoints, or if categories have different ones.
+    """
+    with_keypoints = _with_keypoints(categories)
+    names = with_keypoints[0]["keypoints"] if with_keypoints else []
+    if not names or any(category["keypoints"] != names for category in with_keypoints):
+        return {}
+    skeleton = with_keypoints[0].get("skeleton") or []
+    limbs = [] if _wrong_limb(skeleton, len(names)) else skeleton
+    return {
+        "keypoint_names": names,
+        "keypoint_flip_map": mirror_pairs(names),
+        "keypoint_connection_rules": [
+            (names[a - 1], names[b - 1], SKELETON_COLOR) for a, b in limbs
+        ],
+    }
+
+
+def keypoint_warnings(categories: list[Record]) -> Iterator[tuple[str, str]]:
+    """The kind and the text of each thing that is wrong with the categories' keypoints."""
+    with_keypoints = _with_keypoints(categories)
+    for category in with_keypoints[:1]:
+        names = category["keypoints"]
+        if wrong := _wrong_limb(category.get("skeleton") or [], len(names)):
+            text = f"the skeleton has {wrong}, not a pair out of 1...{len(names)}: it is not drawn"
+            yield "wrong skeleton", text
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            yield "repeated keypoint", f"several keypoints have the name {twice[0]!r}"
+        if alone := _without_partner(names):
+            shown = ", ".join(map(repr, alone[:6])) + (", ..." if len(alone) > 6 else "")
+            text = f"{shown} look like a left or right keypoint, but no pair was found: a flip does"
+            yield "keypoint of one side", f"{text} not swap them (name them left_X and right_X)"
+    for category in with_keypoints[1:]:
+        if category["keypoints"] != with_keypoints[0]["keypoints"]:
+            yield (
+                "different keypoints",
+                f"the categories {with_keypoints[0]['name']!r} and {category['name']!r} have "
+                "different lists of keypoints; Detectron2's keypoint head has one for all",
+            )
+            return
+
+
+def mirror_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """
+    The pairs of names that differ in their side alone.
+
+    A side is "left" or "right" anywhere in a name, in small or capital letters; or the letter "l"
+    or "r" as a word of its own at one end of it, as in ``l_eye``, ``eyeL``, ``LShoulder`` and
+    ``forelegR1``, where numbers at the end do not count.
+
+    Args:
+        names: of the keypoints.
+
+    Returns:
+        (left, right), in the order of the left ones.
+    """
+    partners: dict[_Side, str] = {}
+    for name in names:
+        if side := _side(name):
+            partners.setdefault(side, name)
+    return [
+        (name, partners[_Side("right", rest)])
+        for (side, rest), name in partners.items()
+        if side == "left" and ("right", rest) in partners
+    ]
+
+
+def _side(name: str) -> _Side | None:
+    if match := re.search("left|right", name, re.IGNORECASE):
+        return _split(name, match)
+    tokens = list(_TOKEN.finditer(name))
+    while tokens and tokens[-1][0].isdigit():
+        tokens.pop()
+    for match in tokens[:1] + tokens[-1:]:
+        if match[0].lower() in _SIDES:
+            return _split(name, match)
+    return None
+
+
+def _split(name: str, match: re.Match[str]) -> _Side:
+    rest = name[: match.start()].strip().lower(), name[match.end() :].strip().lower()
+    return _Side(_SIDES[match[0].lower()], rest)
+
+
+def _without_partner(names: Sequence[str]) -> list[str]:
+    """Names with a side and no partner, and those that differ from another in an l or r alone."""
+    paired = {name for pair in mirror_pairs(names) for name in pair}
+    others = {name.lower(): name for name in names if name not in paired}
+    alone = {name for name in others.values() if _side(name)}
+    for name in others:
+        for i in (i for i, letter in enumerate(name) if letter == "l"):
+            if (partner := f"{name[:i]}r{name[i + 1 :]}") in others:
+                alone |= {others[name], others[partner]}
+    return [name for name in names if name in alone]
+
+
+def _wrong_limb(skeleton: Any, num_keypoints: int) -> str | None:
+    """The first limb that is no pair of keypoints, as text; such a skeleton is that of others."""
+    if not isinstance(skeleton, list):
+        return repr(skeleton)[:80]
+    for limb in skeleton:
+        is_pair = isinstance(limb, list) and len(limb) == 2 and {int}.issuperset(map(type, limb))
+        if not is_pair or not all(1 <= i <= num_keypoints for i in limb):
+            return repr(limb)[:80]
+    return None
+
+
+def _with_keypoints(categories: list[Record]) -> list[Record]:
+    return [category for category in categories if category.get("keypoints")]

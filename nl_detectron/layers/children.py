@@ -1,0 +1,44 @@
+"""
+Calling a block's children where their weights alone would do, in more precision than they have.
+
+A child is never read, only called: what prunes it, reparametrises it, hooks into it, shards it or
+stands in its place (LoRA, quantisation) then takes part.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from nl_detectron.layers.numerics import accumulable, is_half, no_autocast
+
+
+def in_full_precision(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` in the float32 or float64 of x: half precision weights are taken as float32."""
+    tensors = dict(chain(module.named_parameters(), module.named_buffers()))
+    with no_autocast(x):
+        if not any(map(is_half, tensors.values())):
+            return module(x)
+        tensors = {name: accumulable(tensor) for name, tensor in tensors.items()}
+        return torch.func.functional_call(module, tensors, (x,))
+
+
+def matrix_and_bias(
+    module: nn.Module, channels: int, dims: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    (channels, out) and (out,), by which a 1x1 convolution, or an affine module in its place,
+    multiplies and what it adds, in the dtype of ``like``: what it makes of unit vectors and of 0.
+    """
+    vectors = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)
+    rows = in_full_precision(module, vectors.view(*vectors.shape, *[1] * dims)).flatten(1)
+    rows = rows.to(like.dtype)
+    return rows[:-1] - rows[-1], rows[-1]
+
+
+def float_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype of the first floating point weight; None without any."""
+    dtypes = (tensor.dtype for tensor in chain(module.parameters(), module.buffers()))
+    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
