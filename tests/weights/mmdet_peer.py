@@ -119,9 +119,9 @@ class Detector:
             if self.model.with_mask:
                 heads = self.model.roi_head._mask_forward(self.features, self.rois)
                 self.masks = heads["mask_preds"]
-            self.detections = self.model.predict(self.input, self._samples, rescale=False)[
-                0
-            ].pred_instances
+            found = self.model.predict(self.input, self._samples, rescale=False)[0].pred_instances
+            width, height = (found.bboxes[:, 2:] - found.bboxes[:, :2]).unbind(1)
+            self.detections = found[(width > 0) & (height > 0)]  # Detectron2 drops the others
 
     def checkpoint(self):
         """As mmengine saves it."""
@@ -139,13 +139,18 @@ class Detector:
             elif leaf in ("running_mean", "bias"):
                 tensor.copy_(0.1 * noise)
             elif "context_block" in name or "refine" in name:
-                tensor.copy_(noise / tensor[0].numel() ** 0.5)
+                # What is the same at every place must not drown the rest, in single precision.
+                scale = 0.1 if "channel_add_conv.3" in name else 1.0
+                tensor.copy_(scale * noise / tensor[0].numel() ** 0.5)
 
     def _calibrate(self):
-        """Heads with a mean of 0 and a fixed spread: some detections, none of them certain."""
+        """
+        Heads with a mean of 0 and a fixed spread: some detections, none of them certain. The
+        region proposals' logits stay where a sigmoid, by which theirs are sorted, tells them apart.
+        """
         head, rpn = self.model.roi_head.bbox_head, self.model.rpn_head
         for layer, spread, outputs in (
-            (rpn.rpn_cls, 2.0, lambda: torch.cat([y.flatten(2) for y in rpn(self.features)[0]], 2)),
+            (rpn.rpn_cls, 0.5, lambda: torch.cat([y.flatten(2) for y in rpn(self.features)[0]], 2)),
             (rpn.rpn_reg, 0.3, lambda: torch.cat([y.flatten(2) for y in rpn(self.features)[1]], 2)),
         ):
             _centre(layer, spread, outputs)
@@ -169,7 +174,11 @@ class Detector:
 
 
 def _centre(layer, spread, outputs):
-    """Give the outputs of a layer (dimension 1 are its channels) mean 0 and a standard deviation."""
-    layer.weight.mul_(spread / outputs().std())
-    y = outputs()
-    layer.bias.sub_(y.mean([i for i in range(y.dim()) if i != 1]))
+    """Give each output channel (dimension 1) a mean of 0 and this standard deviation."""
+    for change in ("weight", "bias"):
+        y = outputs().transpose(0, 1).flatten(1)
+        if change == "weight":
+            scale = spread / y.std(1)
+            layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        else:
+            layer.bias.sub_(y.mean(1))
