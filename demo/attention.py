@@ -159,10 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_images(args: argparse.Namespace) -> None:
-    """
-    Raises:
-        OSError, ValueError: an image cannot be read, lacks one of the points, or would be replaced.
-    """
+    """OSError, ValueError: an image cannot be read, lacks a point, or would be replaced."""
     stems = [path.stem for path in args.input]
     for path in args.input:
         check_points(args.points or [], read_image(path))

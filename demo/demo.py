@@ -155,10 +155,7 @@ def captions(args: argparse.Namespace) -> Sequence[str]:
 
 
 def find_images(words: Sequence[str]) -> list[Path]:
-    """
-    Raises:
-        FileNotFoundError: a word is no file, and no folder or pattern of any images.
-    """
+    """The images that words name; FileNotFoundError: one is no file, folder or pattern of any."""
     images: list[Path] = []
     for word in words:
         path = Path(word).expanduser()
@@ -177,11 +174,8 @@ def find_images(words: Sequence[str]) -> list[Path]:
 
 def name_targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
     """
-    The file of each image's picture, to be written.
-
-    Raises:
-        ValueError: it would replace an input or another picture, or has a suffix that OpenCV
-            cannot write.
+    The file of each image's picture, to be written. ValueError: it would replace an input or
+    another picture, or has a suffix that OpenCV cannot write.
     """
     inputs = {image.resolve() for image in images}
     targets: dict[Path, Path] = {}
@@ -200,12 +194,8 @@ def name_targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 def open_video(file: Path | None, folder: Path) -> tuple[cv2.VideoCapture, Path]:
     """
-    Args:
-        file: a video; None for the first camera.
-        folder: where the new video goes.
-
-    Raises:
-        FileNotFoundError, ValueError: it cannot be opened, or would be replaced.
+    Open a video, or for None the first camera, and name the new video in ``folder``.
+    FileNotFoundError, ValueError: it cannot be opened, or would be replaced.
     """
     target = folder / f"{file.stem if file else 'webcam'}.mp4"
     if file is not None and not file.is_file():

@@ -85,9 +85,9 @@ def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
             seconds.append(_time(model, inputs))
             with without_blocks(model):
                 seconds_without.append(_time(model, inputs))
-        cost = _measure(model, inputs, device, seconds)
+        cost = _measure_module(model, inputs, device, seconds)
         with without_blocks(model):
-            cost_without = _measure(model, inputs, device, seconds_without)
+            cost_without = _measure_module(model, inputs, device, seconds_without)
         costs = {
             name: _measure_block(block, block_inputs[name], repeats)
             for name, block in tqdm(blocks.items(), "each block", leave=False)
@@ -163,7 +163,7 @@ def _replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
 
 def _measure_block(block: nn.Module, inputs: Sequence[Tensor], repeats: int) -> Cost:
     costs = [
-        _measure(block, x, x.device, [_time(block, x) for _ in range(repeats)])
+        _measure_module(block, x, x.device, [_time(block, x) for _ in range(repeats)])
         for x in inputs
         if x.numel()
     ]
@@ -172,7 +172,7 @@ def _measure_block(block: nn.Module, inputs: Sequence[Tensor], repeats: int) -> 
     return Cost(_count_parameters(block), macs, seconds, peak)
 
 
-def _measure(
+def _measure_module(
     module: nn.Module, inputs: Any, device: torch.device, seconds: Sequence[float]
 ) -> Cost:
     macs, peak = _count_macs(module, inputs), peak_memory(lambda: module(inputs), device)

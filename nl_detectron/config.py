@@ -17,7 +17,7 @@ from nl_detectron.validation import ArgumentError, check_yaml_size, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-_WRAPPER = "build_nonlocal_backbone"
+_WRAPPERS = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
@@ -104,15 +104,17 @@ def use_nonlocal_backbone(cfg: CfgNode) -> None:
     Raises:
         ValueError: the config is frozen, and would have to be changed.
     """
-    if cfg.is_frozen() and ("NONLOCAL" not in cfg.MODEL or cfg.MODEL.BACKBONE.NAME != _WRAPPER):
+    if cfg.is_frozen() and (
+        "NONLOCAL" not in cfg.MODEL or cfg.MODEL.BACKBONE.NAME not in _WRAPPERS
+    ):
         raise ValueError(
             "The config is frozen: call use_nonlocal_backbone(cfg) before cfg.freeze(), and before "
             "default_setup(cfg, args), which writes it to config.yaml"
         )
     add_nonlocal_config(cfg)
-    if cfg.MODEL.BACKBONE.NAME != _WRAPPER:
+    if cfg.MODEL.BACKBONE.NAME not in _WRAPPERS:
         cfg.MODEL.NONLOCAL.BACKBONE = cfg.MODEL.BACKBONE.NAME
-        cfg.MODEL.BACKBONE.NAME = _WRAPPER
+        cfg.MODEL.BACKBONE.NAME = _WRAPPERS[0]
 
 
 def nonlocal_node(cfg: CfgNode) -> CfgNode:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
@@ -20,67 +19,28 @@ import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet
-from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine")]
 
-import train_net  # noqa: E402
-from nl_detectron.engine import Trainer, launch, parse_arguments  # noqa: E402
+from commands import Command, Commands  # noqa: E402
+from small_runs import CONFIG, OVERRIDES  # noqa: E402
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+TRAIN_NET, PLAIN = ROOT / "train_net.py", ROOT / "tests" / "engine" / "plain_training.py"
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
 ITERATIONS = 24
-NUM_THREADS = torch.get_num_threads()
-OVERRIDES = [
-    *("MODEL.DEVICE", "cpu", "SEED", "7", "SOLVER.MAX_ITER", str(ITERATIONS)),
-    *("DATASETS.TRAIN", "('kills_train',)", "DATASETS.TEST", "('kills_val',)"),
-    *("SOLVER.WARMUP_ITERS", "5", "SOLVER.STEPS", "(12,)"),
-    *("SOLVER.CHECKPOINT_PERIOD", "4", "TEST.EVAL_PERIOD", "10", "TEST.DETECTIONS_PER_IMAGE", "3"),
-    *("INPUT.MIN_SIZE_TRAIN", "(32,48)", "INPUT.MIN_SIZE_TEST", "32", "INPUT.MAX_SIZE_TRAIN", "64"),
-    *("TEST.PRECISE_BN.ENABLED", "True", "TEST.PRECISE_BN.NUM_ITER", "2"),
-    *("INPUT.CROP.ENABLED", "True", "MODEL.RPN.POST_NMS_TOPK_TEST", "10"),
-    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", "16", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "16"),
-    *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "[16,16]", "MODEL.ROI_MASK_HEAD.NUM_CONV", "1"),
-    *("MODEL.ROI_BOX_HEAD.FC_DIM", "32", "MODEL.FPN.OUT_CHANNELS", "16"),
-    *("MODEL.NONLOCAL.BACKBONE", "build_thin_backbone", "MODEL.ROI_BOX_HEAD.CONV_DIM", "16"),
+SECONDS = 300  # of a whole run, on a busy machine
+SECONDS_TO_END = 60  # torchrun's own limit is 30
+MORE_OVERRIDES = [
+    *("SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", 4, "TEST.EVAL_PERIOD", 10),
+    *("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "INPUT.CROP.ENABLED", True),
 ]
-
-
-@BACKBONE_REGISTRY.register()
-def build_thin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """A ResNet-FPN with few channels and blocks."""
-    stages = [
-        ResNet.make_stage(
-            BasicBlock,
-            num_blocks,
-            stride_per_block=[1 if channels == 16 else 2, 1][:num_blocks],
-            in_channels=channels,
-            out_channels=channels + 4,
-            norm="BN",
-        )
-        for channels, num_blocks in ((16, 1), (20, 1), (24, 2))
-    ]
-    stem = BasicStem(input_shape.channels, 16, "BN")
-    resnet = ResNet(stem, stages, out_features=cfg.MODEL.RESNETS.OUT_FEATURES)
-    return FPN(resnet, cfg.MODEL.FPN.IN_FEATURES, 16)
-
-
-class PlainTrainer(DefaultTrainer):
-    """Detectron2's own, which evaluates as ours does."""
-
-    build_evaluator = Trainer.build_evaluator
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,23 +54,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help="Detectron2's DefaultTrainer instead")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # in this process, as OpenMP's do not outlive a fork
-    register_few()
     rng = random.Random(args.seed)
     kinds = list(itertools.product(args.processes, args.workers))
     references: dict[tuple[int, int], tuple[Path, float]] = {}
     identical = 0
-    with tempfile.TemporaryDirectory() as folder:
+    modules = [TRAIN_NET, ROOT / "tests" / "engine" / "small_runs.py"]
+    with tempfile.TemporaryDirectory() as folder, Commands(*modules) as commands:
         for number in range(args.kills):
             processes, workers = kinds[number % len(kinds)]
             # Detectron2's own stream depends on the number of workers; ours has one reference.
             kind = (processes, workers if args.plain else args.workers[0])
             if kind not in references:
+                path = Path(folder, "reference{}-{}".format(*kind))
+                reference = Run(commands, path, *kind, args.plain)
                 start = time.monotonic()
-                reference = Run(Path(folder, "reference{}-{}".format(*kind)), *kind, args.plain)
-                assert wait(reference.start()) == 0, reference.output[-3000:]
+                reference.start()
+                assert reference.wait() == 0, reference.output[-3000:]
                 references[kind] = reference.folder, time.monotonic() - start
-            run = Run(Path(folder, str(number)), processes, workers, args.plain)
+            run = Run(commands, Path(folder, str(number)), processes, workers, args.plain)
             expected, duration = references[kind]
             what = kill_and_resume(run, duration, rng)
             difference = compare(expected, run.folder)
@@ -126,124 +87,77 @@ def main(arguments: list[str] | None = None) -> int:
     return int(identical < args.kills)
 
 
-def register_few() -> None:
-    """The first pictures of the built-in shapes, for an evaluation that takes no time."""
-    for split, count in (("train", 13), ("val", 2)):
-        whole = f"shapes_{split}"
-        records = DatasetCatalog.get(whole)[:count]
-        DatasetCatalog.register(f"kills_{split}", lambda records=records: records)
-        known = MetadataCatalog.get(whole).as_dict()
-        del known["name"], known["json_file"]
-        MetadataCatalog.get(f"kills_{split}").set(**known)
-
-
 @dataclass
 class Run:
-    """A small training in a folder, which forks of this process do, with all imports done."""
+    """A small training in a folder, by the command line: one process, or the ranks of one run."""
 
+    commands: Commands
     folder: Path
     processes: int
     workers: int
     plain: bool
+    ranks: list[Command] = field(default_factory=list)
 
     @property
     def output(self) -> str:
         """What it printed."""
         return (self.folder / "output.txt").read_text()
 
-    def start(self, *words: str) -> int:
-        """
-        Start it, or with "--resume" go on with it.
-
-        Returns:
-            The process id, which is that of its group, too; with many processes, of their parent.
-        """
-        sys.stdout.flush()
-        process = os.fork()
-        if process:
-            return process
-        os.setsid()
+    def start(self, *words: str) -> None:
+        """Start it, or with "--resume" go on with it."""
         self.folder.mkdir(exist_ok=True)
-        output = os.open(self.folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        if self.processes > 1:
-            os._exit(self._run_ranks(*words))
-        self._run(*words)
-
-    def _run(self, *words: str) -> None:
-        """Train in this process, and end it."""
-        torch.set_num_threads(NUM_THREADS if self.processes == 1 else 1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        status = 1
-        try:
-            self._train(*words)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        except KeyboardInterrupt:
-            status = 130
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-
-    def _run_ranks(self, *words: str) -> int:
-        """What torchrun does: start all ranks; when one fails, end the others; the status."""
-        for number in SIGNALS[1:]:
-            signal.signal(number, signal.SIG_IGN)
+        own = ["DATALOADER.NUM_WORKERS", self.workers, "OUTPUT_DIR", self.folder]
+        own += ["SOLVER.IMS_PER_BATCH", 2 * self.processes]
+        line = [PLAIN if self.plain else TRAIN_NET, "--config-file", CONFIG, *words]
+        line += [*OVERRIDES, *MORE_OVERRIDES, *own]
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        size = str(self.processes)
-        ranks = set()
-        for rank in map(str, range(self.processes)):
-            process = os.fork()
-            if not process:
-                for number in SIGNALS[1:]:
-                    signal.signal(number, signal.SIG_DFL)
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-                os.environ.update(RANK=rank, LOCAL_RANK=rank)
-                os.environ.update(WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
-                self._run(*words)
-            ranks.add(process)
-        while ranks:
-            process, status = os.wait()
-            ranks.remove(process)
-            if status := os.waitstatus_to_exitcode(status):
-                for other in ranks:
-                    os.kill(other, signal.SIGTERM)
-                for _ in ranks:
-                    os.wait()
-                return status if status > 0 else 128 - status
-        return 0
+        variables: dict[str, object] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables.update(WORLD_SIZE=self.processes, LOCAL_WORLD_SIZE=self.processes)
+        self.ranks = []
+        for rank in range(self.processes):
+            if self.processes > 1:
+                variables.update(RANK=rank, LOCAL_RANK=rank)
+            output = self.folder / "output.txt"
+            self.ranks.append(self.commands.start(output, *line, **variables))
 
-    def _train(self, *words: str) -> None:
-        config = ["--config-file", str(ROOT / "configs" / "quick_start.yaml"), *words]
-        own = ["DATALOADER.NUM_WORKERS", str(self.workers), "OUTPUT_DIR", str(self.folder)]
-        own += ["SOLVER.IMS_PER_BATCH", str(2 * self.processes)]
-        args = parse_arguments([*config, *OVERRIDES, *own])
-        if not self.plain:
-            launch(train_net.main, args)
-            return
-        trainer = PlainTrainer(train_net.setup(args))
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+    def wait(self, seconds: float = SECONDS) -> int:
+        """
+        As torchrun, end all when one fails, and wait for each.
+
+        Returns:
+            The status of the first that failed, 0 if none did.
+        """
+        deadline = time.monotonic() + seconds
+        first = 0
+        while not first and any(rank.status() is None for rank in self.ranks):
+            first = next((status for rank in self.ranks if (status := rank.status())), 0)
+            if time.monotonic() > deadline:
+                break  # the wait below fails with the stacks
+            time.sleep(0.05)
+        if first:
+            for rank in self.ranks:
+                if rank.status() is None:
+                    rank.send(signal.SIGTERM)
+        statuses = [rank.wait(SECONDS_TO_END if first else 0.1) for rank in self.ranks]
+        return first or next(filter(None, statuses), 0)
 
 
 def kill_and_resume(run: Run, duration: float, rng: random.Random) -> str:
     """Kill a run, once, at a moment that is drawn, and resume it to its end; what was done."""
     number = rng.choice(SIGNALS[:1] if run.plain else SIGNALS)
-    victim = rng.choice(["all", *range(run.processes)])
+    victims = rng.choice(["all", *range(run.processes)])
     while True:
-        process = run.start()
+        run.start()
         moment = rng.uniform(0.05, 0.95) * duration
         time.sleep(moment)
-        with contextlib.suppress(ProcessLookupError, IndexError):  # it has ended
-            if victim == "all":
-                os.killpg(process, number)
-            else:
-                os.kill(process if run.processes == 1 else children(process)[victim], number)
-        status = wait(process)
+        for rank, command in enumerate(run.ranks):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                if victims == "all":
+                    command.send(number, to_group=True)
+                elif victims == rank:
+                    command.send(number)
+        status = run.wait(SECONDS if number == signal.SIGKILL else duration + SECONDS_TO_END)
         if status:
             break
         shutil.rmtree(run.folder)  # it was faster
@@ -252,22 +166,11 @@ def kill_and_resume(run: Run, duration: float, rng: random.Random) -> str:
     assert is_expected, (status, run.output[-3000:])
     tag = run.folder / "last_checkpoint"
     kept = tag.read_text() if tag.exists() else "none"
-    status = wait(run.start("--resume"))
+    run.start("--resume")
+    status = run.wait()
     assert status == 0, (status, run.output[-3000:])
-    whom = victim if victim == "all" else f"rank {victim}"
+    whom = victims if victims == "all" else f"rank {victims}"
     return f"{number.name} to {whom} at {moment:.2f} s, from {kept}"
-
-
-def children(process: int) -> list[int]:
-    """The ids of a process's children, in the order of their start."""
-    return [
-        int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    ]
-
-
-def wait(process: int) -> int:
-    """The exit status; if a signal ended it, less than 0."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def compare(reference: Path, run: Path) -> str | None:

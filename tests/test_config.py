@@ -22,6 +22,7 @@ def test_defaults_are_the_papers_block():
     assert dict(node) == {
         "BACKBONE": "build_resnet_fpn_backbone",
         "AFTER_BLOCKS_PER_STAGE": [[], [], [-2], []],
+        "AFTER_MODULES": [],
         "BLOCK": "NonLocalBlock",
         "PAIRWISE": "embedded_gaussian",
         "REDUCTION": 2,
@@ -29,6 +30,7 @@ def test_defaults_are_the_papers_block():
         "TEMPERATURE": 0.05,
         "SUBSAMPLE": "embeddings",
         "NORM": "BN",
+        "TIMM": "se",
         "ZERO_INIT": True,
         "ZERO_INIT_LAYER": "norm",
         "GAMMA_LR_FACTOR": 1.0,
@@ -101,6 +103,14 @@ def test_the_backbone_is_wrapped_once(has_node):
         assert cfg.MODEL.NONLOCAL.BACKBONE == "build_retinanet_resnet_fpn_backbone"
         assert (cfg.MODEL.NONLOCAL.PAIRWISE == "gaussian") == has_node
         cfg.freeze()  # the second call has nothing to change
+
+
+def test_the_balanced_pyramid_is_not_wrapped():
+    cfg = config()
+    cfg.MODEL.BACKBONE.NAME = "build_balanced_fpn_backbone"
+    use_nonlocal_backbone(cfg)
+    assert cfg.MODEL.BACKBONE.NAME == "build_balanced_fpn_backbone"
+    assert cfg.MODEL.NONLOCAL.BACKBONE == "build_resnet_fpn_backbone"
 
 
 def test_a_saved_config_is_read_again(tmp_path):

@@ -25,6 +25,7 @@ KEYPOINT = "COCO-Keypoints/keypoint_rcnn_R_101_FPN_"
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_"
 ABLATION = "ablations/mask_rcnn_R_50_FPN_nl_"
 SUCCESSOR = "successors/mask_rcnn_R_50_FPN_"
+BALANCED = "successors/faster_rcnn_R_50_FPN_balanced_1x.yaml"
 
 # Tables 5 and 6 of the paper, AP / AP50 / AP75.
 PAPER = {
@@ -78,6 +79,12 @@ BLOCKS = {
     ],
     f"{SUCCESSOR}gc_r16_1x.yaml": RES3_TO_5,
     f"{SUCCESSOR}gc_r4_1x.yaml": RES3_TO_5,
+    f"{SUCCESSOR}gc_r4_conv3_1x.yaml": [
+        f"res{stage}.{block}.conv3.nonlocal"
+        for stage, blocks in ((3, 4), (4, 6), (5, 3))
+        for block in range(blocks)
+    ],
+    BALANCED: ["backbone.nonlocal.refine"],
     f"{SUCCESSOR}dnl_1x.yaml": ["res4.nonlocal4"],
     f"{SUCCESSOR}dnl_c4_c5_1x.yaml": ["res4.nonlocal4", *RES5],
     f"{SUCCESSOR}pyramid_1x.yaml": ["res4.nonlocal4"],
@@ -92,6 +99,8 @@ DISENTANGLED = {BACKBONE, REDUCTION, SUBSAMPLE, "MODEL.NONLOCAL.PAIRWISE"}
 CHANGED = {
     f"{SUCCESSOR}gc_r16_1x.yaml": CONTEXT,
     f"{SUCCESSOR}gc_r4_1x.yaml": CONTEXT,
+    f"{SUCCESSOR}gc_r4_conv3_1x.yaml": {*CONTEXT, "MODEL.NONLOCAL.AFTER_MODULES"},
+    BALANCED: {BACKBONE, REDUCTION, SUBSAMPLE, "MODEL.NONLOCAL.SCALE", "MODEL.NONLOCAL.NORM"},
     f"{SUCCESSOR}dnl_1x.yaml": DISENTANGLED,
     f"{SUCCESSOR}dnl_c4_c5_1x.yaml": {*DISENTANGLED, AFTER_BLOCKS},
     f"{SUCCESSOR}pyramid_1x.yaml": {BACKBONE, SUBSAMPLE},
@@ -152,9 +161,8 @@ def base_of(name: str) -> str | None:
 def baseline_of(name: str) -> str:
     """The nearest config in the chain of bases that has no blocks."""
     cfg = load(name)
-    while cfg.MODEL.BACKBONE.NAME == "build_nonlocal_backbone" or "NonLocal" in (
-        cfg.MODEL.ROI_KEYPOINT_HEAD.NAME
-    ):
+    ours = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
+    while cfg.MODEL.BACKBONE.NAME in ours or "NonLocal" in cfg.MODEL.ROI_KEYPOINT_HEAD.NAME:
         name = base_of(name)
         cfg = load(name)
     return name
@@ -252,7 +260,7 @@ def test_says_what_it_is(name):
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 def test_has_the_blocks(name):
     expected = [
-        block if block.startswith("roi_heads.") else f"backbone.bottom_up.{block}"
+        block if block.startswith(("roi_heads.", "backbone.")) else f"backbone.bottom_up.{block}"
         for block in BLOCKS[name]
     ]
     assert list(nonlocal_blocks(build(name))) == expected
@@ -262,6 +270,9 @@ def test_has_the_blocks(name):
 def test_every_block_learns(name):
     for block in nonlocal_blocks(build(name)).values():
         assert all(p.requires_grad for p in block.parameters())
+        if name == BALANCED:
+            assert block.norm is None
+            continue
         is_context = isinstance(block, GlobalContextBlock)
         assert isinstance(block.norm, nn.LayerNorm if is_context else nn.BatchNorm2d)
 
@@ -314,7 +325,7 @@ def test_readme_of_a_folder_names_each_of_its_configs(prefix):
     names = [name for name in LEAVES if name.startswith(f"{folder}/")]
     assert names
     for name in names:
-        assert f"`{name[len(prefix) :]}`" in text
+        assert f"`{name.removeprefix(prefix).removeprefix(f'{folder}/')}`" in text
 
 
 def test_readme_of_the_ablations_has_a_default_in_each_group():

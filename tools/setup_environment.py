@@ -79,7 +79,7 @@ class Environment:
 
     def pip_install(self, *arguments: str) -> None:
         pip = (self.python, "-m", "pip", "--disable-pip-version-check")
-        subprocess.run([*pip, "install", *arguments], cwd=ROOT, check=True)
+        subprocess.run([*pip, "install", "--no-warn-conflicts", *arguments], cwd=ROOT, check=True)
 
 
 def fill(environment: Environment, requirements: str, source: str | None) -> None:

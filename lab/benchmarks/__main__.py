@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     machine = describe_machine(args.device, args.threads)
     print(machine_line(machine), file=sys.stderr)
-    rows, is_complete = _measure(_scaling_cases(args) if args.scaling else _cases(args), args)
+    rows, is_complete = _measure_cases(_scaling_cases(args) if args.scaling else _cases(args), args)
     if not rows:
         sys.exit("nothing could be measured")
     print(tables(rows, "github" if args.markdown else "simple", growth=args.scaling))
@@ -102,7 +102,9 @@ def _scaling_cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _measure(cases: Sequence[Case], args: argparse.Namespace) -> tuple[list[MeasuredPass], bool]:
+def _measure_cases(
+    cases: Sequence[Case], args: argparse.Namespace
+) -> tuple[list[MeasuredPass], bool]:
     """The rows of all cases, and whether all could be measured."""
     levels, names = ((OPERATION,), (OURS, TEXTBOOK)) if args.scaling else (tuple(PASSES), NAMES)
     budget = QUICK_BUDGET if args.quick else BUDGET

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import re
+import resource
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +37,6 @@ from lab.benchmarks.measure import (
     measure,
 )
 from nl_detectron.layers import NonLocalBlock
-
-if sys.platform != "win32":
-    import resource
 
 # What is measured of the whole block, with its convolutions and norm, and of the operation alone.
 BLOCK, OPERATION = "block", "operation"
@@ -146,10 +144,8 @@ def run_limited(
     ``device`` beyond what it holds at its start: PyTorch raises an error at the allocation that
     goes beyond. On the CPU only Linux can do that. ``BrokenProcessPool``: the process was killed.
     """
-    is_posix = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if is_posix else "spawn")
-    if is_posix:
-        context.set_forkserver_preload(_PRELOAD)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
     limits = (device, threads, memory_limit)
     with ProcessPoolExecutor(1, context, initializer=_prepare, initargs=limits) as pool:
         return pool.submit(function, *arguments).result()

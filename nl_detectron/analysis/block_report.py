@@ -112,7 +112,7 @@ def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport
             with record_calls(blocks) as calls:
                 model(batch)
             for name, inputs in calls.items():
-                measured[name] += [_measure(blocks[name], x) for (x,) in inputs if x.numel()]
+                measured[name] += [_measure_input(blocks[name], x) for (x,) in inputs if x.numel()]
     return [
         BlockReport(
             block=name,
@@ -141,7 +141,7 @@ def _effective_norm(block: AttentionBlock) -> float | None:
     return (scale.detach()[:, None] * block.out.weight.detach().flatten(1)).float().norm().item()
 
 
-def _measure(block: AttentionBlock, x: Tensor) -> dict[str, float]:
+def _measure_input(block: AttentionBlock, x: Tensor) -> dict[str, float]:
     """The ``_MEASURED`` of one input; NaN is what is not defined for it."""
     positions = torch.randperm(x[0, 0].numel(), generator=torch.Generator().manual_seed(0))
     weights = block.attention(x, positions[:_MAX_QUERIES]).flatten(2).double()

@@ -21,8 +21,9 @@ FlopHandle = Callable[[list[Any], list[Any]], int]
 """From an operator's inputs and outputs (``torch._C.Value``) to its multiply-adds."""
 
 _UNCOUNTED = (
-    *("add", "add_", "argsort", "cumsum", "div", "expand_as", "max_pool2d", "mean", "movedim"),
-    *("mul", "neg", "pad", "rsqrt", "softmax", "sort", "sub", "sum", "unflatten"),
+    *("add", "add_", "amax", "amin", "argsort", "clamp", "cumsum", "div", "expand_as", "eye"),
+    *("max_pool2d", "mean", "movedim", "mul", "neg", "pad", "rsqrt", "softmax", "sort", "sub"),
+    *("sum", "unflatten"),
 )
 _PADDING = ("aten::pad", "aten::constant_pad_nd")
 

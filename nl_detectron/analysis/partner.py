@@ -64,7 +64,9 @@ def attention_at(
     """Block to what counts for each of the squares, annotations of the image, that it sees."""
     maps = attention.maps([center_of(square) for square in squares], what)
     return {
-        block.name: [_measure(m, square) for m, square in zip(block.maps, squares) if m is not None]
+        block.name: [
+            _measure_square(m, square) for m, square in zip(block.maps, squares) if m is not None
+        ]
         for block in maps.blocks
     }
 
@@ -90,7 +92,7 @@ def describe_squares(squares: Sequence[SquareAttention]) -> str:
     )
 
 
-def _measure(attention_map: AttentionMap, square: Record) -> SquareAttention:
+def _measure_square(attention_map: AttentionMap, square: Record) -> SquareAttention:
     magnitudes = torch.from_numpy(attention_map.values).abs().double()
     shares = magnitudes / magnitudes.sum()
     centers = torch.from_numpy(attention_map.centers)

@@ -20,11 +20,6 @@ class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are one line, and which keeps the lines of its texts."""
 
     def __init__(self, description: str | None, epilog: str | None = None) -> None:
-        """
-        Args:
-            description: what comes first in the help, mostly the docstring of the script.
-            epilog: what comes last in it.
-        """
         super().__init__(
             description=description,
             epilog=epilog,
@@ -41,22 +36,12 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_model_arguments(self, weights: str = "its weights (default: MODEL.WEIGHTS)") -> None:
-        """
-        Add ``--config-file``, which is required, and ``--weights``.
-
-        Args:
-            weights: the help for ``--weights``.
-        """
+        """Add ``--config-file``, which is required, and ``--weights`` with its help."""
         self.add_argument("--config-file", metavar="FILE", required=True, help="config of a model")
         self.add_argument("--weights", metavar="FILE", help=weights)
 
     def add_overrides(self, note: str = "") -> None:
-        """
-        Describe the overrides, which :meth:`parse_with_overrides` accepts, in the help.
-
-        Args:
-            note: what else is to be said about them, in a line of its own.
-        """
+        """Describe the overrides, which :meth:`parse_with_overrides` accepts, in the help."""
         text = "config keys and their values, such as SOLVER.BASE_LR 0.01, among the options"
         self.add_argument_group("KEY VALUE", f"{text}\n{note}")
 
@@ -69,14 +54,9 @@ class Parser(argparse.ArgumentParser):
     def parse_with_overrides(self, words: Sequence[str] | None = None) -> argparse.Namespace:
         """
         Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the
-        options. A value may be a negative number, such as -1e-4. An unknown option, or a key
-        without a value, ends the process with exit status 2.
-
-        Args:
-            words: the words of the command line; those of this process by default.
-
-        Returns:
-            What ``parse_args`` returns, and ``opts``: keys and values in turn.
+        options; they are in ``opts``, keys and values in turn. A value may be a negative number,
+        such as -1e-4. An unknown option, or a key without a value, ends the process with exit
+        status 2.
         """
         args, overrides = self.parse_known_args(words)
         # No key begins with a dash. A value may, but not with two.
@@ -91,12 +71,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> NoReturn:
-        """
-        End with exit status 2, as ``ArgumentParser.error`` does, but without the usage.
-
-        Args:
-            message: one line.
-        """
+        """End with exit status 2, as ``ArgumentParser.error`` does, but without the usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -109,18 +84,7 @@ def _project(text: str) -> str:
 
 
 def score(text: str) -> float:
-    """
-    A confidence, from the command line.
-
-    Args:
-        text: what the user wrote.
-
-    Returns:
-        A number from 0 to 1.
-
-    Raises:
-        ArgumentTypeError, ValueError: it is not such a number.
-    """
+    """Read a confidence, from 0 to 1, from the command line."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -128,18 +92,7 @@ def score(text: str) -> float:
 
 
 def positive_int(text: str) -> int:
-    """
-    A number of things, from the command line.
-
-    Args:
-        text: what the user wrote.
-
-    Returns:
-        An integer of at least 1.
-
-    Raises:
-        ArgumentTypeError: it is not such a number.
-    """
+    """Read a number of things, at least 1, from the command line."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
@@ -150,16 +103,9 @@ def exit_on_user_error(
     errors: tuple[type[Exception], ...] = USER_ERRORS, *, traceback: bool = False
 ) -> Iterator[None]:
     """
-    Let errors of the user end the process with one line on stderr and exit status 2. Where they
-    arose is written to the log files of the run, if it has some already. A context manager, or with
-    ``@`` a decorator.
-
-    Args:
-        errors: the kinds of errors that the user makes; all others pass.
-        traceback: let these errors pass, too.
-
-    Raises:
-        SystemExit: in the place of these errors.
+    Let errors of the user end the process with one line on stderr and exit status 2; with
+    ``traceback`` they pass, as all others do. Where they arose is written to the log files of the
+    run, if it has some already. A context manager, or with ``@`` a decorator.
     """
     try:
         yield
@@ -173,13 +119,7 @@ def exit_on_user_error(
 
 
 def message_of(error: Exception) -> str:
-    """
-    Args:
-        error: any error.
-
-    Returns:
-        What it says, without the quotes that KeyError puts around it.
-    """
+    """Return what an error says, without the quotes that KeyError puts around it."""
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 

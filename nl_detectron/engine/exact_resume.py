@@ -12,7 +12,8 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import BestCheckpointer, EvalHook, PeriodicWriter
 from detectron2.utils import comm
 
-from nl_detectron.data.stream import TrainLoader, seed_generators
+from nl_detectron.data.seeding import seed_generators
+from nl_detectron.data.stream import TrainLoader
 from nl_detectron.engine.metrics_file import MetricsFile
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import nn
 
-from nl_detectron.data.stream import seed_generators
+from nl_detectron.data.seeding import seed_generators
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,45 +18,47 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from nl_detectron.files import make_folder, remove_drafts, sole_user
+from nl_detectron.engine.launch import SECONDS_WITHOUT_PARENT, SIGNALS, waiting_time
+from nl_detectron.files import is_used, make_folder, remove_drafts, sole_user
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SECONDS_TO_PASS_ON = 2.0
+_SECONDS_TO_NEXT_STEP = 3.0  # far more than lies between two steps, less an evaluation
 
 
 class Interrupted(SystemExit):
     """A signal ended the run; the process ends with 128 and the signal's number, as in a shell."""
 
     def __init__(self, number: int) -> None:
-        """
-        Args:
-            number: of the signal.
-        """
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
 
 
 class Interruption(HookBase):
     """
+    Lets signals end a run so that it can be resumed.
+
     SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (what SLURM sends before the time is up, if it is told to)
     end a run after the step with a checkpoint and with status 143, 130 or 138; an evaluation is
     not waited for, as resuming does it again. A second signal ends the process at once.
 
     With many ranks, one of which may have got a signal alone, a small all-reduce (gloo) that runs
-    beside each step tells all of them after which iteration to stop: at most one later.
+    beside each step tells all of them after which iteration to stop: at most one later. There a
+    signal soon after the first is taken for the same: a scheduler sends it to all processes, and
+    torchrun passes it on.
 
     It belongs behind the hooks that change any state, right before :class:`ExactResume`.
+
+    Args:
+        checkpointer: saves the run.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer) -> None:
-        """
-        Args:
-            checkpointer: saves the run.
-        """
         self._checkpointer = checkpointer
         self._process = 0
         self._received = 0
+        self._since = 0.0
         self._between_steps = True
         self._finished: int | None = None
         self._group: Any = None
@@ -64,20 +67,26 @@ class Interruption(HookBase):
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
         """
-        Within the ``with``, which is around ``train``, the signals end the run as the class says.
+        Let signals end the run as the class says, within the ``with``, which is around ``train``.
 
         Raises:
             Interrupted: at the end of the ``with``, if one came.
         """
+        if comm.get_world_size() > 1:
+            # No handler runs in the calls that meet the other ranks, so a signal ends these as
+            # ever. Only the first notices at once if another rank has ended.
+            comm.synchronize()
+            self._group = dist.new_group(backend="gloo", timeout=waiting_time())
         if threading.current_thread() is not threading.main_thread():  # others get no signals
             yield
             return
         self._process = os.getpid()
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_between_steps)
         try:
             yield
         except BaseException as error:
-            # A signal to the whole group may end a loader's worker, and so the step, before us.
+            # A signal to the whole group may end an evaluation's worker before us, and so the step.
             if not self._received:
                 raise
             interrupted = Interrupted(self._received)
@@ -90,12 +99,9 @@ class Interruption(HookBase):
             )
             raise interrupted from (None if isinstance(error, Interrupted) else error)
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
-
-    def before_train(self) -> None:
-        if comm.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")
 
     def before_step(self) -> None:
         self._between_steps = False
@@ -104,12 +110,14 @@ class Interruption(HookBase):
         self._finished = self.trainer.iter
         self._between_steps = self._group is None
         number = self._received if self._group is None else self._agreed()
-        self._between_steps = True
         if number:
             self._save(number)
             if self._group is not None:  # torchrun ends the others as soon as one has ended
                 dist.barrier(self._group)
             raise Interrupted(number)
+        self._between_steps = True
+        if self._received:
+            self._stop_soon()
 
     def after_train(self) -> None:
         # Or an EvalHook would take a signal, or an error, in the last iteration for the end of
@@ -135,13 +143,29 @@ class Interruption(HookBase):
             signal.signal(number, signal.SIG_DFL)
             return
         if self._received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            if self._group is None or time.monotonic() - self._since > _SECONDS_TO_PASS_ON:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
             return
-        self._received = number
+        self._note(number)
         if self._between_steps:
-            self._save(number)
-            raise Interrupted(number)
+            self._stop_soon()
+
+    def _stop_soon(self) -> None:
+        """Stop between steps; of many ranks, which stop after a step, only if that is late."""
+        if self._group is None:
+            self._stop_between_steps()
+        else:
+            signal.setitimer(signal.ITIMER_REAL, _SECONDS_TO_NEXT_STEP)
+
+    def _stop_between_steps(self, *_: Any) -> None:
+        if self._between_steps:  # in an evaluation, say
+            self._save(self._received)
+            raise Interrupted(self._received)
+
+    def _note(self, number: int) -> None:
+        if not self._received:
+            self._received, self._since = number, time.monotonic()
 
     def _save(self, number: int) -> None:
         """
@@ -150,7 +174,7 @@ class Interruption(HookBase):
         Nothing else may change: where Python ignores errors (logging's work around a fork, say), it
         ignores ``Interrupted``, too, and the run ends one step later.
         """
-        self._received = number
+        self._note(number)
         with contextlib.suppress(ValueError):  # in a thread, which has no handlers
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker ends
         iteration = self._finished
@@ -162,13 +186,14 @@ class Interruption(HookBase):
 
 
 @contextlib.contextmanager
-def sole_run(output_dir: str) -> Iterator[None]:
+def sole_run(output_dir: str, patience: float = SECONDS_WITHOUT_PARENT + 5) -> Iterator[None]:
     """
-    Within the ``with``, no other run may be in ``output_dir``, which is made if need be; what
+    Keep other runs out of ``output_dir`` within the ``with``. The folder is made if need be; what
     killed runs left half-written there is removed. All ranks enter it together.
 
     Args:
         output_dir: the folder of the run.
+        patience: seconds that a run there has to end, as one does whose torchrun was killed.
 
     Raises:
         ValueError: another run is there, or no file can be written.
@@ -179,6 +204,9 @@ def sole_run(output_dir: str) -> Iterator[None]:
         if comm.is_main_process():
             try:
                 folder = make_folder("OUTPUT_DIR", output_dir)
+                deadline = time.monotonic() + patience
+                while is_used(folder) and time.monotonic() < deadline:
+                    time.sleep(0.1)
                 stack.enter_context(sole_user(folder, "run"))
                 remove_drafts(folder)
             except ValueError as error:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import logging
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,14 +23,24 @@ from detectron2.engine import defaults
 from detectron2.engine import launch as launch_spawned
 from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
+from torch.multiprocessing import ProcessExitedException
 
-logger = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""What tells a run to stop."""
 
 TIMEOUT_MINUTES = 10.0
 """More than rank 0 needs for an evaluation, in which the others wait for it."""
 
+SECONDS_WITHOUT_PARENT = 10.0
+"""For the step and the checkpoint of a process whose parent is gone."""
+
+_SECONDS_OF_POLL = 0.5
+
 _SECONDS_TO_BE_ENDED = 5.0
 """torchrun needs far less to see that a process has ended, and to end the others."""
+
+_TIMEOUT = "NL_DETECTRON_TIMEOUT"
+"""The variable of the environment with the minutes that processes wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,8 @@ class ProcessPlace:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ProcessPlace | None:
         """
+        Read a place from the variables that torchrun sets.
+
         Args:
             environment: the environment variables; torchrun sets ``RANK``, ``WORLD_SIZE``,
                 ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``.
@@ -89,6 +104,11 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def waiting_time() -> timedelta:
+    """How long one process of a run waits for another: ``--timeout``."""
+    return timedelta(minutes=float(os.environ.get(_TIMEOUT, TIMEOUT_MINUTES)))
+
+
 def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
     """
     Run ``main(args)`` in every process of a run: in this one, if torchrun (or anything that sets
@@ -97,31 +117,84 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
 
     Under torchrun the processes talk through NCCL where each has a GPU, and through gloo on
     machines without one. A process that fails names its rank and its error in a line on stderr;
-    Python's warnings are shown by rank 0 alone.
+    Python's warnings are shown by rank 0 alone. One whose torchrun is gone stops as after SIGTERM.
 
     Args:
         main: called with ``args``.
         args: Detectron2's command line with what :func:`add_launch_options` adds.
 
     Raises:
-        SystemExit: the options or this machine do not fit what torchrun was asked for.
+        SystemExit: the options or this machine do not fit what torchrun was asked for; a spawned
+            process ended with a status, which has said why, or by a signal.
     """
+    os.environ[_TIMEOUT] = str(args.timeout)  # spawned processes inherit it
     place = ProcessPlace.from_environment(os.environ)
     if place is None:
-        launch_spawned(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-            timeout=timedelta(minutes=args.timeout),
-        )
+        _spawn(main, args)
         return
     if problem := _problem(args, place, os.environ):
         # Each process finds the same one.
         sys.exit(problem if place.local_rank == 0 else 1)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun; a script may end before us
+        threading.Thread(target=_stop_without, args=(os.getppid(),), daemon=True).start()
     record(_run)(main, args, place)
+
+
+def _spawn(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """``main(args)`` in the processes that Detectron2 spawns, or in this one, if it is the only."""
+    is_alone = args.num_gpus * args.num_machines == 1
+    with contextlib.nullcontext() if is_alone else _signals_passed_on():
+        try:
+            launch_spawned(
+                main if is_alone else functools.partial(_run_spawned, main),
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+                timeout=timedelta(minutes=args.timeout),
+            )
+        except ProcessExitedException as error:
+            if error.exit_code < 0:
+                print(_first_line(error), file=sys.stderr)
+            status = error.exit_code if error.exit_code > 0 else 128 - error.exit_code
+            raise SystemExit(status) from None
+
+
+def _run_spawned(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+    """``main(args)`` as one process of Detectron2's."""
+    _let_parameters_be_unused()
+    main(args)
+
+
+@contextlib.contextmanager
+def _signals_passed_on() -> Iterator[None]:
+    """Within the ``with``, signals go on to the child processes, and this one awaits their end."""
+    received = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        received.append(number)
+        for child in multiprocessing.active_children():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(child.pid or 0, number)
+
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    if received:  # before training, torch takes SIGINT for no error
+        raise SystemExit(128 + received[0])
+
+
+def _stop_without(parent: int) -> None:
+    """When the parent process has ended, stop this one: with a checkpoint, or else the hard way."""
+    while os.getppid() == parent:
+        time.sleep(_SECONDS_OF_POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(SECONDS_WITHOUT_PARENT)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _problem(
@@ -177,6 +250,7 @@ def _join(place: ProcessPlace, timeout: timedelta) -> None:
     else:
         # Detectron2 names a GPU otherwise, which DistributedDataParallel refuses for CPUs.
         defaults.create_ddp_model = functools.partial(defaults.create_ddp_model, device_ids=None)
+    _let_parameters_be_unused()
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
     # A restarted run may find the store of the one before, with addresses of ended processes.
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -194,6 +268,15 @@ def _join(place: ProcessPlace, timeout: timedelta) -> None:
         if place.rank in ranks:
             comm._LOCAL_PROCESS_GROUP = group
     comm.synchronize()
+
+
+def _let_parameters_be_unused() -> None:
+    """Let configs train in many processes that have outputs of an FPN which no head reads."""
+    defaults.create_ddp_model = functools.partial(
+        defaults.create_ddp_model, find_unused_parameters=True
+    )
+    # Where there are none, torch advises against it, for a cost below a thousandth of a step.
+    warnings.filterwarnings("ignore", "find_unused_parameters=True")
 
 
 def _is_of_another(error: Exception) -> bool:

@@ -54,13 +54,16 @@ _OF_DETECTRON2 = ("The given NumPy array is not writ", "Creating a tensor from a
 def set_up_logging(output_dir: str) -> None:
     """
     Log to the screen and to ``log.txt``; what Detectron2 logs of the environment, the config and
-    the model goes to ``log.txt`` alone.
+    the model goes to ``log.txt`` alone, and what PyTorch tells the authors of Detectron2 nowhere.
 
     Args:
         output_dir: the folder of ``log.txt``.
     """
     # It warns where there is no CUDA, when Detectron2 looks at the environment.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(detectron2|fvcore)\.")
+    warnings.filterwarnings("ignore", "Creating a tensor from a list of numpy", UserWarning)
     rank = comm.get_rank()
     setup_logger(output_dir, name="nl_detectron", distributed_rank=rank)
     # As default_setup calls it, which then finds it done.

@@ -7,6 +7,9 @@ stands in its place (LoRA, quantisation) then takes part.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -21,8 +24,20 @@ def in_full_precision(module: nn.Module, x: Tensor) -> Tensor:
     with no_autocast(x):
         if not any(map(is_half, tensors.values())):
             return module(x)
+        if torch.jit.is_tracing():  # which functional_call refuses
+            return _float_copy(module)(x)
         tensors = {name: accumulable(tensor) for name, tensor in tensors.items()}
         return torch.func.functional_call(module, tensors, (x,))
+
+
+def _float_copy(module: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(module)
+    for part, own in zip(copied.modules(), module.modules()):
+        own_tensors = own.named_parameters(recurse=False), own.named_buffers(recurse=False)
+        for name, tensor in chain(*own_tensors):
+            delattr(part, name)
+            setattr(part, name, accumulable(tensor))
+    return copied
 
 
 def matrix_and_bias(
@@ -42,3 +57,15 @@ def float_dtype(module: nn.Module) -> torch.dtype | None:
     """The dtype of the first floating point weight; None without any."""
     dtypes = (tensor.dtype for tensor in chain(module.parameters(), module.buffers()))
     return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode of a module and all in it; afterwards each has its own again."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training

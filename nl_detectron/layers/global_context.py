@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nl_detectron.layers.attention_block import CONV, AttentionBlock, flat_index, flat_positions
-from nl_detectron.layers.children import in_full_precision
+from nl_detectron.layers.children import evaluating, in_full_precision
 from nl_detectron.layers.numerics import accumulable, no_autocast, saturated
 from nl_detectron.layers.pairwise import softmax_average
 from nl_detectron.validation import ArgumentError
@@ -112,9 +112,10 @@ class GlobalContextBlock(AttentionBlock):
             ValueError: x does not fit the block.
         """
         weights, positions = accumulable(self._logits(x)).softmax(1), accumulable(flat_positions(x))
-        with no_autocast(x):
-            context = (weights.unsqueeze(1) @ positions).expand_as(positions).flatten(0, 1)
-            values = torch.func.jvp(self._transform, (context,), (positions.flatten(0, 1),))[1]
+        with evaluating(self), no_autocast(x):
+            context = (weights.unsqueeze(1) @ positions).repeat(1, positions.shape[1], 1)
+            inputs = context.flatten(0, 1), positions.flatten(0, 1)
+            values = torch.func.jvp(self._transform, inputs[:1], inputs[1:])[1]
         return values.view(positions.shape).mT.unflatten(2, x.shape[2:])
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nl_detectron.layers.attention_block import CONV, AttentionBlock, flat_index, flat_positions
-from nl_detectron.layers.children import float_dtype, in_full_precision, matrix_and_bias
+from nl_detectron.layers.children import (
+    evaluating,
+    float_dtype,
+    in_full_precision,
+    matrix_and_bias,
+)
 from nl_detectron.layers.norm import (
     ZERO_INIT_LAYERS,
     Norm,
     build_norm,
     make_identity,
-    scale_as_in_inference,
+    scaled,
 )
 from nl_detectron.layers.numerics import accumulable, is_half, no_autocast, saturated
 from nl_detectron.layers.pairwise import PAIRWISE, whitened
@@ -198,13 +203,14 @@ class NonLocalBlock(AttentionBlock):
             ValueError: x does not fit the block.
         """
         self._check_input(x)
-        g = self.g(self._pool_input(x))
-        g = accumulable(max_pool(g) if self.subsample == "embeddings" else g)
-        zero = g.new_zeros(1, g.shape[1], *[1] * self.dims)
-        z = in_full_precision(self.out, g) - in_full_precision(self.out, zero)
-        if self._norm_as_image:
-            return scale_as_in_inference(z.flatten(2).unsqueeze(3), self.norm).reshape(z.shape)
-        return scale_as_in_inference(z, self.norm)
+        with evaluating(self):
+            g = self.g(self._pool_input(x))
+            g = accumulable(max_pool(g) if self.subsample == "embeddings" else g)
+            zero = g.new_zeros(1, g.shape[1], *[1] * self.dims)
+            z = in_full_precision(self.out, g) - in_full_precision(self.out, zero)
+            if self._norm_as_image:
+                return scaled(z.flatten(2).unsqueeze(3), self.norm).reshape(z.shape)
+            return scaled(z, self.norm)
 
     def _transform(self, x: Tensor) -> Tensor:
         """W_z y before the norm, (B, C, *grid); computed again in the backward pass if asked to."""

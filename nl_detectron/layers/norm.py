@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -58,33 +57,20 @@ def inference_scale(norm: nn.Module | None) -> Tensor | None:
     return (variance + norm.eps).rsqrt() * (1 if gamma is None else gamma)
 
 
-def scale_as_in_inference(z: Tensor, norm: nn.Module | None) -> Tensor:
+def scaled(z: Tensor, norm: nn.Module | None) -> Tensor:
     """
-    z (B, C, *grid), float32 or float64, times what the norm multiplies by in inference: gamma /
+    z (B, C, *grid), float32 or float64, times what a norm in evaluation mode multiplies by: gamma /
     sigma of a batch norm; gamma of a norm whose sigma depends on the input.
     """
     if norm is None:
         return z
     ones = [1] * (z.dim() - 2)
-    with _evaluating(norm):
-        normalized = in_full_precision(norm, z)
-        if any(name.endswith("running_var") for name, _ in norm.named_buffers()):
-            return normalized - in_full_precision(norm, z.new_zeros(1, z.shape[1], *ones))
+    normalized = in_full_precision(norm, z)
+    if any(name.endswith("running_var") for name, _ in norm.named_buffers()):
+        return normalized - in_full_precision(norm, z.new_zeros(1, z.shape[1], *ones))
     # The call has brought a weight up to date that is computed before each, as a pruned one is.
     gamma = getattr(norm, "weight", None)
     return z if gamma is None else gamma.to(z.dtype).view(-1, *ones) * z
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode, of the module and all in it."""
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
 
 
 class ChannelLayerNorm(nn.LayerNorm):

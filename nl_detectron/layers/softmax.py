@@ -12,6 +12,7 @@ from torch.nn import functional
 from nl_detectron.layers.first_order import first_order
 from nl_detectron.layers.numerics import accumulable, is_half, no_autocast, sum_of_products
 from nl_detectron.layers.recorded import is_recorded
+from nl_detectron.layers.subsampling import average_pool
 
 TILES, SDPA = "tiles", "sdpa"
 
@@ -22,6 +23,7 @@ _MAX_PAIRS_PER_TILE = 2**22
 # Up to so many pairs in a batch (128 MiB in float32; all of res4 of an 800 x 1344 image), training
 # keeps the softmax for the backward pass, which is faster than computing it again.
 _MAX_PAIRS_KEPT = 2**25
+_GROUPS = 16
 
 
 class SoftmaxPlan(NamedTuple):
@@ -99,14 +101,14 @@ def _fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tenso
     width = max(theta.shape[2], g.shape[2])
     if theta.is_cuda:
         width += -width % 8  # the kernels that hold no N_q x N_k weights read 16 bytes at a time
-    (keys, _), (values, mean) = _centred(phi.to(g.dtype)), _centred(g)
+    (keys, _), (values, common) = _centred(phi.to(g.dtype)), _centred(g)
     y = functional.scaled_dot_product_attention(
         _widened(theta.to(g.dtype), width),
         _widened(keys, width),
         _widened(values, width),
         scale=scale,
     )
-    return (y.squeeze(1)[:, :, : g.shape[2]] + mean).to(g.dtype)
+    return (y.squeeze(1)[:, :, : g.shape[2]] + common).to(g.dtype)
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
@@ -132,7 +134,7 @@ class _TiledSoftmax(torch.autograd.Function):
         ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, scale: float, plan: SoftmaxPlan
     ) -> Tensor:
         with no_autocast(theta):
-            (keys, _), (values, mean) = _centred(accumulable(phi)), _centred(accumulable(g))
+            (keys, _), (values, common) = _centred(accumulable(phi)), _centred(accumulable(g))
             y = values.new_empty(*theta.shape[:2], g.shape[2])
             total = values.new_empty(*theta.shape[:2], 1)
             whole = (*theta.shape[:2], phi.shape[1])
@@ -141,15 +143,15 @@ class _TiledSoftmax(torch.autograd.Function):
                 _softmax(accumulable(theta[:, tile]) * scale, keys, out=weights)
                 total[:, tile] = weights.sum(2, keepdim=True)  # pairwise, hence exact enough
                 sum_of_products(weights, values, out=y[:, tile]).div_(total[:, tile])
-        y.add_(mean)
-        ctx.save_for_backward(theta, keys, values, mean, y, total, kept)
+        y.add_(common)
+        ctx.save_for_backward(theta, keys, values, common, y, total, kept)
         ctx.scale, ctx.plan, ctx.dtypes = scale, plan, (theta.dtype, phi.dtype, g.dtype)
         return y.to(g.dtype)  # of float32 what is kept itself
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        theta, keys, values, mean, y, total, kept = ctx.saved_tensors
+        theta, keys, values, common, y, total, kept = ctx.saved_tensors
         grad_theta = torch.empty_like(theta, dtype=keys.dtype)
         grad_phi, grad_g = torch.zeros_like(keys), torch.zeros_like(values)
         with no_autocast(theta):
@@ -163,7 +165,7 @@ class _TiledSoftmax(torch.autograd.Function):
                 # The softmax's Jacobian: dlogits = weights * (dweights - sum_j weights dweights),
                 # and that sum is y . dy.
                 torch.bmm(grad, values.mT, out=grad_logits)
-                grad_logits.sub_((grad * (y[:, tile] - mean)).sum(2, keepdim=True)).mul_(weights)
+                grad_logits.sub_((grad * (y[:, tile] - common)).sum(2, keepdim=True)).mul_(weights)
                 sum_of_products(grad_logits, keys, out=grad_theta[:, tile]).mul_(ctx.scale)
                 grad_phi.baddbmm_(grad_logits.mT, queries)
         gradients = zip((grad_theta, grad_phi, grad_g), ctx.dtypes)
@@ -177,15 +179,19 @@ def _softmax(theta: Tensor, keys: Tensor, *, out: Tensor) -> None:
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """
-    x less its mean over the positions, and that mean. The softmax does not see a constant in phi,
-    and one in g passes through it, but both would cost digits, above all in the gradients, whose
-    sums over the keys cancel. Half precision stays as it is: differences would be rounded, those
-    of like numbers all to the same side, which no average takes away.
+    x less what the keys have in common, and that (B, 1, channels): what lies between 0 and each of
+    the means of 16 groups of keys. The softmax does not see a constant in phi, and one in g passes
+    through it, but both would cost digits, above all in the gradients, whose sums over the keys
+    cancel. The mean of all would be that of an outlier, and cost more digits than it saves. Half
+    precision stays as it is: differences would be rounded, those of like numbers all to the same
+    side, which no average takes away.
     """
     if is_half(x):
         return x, torch.zeros_like(x[:, :1], dtype=torch.float32)
-    mean = x.mean(1, keepdim=True)
-    return x - mean, mean
+    means = average_pool(x.detach().transpose(1, 2).unsqueeze(2), 1, _GROUPS)
+    common = means.amin(3).clamp(min=0) + means.amax(3).clamp(max=0)
+    common = common.transpose(1, 2)
+    return x - common, common
 
 
 def _tiles(

@@ -55,9 +55,11 @@ class TimmAttention(CNNBlockBase):
     def forward(self, x: Tensor) -> Tensor:
         """
         Args:
-            x: (B, C, H, W), floating point.
+            x: (B, C, H, W), floating point; B may be 0.
 
         Returns:
             z, same shape and dtype.
         """
+        if x.numel() == 0:  # no regions: timm fails, and distributed training waits for gradients
+            return x + 0 * sum(parameter.sum() for parameter in self.parameters())
         return x + self.gamma * (self.attention(x) - x)

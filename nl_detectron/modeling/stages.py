@@ -52,9 +52,7 @@ def stages_of(network: Network) -> Stages:
     run = network.run(body)
     maps = {unit: run.outputs[unit] for unit in run.outputs if unit in units.values()}
     maps = {unit: output for unit, output in maps.items() if is_feature_map(output)}
-    returned = run.outputs.get(body)
-    returned = list(returned.values()) if isinstance(returned, dict) else returned
-    returned = {id(t) for t in (returned if isinstance(returned, (list, tuple)) else [returned])}
+    returned = _identities(run.outputs.get(body))
     outputs = [unit for unit, output in maps.items() if id(output) in returned]
     if not outputs:
         why = f" ({run.error})" if run.error else ""
@@ -75,7 +73,16 @@ def stages_of(network: Network) -> Stages:
     lost = [name for name in sure if name not in found] + one_by_one
     doubt = _doubt(units, lost, "does not run its blocks in order")
     doubt = doubt or _doubt(units, [name for name in found if name not in sure], "may be none")
+    # Such as ConvNeXt's first stage, whose blocks alone are in an nn.Sequential.
+    backbone = _identities(run.outputs.get(innermost_backbone(network.model)))
+    if not doubt and backbone & returned and backbone - returned:
+        doubt = f"it has only a part of {len(backbone)} that are returned"
     return Stages(body, in_order, found, strides[called[0]], doubt)
+
+
+def _identities(output: Any) -> set[int]:
+    output = list(output.values()) if isinstance(output, dict) else output
+    return {id(tensor) for tensor in (output if isinstance(output, (list, tuple)) else [output])}
 
 
 def _doubt(units: dict[str, nn.Module], names: Sequence[str], why: str) -> str:

@@ -62,9 +62,11 @@ def test_block_is_counted_by_the_formula(pairwise, subsample):
         if subsample == "pyramid":
             pooling = {1: 18, 2: 110, 3: 3 * 110}[dims]
         queries = torch.Size(grid).numel()
-        expected = block_flops(pairwise, subsample, queries, C, C // 2, pooling)
+        expected = B * block_flops(pairwise, subsample, queries, C, C // 2, pooling)
+        if pairwise == "concatenation":  # w_f is read off what concat makes of unit vectors
+            expected += C * (C + 1)
         # fvcore counts average pooling, one for each element, but not max-pooling.
-        assert analysis.total() - analysis.by_operator()["adaptive_avg_pool2d"] == B * expected
+        assert analysis.total() - analysis.by_operator()["adaptive_avg_pool2d"] == expected
         assert not analysis.unsupported_ops()
 
 

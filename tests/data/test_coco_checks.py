@@ -9,6 +9,7 @@ import pycocotools.mask as mask_util
 import pytest
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from nl_detectron.data import pictures, register_coco_json
@@ -216,6 +217,8 @@ WARNINGS = {
     "box outside": (annotation(bbox=[64, 5, 5, 5]), "box outside"),
     "box above": (annotation(bbox=[5, -9, 5, 5]), "box outside"),
     "box partly outside": (annotation(bbox=[5, 5, 70, 5]), "box partly outside"),
+    "box two pixels to the left": (annotation(bbox=[-2, 5, 9, 5]), "box partly outside"),
+    "box two pixels too low": (annotation(bbox=[5, 5, 9, 45]), "box partly outside"),
     "two annotations of one id": (annotation(id=11), "repeated id"),
     "two images of one file": (image(file_name="1.png"), "repeated file"),
     "two categories of one name": (
@@ -268,6 +271,7 @@ WARNINGS = {
     ),
 }
 FINE = {
+    "a box a pixel outside on all sides": annotation(bbox=[-1, -1, 66, 50]),
     "a category as its own supercategory": category(supercategory="cat"),
     "a category that nothing has": lambda coco: coco["categories"].append({"id": 2, "name": "dog"}),
     "a skeleton": category(skeleton=[[1, 2]]),
@@ -364,8 +368,8 @@ def exif(orientation):
     return exif
 
 
-def turned(path):
-    jpeg(path, exif=exif(6))
+def turned(path, orientation=6):
+    jpeg(path, exif=exif(orientation))
 
 
 def tiff(orientation, size=(WIDTH, HEIGHT)):
@@ -475,10 +479,12 @@ def test_a_broken_middle_is_found_by_decoding(data):
     assert "does not decode" in problem.text
 
 
-def test_turned_pictures_are_read_as_detectron2_does(data):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pictures_are_read_as_detectron2_does(data, orientation):
     coco, folder, _ = data
-    turned(folder / "2.png")
-    coco["images"][1].update(width=HEIGHT, height=WIDTH)
+    turned(folder / "2.png", orientation)
+    height, width = read_image(str(folder / "2.png"), "BGR").shape[:2]
+    coco["images"][1].update(width=width, height=height)
     coco["annotations"][1].update(bbox=[1, 1, 9, 9])
     assert check_coco(coco, folder, "header") == check_coco(coco, folder, "decoded") == []
 

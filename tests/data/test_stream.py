@@ -1,8 +1,14 @@
 import itertools
 import multiprocessing
+import os
 import random
+import resource
+import select
+import signal
+import subprocess
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +25,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from nl_detectron.data import TrainLoader, build_train_loader
+from nl_detectron.data.order import BatchOrder
 from nl_detectron.data.pictures import UnreadableImageError
 
 
@@ -98,6 +105,32 @@ def test_epochs_differ_and_are_permutations():
     assert len(set(map(tuple, epochs))) == 50
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (7, 3), (40, 4), (3, 8)])
+def test_blocks_go_on_where_the_last_one_ends(size, batch, shuffle):
+    """Each block is of at most 20 images, or of one epoch; images wait for batches across them."""
+    repeats = np.where(np.arange(size) % 4 == 1, 1.6, 1.0)
+    is_wide = np.arange(size) % 3 == 0
+
+    def first(count, is_wide, batch_size, start=0):
+        order = BatchOrder(repeats, is_wide, batch_size, 5, shuffle, block_size=20)
+        return [tuple(one) for one in itertools.islice(order.batches(start), count)]
+
+    flat = [index for (index,) in first(60 * batch, np.zeros(size, bool), 1)]
+    expected, waiting = [], {True: [], False: []}
+    for index in flat:  # Detectron2's AspectRatioGroupedDataset
+        bucket = waiting[bool(is_wide[index])]
+        bucket.append(index)
+        if len(bucket) == batch:
+            expected.append(tuple(bucket))
+            bucket.clear()
+    assert first(len(expected), is_wide, batch) == expected
+    for start in range(0, len(expected), 3):
+        assert first(5, is_wide, batch, start)[: len(expected) - start] == expected[start:][:5]
+    if shuffle and size == 40:  # each epoch is a block of its own
+        assert len({tuple(dict.fromkeys(flat[i : i + 20])) for i in range(0, 200, 40)}) == 5
+
+
 def test_without_shuffle_epochs_are_in_order():
     epochs = ids(
         take(3, batch=10, aspect_ratio_grouping=False, sampler=TrainingSampler(10, shuffle=False))
@@ -159,6 +192,73 @@ def test_no_worker_outlives_an_error(num_workers):
     with pytest.raises(ZeroDivisionError, match="of the mapper"):
         next(iter(loader))
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("end", ["close", "collect"])
+def test_no_worker_outlives_the_iterator(end):
+    batches = iter(TrainLoader(records(4), mapper=draw, total_batch_size=1, num_workers=2))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    if end == "close":
+        batches.close()
+    del batches
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_workers_answer_to_their_parent_alone(number):
+    batches = iter(TrainLoader(records(4), mapper=draw, total_batch_size=1, num_workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for _ in range(3):
+        subprocess.run(["kill", f"-{number}", str(worker.pid)], check=True, timeout=60)
+    for _ in range(5):
+        next(batches)
+    assert worker.is_alive()
+    worker.terminate()  # as Python does when it exits
+    worker.join(5)
+    assert worker.exitcode == 0
+
+
+def test_workers_end_with_their_parent():
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        batches = iter(TrainLoader(records(4), mapper=draw, total_batch_size=1, num_workers=2))
+        next(batches)
+        workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+        os.write(writer, " ".join(workers).encode())
+        time.sleep(60)
+        os._exit(1)
+    assert select.select([reader], [], [], 30)[0]
+    workers = os.read(reader, 100).split()
+    assert len(workers) == 2
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    deadline = time.monotonic() + 10
+    while any(is_alive(int(worker)) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(process):
+    """Whether it runs: nobody may ask for the status of an orphan."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(") ")[2][0] != "Z"
+
+
+def test_open_files(monkeypatch):
+    limits, set_to = [(64, 5000), (64, 70)], []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: limits.pop(0))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: set_to.append(limit))
+    options = {"mapper": draw, "total_batch_size": 4, "num_workers": 2}
+    TrainLoader(records(8), **options)
+    ((limit, highest),) = set_to
+    assert (2 * (8 + 4 * 8) < limit < 200, highest) == (True, 5000)
+    with pytest.raises(
+        ValueError, match=rf"^ulimit -n is 70, but 2 .* may need {limit} open files"
+    ):
+        TrainLoader(records(8), **options)
 
 
 def test_other_errors_with_sound_pictures_stay_as_they_are(tmp_path):

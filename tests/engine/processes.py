@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +57,26 @@ def run_processes(
             process.join(1)
             process.kill()
     return results
+
+
+def end_of(process: int, seconds: float = SECONDS) -> int:
+    """
+    Wait for a forked process.
+
+    Returns:
+        The exit status; less than 0 if a signal ended it.
+
+    Raises:
+        AssertionError: it has not ended by then; it is killed.
+    """
+    deadline = time.monotonic() + seconds
+    while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise AssertionError(f"{process} did not end in {seconds} s")
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def _child(

@@ -1,6 +1,7 @@
 import logging
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -378,3 +379,23 @@ class MakesFolder:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("modules", [["fpn_output3", "bottom_up.res4.0.conv2"], []])
+def test_weights_of_blocks_after_modules_are_never_dropped_in_silence(modules, tmp_path):
+    name = "build_nonlocal_backbone" if modules else "build_balanced_fpn_backbone"
+    models = []
+    for overrides in (
+        [AFTER_BLOCKS, "[]"],
+        ["MODEL.BACKBONE.NAME", name, AFTER_BLOCKS, "[]", "MODEL.NONLOCAL.AFTER_MODULES", modules],
+    ):
+        models.append(torch.nn.Module())
+        models[-1].backbone = build_backbone(*overrides)
+    plain, model = models
+    NonLocalCheckpointer(model, str(tmp_path)).save("with")
+    NonLocalCheckpointer(plain, str(tmp_path)).save("without")
+    NonLocalCheckpointer(model, strict=True).load(str(tmp_path / "with.pth"))
+    NonLocalCheckpointer(model, strict=True).load(str(tmp_path / "without.pth"))
+    wanted = f'MODEL.NONLOCAL.AFTER_MODULES "{modules}"' if modules else name
+    with pytest.raises(CheckpointError, match=f"(?s)lacks .*{re.escape(wanted)}"):
+        NonLocalCheckpointer(plain).load(str(tmp_path / "with.pth"))

@@ -1,3 +1,4 @@
+import argparse
 import contextlib
 import logging
 import os
@@ -5,17 +6,20 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import TrainerBase, hooks
+from detectron2.utils import comm
 from torch import nn
 
 from nl_detectron.data import TrainLoader
 from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer
-from nl_detectron.engine.interruption import Interrupted
+from nl_detectron.engine.interruption import Interrupted, sole_run
+from tests.engine.processes import end_of, run_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 ITERATIONS = 12
@@ -177,14 +181,96 @@ def test_second_signal_ends_at_once(number, tmp_path):
             (tmp_path / "goes on").touch()
             os.kill(os.getpid(), number)
             os._exit(0)  # not reached
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -number
+    assert end_of(child) == -number
     assert (tmp_path / "goes on").exists()
+
+
+def test_a_forked_process_is_not_the_run(tmp_path):
+    """A worker inherits the handlers, but writes no checkpoint; its second signal ends it."""
+    interruption = DrawingTrainer(tmp_path).interruption
+    with interruption.watch():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+            (tmp_path / "goes on").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)  # not reached
+        assert end_of(child) == -signal.SIGTERM
+    assert (tmp_path / "goes on").exists()
+
+
+def stop_one_rank(args):
+    """The rank that gets a signal twice, as torchrun passes it on, has nothing to save."""
+    rank, saved = comm.get_rank(), []
+    trainer = DrawingTrainer(args.folder, in_step=3 if rank else None)
+    trainer.register_hooks([hooks.CallbackHook(after_step=lambda t: again(t) if rank else None)])
+    trainer._hooks.insert(0, trainer._hooks.pop())
+    save = trainer.checkpointer.save
+
+    def save_slowly(*name, **values):
+        time.sleep(0 if rank else 1)
+        save(*name, **values)
+        saved.append(time.monotonic())
+
+    trainer.checkpointer.save = save_slowly
+    try:
+        trainer.run()
+    except Interrupted as end:
+        return trainer.iter, end.code, saved[-1], time.monotonic()
+
+
+def again(trainer):
+    if trainer.iter == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_ranks_stop_together_when_the_checkpoint_is_written(tmp_path):
+    args = argparse.Namespace(folder=tmp_path, timeout=1.0, resume=False, eval_only=False)
+    args.num_gpus = args.num_machines = 1
+    first, second = run_processes(2, stop_one_rank, args)
+    assert first[:2] == second[:2]
+    assert first[1] == 143
+    assert first[0] in (3, 4)
+    assert (tmp_path / f"model_{first[0]:07d}.pth").exists()
+    assert second[3] >= first[2]  # torchrun would end the first as soon as the second has ended
+
+
+def stop_between_steps(args):
+    trainer = DrawingTrainer(args.folder, before=4 if comm.get_rank() else None)
+    try:
+        trainer.run()
+    except Interrupted as end:
+        return trainer.iter, end.code
+
+
+def test_one_rank_that_is_told_between_steps_stops_all(tmp_path):
+    args = argparse.Namespace(folder=tmp_path, timeout=1.0, resume=False, eval_only=False)
+    args.num_gpus = args.num_machines = 1
+    first, second = run_processes(2, stop_between_steps, args)
+    assert first == second
+    assert first[1] == 143
+    assert (tmp_path / f"model_{first[0]:07d}.pth").exists()
+
+
+def test_a_run_awaits_the_end_of_the_one_before(tmp_path):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        with sole_run(str(tmp_path)):
+            os.write(writer, b"holds")
+            time.sleep(1)
+        os._exit(0)
+    os.close(writer)
+    assert os.read(reader, 5) == b"holds"
+    with sole_run(str(tmp_path)):
+        pass
+    assert end_of(child) == 0
 
 
 @pytest.mark.slow
 def test_killed_runs_end_as_if_they_were_not():
     """The short form of tests/kills.py."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "tests" / "kills.py"), "--kills", "6"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 of 6 resumed runs are identical" in done.stdout

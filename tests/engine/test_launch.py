@@ -1,6 +1,12 @@
 """What a process knows of its run before any other process is asked."""
 
 import argparse
+import functools
+import importlib
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +14,7 @@ import torch
 from detectron2.utils import comm
 
 from nl_detectron.engine import build_config, launch, parse_arguments
-from nl_detectron.engine.launch import ProcessPlace
+from nl_detectron.engine.launch import ProcessPlace, waiting_time
 from nl_detectron.engine.setup import use_sync_bn_of_cpu
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -91,6 +97,60 @@ def test_sync_bn_on_cpus(world_size, monkeypatch):
     assert cfg.MODEL.NONLOCAL.NORM == "SyncBN"
 
 
+def spawn(main, num_processes, *, args, **_):
+    """Detectron2's launch, without its GPUs."""
+    torch.multiprocessing.start_processes(
+        call, (main, args), num_processes, start_method="fork", daemon=False
+    )
+
+
+def call(rank, main, args):
+    main(*args)
+
+
+def end_with(status, args):
+    sys.exit(status)
+
+
+def end_by(number, args):
+    os.kill(os.getpid(), number)
+
+
+def stop_by_parent(args):
+    """As a run that is told to stop does; what comes again would be too much."""
+    received = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append(1))
+    os.kill(os.getppid(), signal.SIGTERM)
+    deadline = time.monotonic() + 30
+    while not received and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sys.exit(143 if len(received) == 1 else 1)
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "message"),
+    [
+        (functools.partial(end_with, 2), 2, ""),
+        (functools.partial(end_by, signal.SIGKILL), 137, "signal SIGKILL\n"),
+        (stop_by_parent, 143, ""),
+    ],
+    ids=["status", "killed", "stopped"],
+)
+def test_spawned_processes_end_the_run_with_their_status(main, status, message, monkeypatch, capfd):
+    module = importlib.import_module("nl_detectron.engine.launch")
+    monkeypatch.setattr(module, "launch_spawned", spawn)
+    args = argparse.Namespace(**{**vars(parse_arguments(QUICK_START)), "num_gpus": 2})
+    if main is stop_by_parent:
+        args.num_gpus, args.num_machines = 1, 2
+    with pytest.raises(SystemExit) as end:
+        launch(main, args)
+    assert end.value.code == status
+    assert capfd.readouterr().err.endswith(message)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 def test_timeout():
     assert parse_arguments(QUICK_START).timeout == 10
-    assert parse_arguments([*QUICK_START, "--timeout", "0.5"]).timeout == 0.5
+    args = parse_arguments([*QUICK_START, "--timeout", "0.5"])
+    launch(lambda _: None, args)
+    assert waiting_time().total_seconds() == 30

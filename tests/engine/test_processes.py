@@ -16,6 +16,7 @@ from detectron2.modeling.proposal_generator import proposal_utils
 
 import train_net
 from nl_detectron.engine import Trainer, parse_arguments
+from tests.engine.commands import group_of
 from tests.engine.processes import run_processes
 from tests.engine.same_pictures import make_pictures
 
@@ -83,9 +84,22 @@ def process_of_rank(rank, agent):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks in /proc")
-def test_torchrun_is_one_run_and_one_killed_rank_ends_it(pictures, tmp_path):
+def test_torchrun_is_one_run_and_ends_with_any_of_its_processes(pictures, tmp_path):
     run = tmp_path / "run"
-    torchrun = start_torchrun(tmp_path, pictures, "SOLVER.MAX_ITER", "100000")
+    words = ["SOLVER.MAX_ITER", "100000", "DATALOADER.NUM_WORKERS", "1"]
+    torchrun = start_torchrun(tmp_path, pictures, *words)
+    wait_for(run / "last_checkpoint", torchrun)
+    ranks = [process_of_rank(rank, torchrun.pid) for rank in range(2)]
+    torchrun.kill()
+    torchrun.wait(60)
+    (run / "last_checkpoint").unlink()
+    torchrun = start_torchrun(tmp_path, pictures, "--resume", *words)
+    deadline = time.monotonic() + 30
+    while any(group_of(rank) for rank in ranks):
+        assert time.monotonic() < deadline, "ranks outlive torchrun"
+        time.sleep(0.1)
+    assert "Stopped by SIGTERM" in (run / "log.txt").read_text()  # with a checkpoint
+    (run / "last_checkpoint").unlink()
     wait_for(run / "last_checkpoint", torchrun)
     os.kill(process_of_rank(1, torchrun.pid), signal.SIGKILL)
     assert torchrun.wait(60) == 1
@@ -131,6 +145,37 @@ def test_a_failing_rank_ends_the_run(last, pictures, tmp_path, capfd):
         run_processes(2, fail, parse_arguments([*CONFIG, *pictures, *SMALL, *words]))
     assert time.monotonic() - start < 60
     assert "rank 0 of 2 failed: ValueError: this rank has a problem\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("config", ["long_range", "long_range_match"])
+def test_outputs_that_no_head_reads(config, tmp_path):
+    """DistributedDataParallel refuses them by default, in the second step."""
+    words = ["--config-file", str(ROOT / "configs" / f"{config}.yaml"), "SOLVER.MAX_ITER", "3"]
+    words += ["SOLVER.STEPS", "()", "OUTPUT_DIR", str(tmp_path), "SOLVER.IMS_PER_BATCH", "2"]
+    run_processes(2, train_without_evaluation, parse_arguments(words))
+    assert (tmp_path / "model_final.pth").exists()
+
+
+def train_without_evaluation(args):
+    trainer = Trainer(train_net.setup(args))
+    trainer.test = lambda *_: {}
+    trainer.train()
+
+
+def meet_too_late(args):
+    trainer = Trainer(train_net.setup(args))
+    if os.environ["RANK"] == "1":
+        os._exit(0)
+    trainer.train()
+
+
+def test_a_rank_that_is_gone_before_training(tmp_path, capfd):
+    start = time.monotonic()
+    words = [*CONFIG, *SMALL, "OUTPUT_DIR", str(tmp_path)]
+    with pytest.raises(RuntimeError, match=r"rank 0: "):
+        run_processes(2, meet_too_late, parse_arguments(words))
+    assert time.monotonic() - start < 60
+    assert "rank 0 of 2 has lost another: " in capfd.readouterr().err
 
 
 def train_in_float64(args):

@@ -239,7 +239,7 @@ def test_second_run_in_a_folder_is_refused_in_one_line(tmp_path):
     assert os.read(reader, 5) == b"holds"
     (folder / ".model_final.pth.0123.draft").write_bytes(b"half")
     with pytest.raises(ValueError, match=f"^{folder} is where another run is running now$"):
-        sole_run(str(folder)).__enter__()
+        sole_run(str(folder), patience=0.2).__enter__()
     os.kill(holder, signal.SIGKILL)
     os.waitpid(holder, 0)
     with sole_run(str(folder)):  # though its child lives on

@@ -24,7 +24,9 @@ def resume(config, folder, caplog, processes=1, **changed):
     logging.getLogger("nl_detectron").propagate = True
     caplog.clear()
     keep_values_of_checkpoint(config, str(folder))
-    return [r.getMessage() for r in caplog.records if r.name == run_config.logger.name]
+    # A record may reach the capture by its logger and by the root.
+    records = {id(r): r for r in caplog.records if r.name == run_config.logger.name}
+    return [record.getMessage() for record in records.values()]
 
 
 def value_of(node, key):

@@ -64,6 +64,15 @@ def test_trace_with_norm(norm):
     torch.testing.assert_close(traced(x), run_acting(block, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_trace_of_half_precision(options, dtype):
+    block = make_acting_block(C, **options).eval().to(dtype)
+    traced = torch.jit.trace(block, image(RECORDED).to(dtype), check_trace=False)
+    x = image(OTHERS[0]).to(dtype)
+    torch.testing.assert_close(traced(x), block(x), rtol=0.02, atol=0.05)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_torch_export_and_onnx(options, tmp_path):

@@ -163,6 +163,45 @@ def exact_in_parts(kind, theta, phi, g, w_f, scale, grad):
     return torch.cat(y, 1).detach(), theta.grad, phi.grad, g.grad
 
 
+@pytest.mark.parametrize("plan", [None, SoftmaxPlan(SDPA)])
+@pytest.mark.parametrize("outlier", [1e4, -1e8])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("of", ["phi", "g"])
+@pytest.mark.parametrize("keys", [4, 110, 1050, 4200])
+def test_softmax_is_exact_whatever_the_outliers_that_nobody_attends_to(
+    keys, of, share, outlier, plan
+):
+    """As exact as the N x N form in float32, values and gradients."""
+    theta, phi, g = (t.detach() for t in inputs(1, 100, keys, 16, 16, torch.float32)[:3])
+    unattended = slice(0, max(1, round(share * keys)))
+    theta[..., 0] = theta[..., 0].abs() + 1
+    phi[:, unattended, 0] = -abs(outlier) if of == "phi" else -400
+    if of == "g":
+        g[:, unattended] = outlier
+    grad = torch.randn(1, 100, 16)
+
+    def results(run, dtype):
+        tensors = [t.to(dtype).requires_grad_() for t in (theta, phi, g)]
+        y = run(*tensors)
+        return [y.detach(), *torch.autograd.grad(y, tensors, grad.to(dtype))]
+
+    def n_by_n(theta, phi, g):
+        return (0.5 * theta @ phi.mT).softmax(2) @ g
+
+    expected, theirs = results(n_by_n, torch.float64), results(n_by_n, torch.float32)
+    ours = results(lambda *tensors: softmax_pairwise(*tensors, 0.5, plan), torch.float32)
+    for actual, their, right in zip(ours, theirs, expected):
+        assert relative_error(actual, right) < 2 * relative_error(their, right) + 2e-7
+
+
+def test_weights_of_very_many_keys_sum_to_1():
+    """PyTorch's softmax alone is off by several times as much."""
+    theta, phi, g, _ = inputs(1, 64, 70_000, 8, 8, torch.float32, mean=3.0)
+    y = softmax_pairwise(theta, phi, g, 8**-0.5)
+    (grad_g,) = torch.autograd.grad(y.sum(), g)
+    assert relative_error(grad_g.double().sum(1), torch.full((1, 8), 64.0)) < 5e-7
+
+
 @pytest.mark.parametrize("of", ["a", "b"])
 @pytest.mark.parametrize("share", [0.002, 0.5])
 @pytest.mark.parametrize("outlier", [-1e8, -1e4, 1e4, 1e8])

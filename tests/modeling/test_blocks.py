@@ -1,11 +1,15 @@
 """The registry of blocks, and what is asked about the blocks of a model."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nl_detectron import (
     GlobalContextBlock,
@@ -13,6 +17,7 @@ from nl_detectron import (
     add_nonlocal_config,
     insert_blocks,
 )
+from nl_detectron.engine import scale_block_lr
 from nl_detectron.layers import LocalBlock
 from nl_detectron.modeling import (
     NONLOCAL_BLOCK_REGISTRY,
@@ -122,3 +127,41 @@ def test_what_a_block_does_not_have_is_none():
     context = GlobalContextBlock(8, reduction=2)  # whose norm is not after out
     assert mean_abs_gamma(context) is None
     assert out_weight_norm(context) == 0
+
+
+def test_the_own_block_of_the_readme():
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "MyBlock" in c]
+    if "MyBlock" not in NONLOCAL_BLOCK_REGISTRY:
+        exec(code, {"__name__": __name__})  # what a reader pastes
+    plain = build_backbone(
+        config("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"), ShapeSpec(channels=3)
+    )
+    places = "MODEL.NONLOCAL.AFTER_MODULES", ["fpn_output4"]
+    cfg = config("MODEL.NONLOCAL.BLOCK", "MyBlock", *places)
+    backbone = build_backbone(cfg, ShapeSpec(channels=3))
+    assert list(nonlocal_blocks(backbone)) == ["fpn_output4.nonlocal", "bottom_up.res4.nonlocal0"]
+    backbone.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 64)
+    expected, actual = plain.eval()(x), backbone.eval()(x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    actual["p4"].square().sum().backward()
+    rates = scale_block_lr([{"params": backbone.parameters(), "lr": 1.0}], backbone, 100.0, 1.0)
+    for block in nonlocal_blocks(backbone).values():
+        assert block.gamma.grad.any()
+        assert [g["lr"] for g in rates if any(p is block.gamma for p in g["params"])] == [100]
+
+
+WRAPPERS = [lambda block: block, checkpoint_wrapper, torch.compile]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_wrapped_blocks_are_found_once_and_as_what_they_are(wrap):
+    block = GlobalContextBlock(8, reduction=2)
+    stage = nn.Sequential(nn.Conv2d(8, 8, 1))
+    stage.add_module("nonlocal0", wrap(block))
+    assert list(nonlocal_blocks(stage).items()) == [("nonlocal0", block)]
+    groups = scale_block_lr([{"params": stage.parameters(), "lr": 1.0}], stage, 100.0, 3.0)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {rates[id(p)] for p in block.parameters()} == {3}
+    assert {rates[id(p)] for p in stage[0].parameters()} == {1}

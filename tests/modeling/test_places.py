@@ -106,6 +106,33 @@ class TwoBlocks(nn.Module):
         return self.second(self.first(x))
 
 
+class Nested(nn.Module):
+    """As a stage of ConvNeXt: its blocks, and what comes before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(CHANNELS)
+        self.blocks = sequential()
+
+    def forward(self, x):
+        return self.blocks(self.norm(x))
+
+
+class Chain(Backbone):
+    """Four of these after a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 1)
+        self.stages = nn.ModuleList(Nested() for _ in range(4))
+
+    def forward(self, x):
+        x, features = self.conv(x), {}
+        for i, stage in enumerate(self.stages):
+            features[f"res{i + 2}"] = x = stage(x)
+        return features
+
+
 class Wrapper(nn.Module):
     def __init__(self, held):
         super().__init__()
@@ -163,9 +190,21 @@ def torchvision_body(layers=(1, 2, 3, 4)):
     return IntermediateLayerGetter(resnet18(), names)
 
 
-def timm_body():
-    timm = pytest.importorskip("timm")
-    return Wrapper(timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3, 4)))
+class TimmBody(Backbone):
+    def __init__(self):
+        super().__init__()
+        timm = pytest.importorskip("timm")
+        self.body = timm.create_model("resnet18", features_only=True, out_indices=(1, 2, 3, 4))
+
+    def forward(self, x):
+        return dict(zip(("res2", "res3", "res4", "res5"), self.body(x)))
+
+
+def test_a_wrapper_of_timms():
+    backbone = insert_nonlocal_blocks(TimmBody(), DEFAULT)
+    insert_nonlocal_blocks(backbone, ["body.layer3.*.conv2"])
+    names = ["body.layer3.nonlocal0", *(f"body.layer3.{i}.conv2.nonlocal" for i in (0, 1))]
+    assert sorted(nonlocal_blocks(backbone)) == sorted(names)
 
 
 MAXPOOL = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Identity())
@@ -239,6 +278,14 @@ STEM = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, 4, 1))
         (Body(outputs=(0, 1, 2, 3, 4)), "4 lists for its 5 stages"),
         (Body(base=STEM, outputs=(0, 1, 2, 3, 4)), "4 lists for its 5 stages"),
         (RunsBlocksItself(), "as no child returns what it returns"),
+        (
+            Body(**{f"layer{i}": Nested() for i in (1, 2, 3, 4)}),
+            "layer1 .* does not run its blocks",
+        ),
+        (
+            Chain(),
+            "Nested the stages cannot be numbered, as it has only a part of 4 that are returned",
+        ),
         (SwinLike(), r"SwinLike has no stages.*\(patch_embed, layers.0, .*AFTER_MODULES"),
         (Body(outputs=(2, 4), layer4=sequential(stride=1)), r"layer3 .* may be none"),
     ],

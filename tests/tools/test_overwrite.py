@@ -13,9 +13,9 @@ TOOLS = {
     "convert_weights": "{source} {target}",
     "check_data": "{source} . --drop-bad {target}",
     "plot_metrics": "{source} --output {target}",
-    "analyze": "--config-file x --weights {source} --image x --json {target}",
+    "lab.analyze": "--config-file x --weights {source} --image x --json {target}",
     "inspect_blocks": "{source} --config-file {config} --json {target}",
-    "compare_runs": "{run} {run} --json {target}",
+    "lab.compare_runs": "{run} {run} --json {target}",
     "export": "--config-file {config} --weights {source} --image x --output {target}",
 }
 
@@ -45,7 +45,7 @@ def run(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("tool", TOOLS)
 def test_what_is_there_stays(tool, run, tmp_path):
     source, target = tmp_path / "source.pth", tmp_path / "target.pth"
-    if tool == "compare_runs":
+    if tool == "lab.compare_runs":
         source = tmp_path / "run" / "inference" / "coco_instances_results.json"
     for file in (source, target):
         file.write_text("mine")

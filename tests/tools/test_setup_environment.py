@@ -125,3 +125,12 @@ def test_without_any_detectron2_nothing_is_found(
     venv.create(bare, with_pip=False)
     monkeypatch.setattr(sys, "executable", str(Environment(bare).python))
     assert setup_environment.find_existing_detectron2(environment) is None
+
+
+def test_pip_does_not_complain_of_what_was_there_before(
+    environment: Environment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[object]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    environment.pip_install("numpy")
+    assert "--no-warn-conflicts" in commands[0]

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 1 if a test failed, or if something of ours could not be measured."""
     args = parse_arguments(arguments)
     if args.section:
-        return _measure(args)
+        return _measure_section(args)
     begin, rows = time.monotonic(), []
     machine = describe_machine(args.device, torch.get_num_threads())
     print(machine_line(machine), flush=True)
@@ -202,7 +202,7 @@ def _stop(process: subprocess.Popen[Any]) -> None:
                 continue
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _measure_section(args: argparse.Namespace) -> int:
     """A section, in its own process: a line of JSON for each row, as soon as it is there."""
     deadline = time.monotonic() + float(args.seconds)
     if args.section == "ddp":

@@ -66,7 +66,11 @@ def measure_settings(
             yield {"kind": "left out", "what": str(setting), "why": "no time left"}
             continue
         try:
-            yield {"kind": "detector", "setting": str(setting), **_measure(setting, device, quick)}
+            yield {
+                "kind": "detector",
+                "setting": str(setting),
+                **_measure_setting(setting, device, quick),
+            }
         except (RuntimeError, ImportError, FloatingPointError) as error:
             yield {"kind": "left out", "what": str(setting), "why": str(error).splitlines()[0]}
         if device.type == "cuda":
@@ -80,13 +84,13 @@ def measure_ddp(device: torch.device, quick: bool) -> Iterator[Row]:
         torch.cuda.set_device(rank)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     setting = Setting(50, True, True, processes=processes)
-    row = {"kind": "detector", "setting": str(setting), **_measure(setting, device, quick)}
+    row = {"kind": "detector", "setting": str(setting), **_measure_setting(setting, device, quick)}
     torch.distributed.destroy_process_group()
     if rank == 0:
         yield row
 
 
-def _measure(setting: Setting, device: torch.device, quick: bool) -> Row:
+def _measure_setting(setting: Setting, device: torch.device, quick: bool) -> Row:
     from detectron2.modeling import build_model
     from detectron2.solver import build_optimizer
     from detectron2.utils.events import EventStorage
