@@ -15,7 +15,7 @@ train = model_zoo.get_config("common/train.py").train
 model.backbone.bottom_up.freeze_at = 2
 model.backbone.bottom_up.stages.depth = 101
 model.backbone = L(insert_nonlocal_blocks)(
-    backbone=model.backbone, after_blocks={"res4": [-2]}, subsample="embeddings"
+    module=model.backbone, places={"res4": [-2]}, subsample="embeddings"
 )
 model.roi_heads.keypoint_head.update(
     _target_=NonLocalKeypointHead,

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 
 Shapes = Mapping[str, Sequence[int]]
 
-_TENSOR = re.compile(r"(?:(?P<parent>.+)\.)?nonlocal(?P<index>\d*)\.(?:refine\.)?(?P<tensor>.+)")
+_TENSOR = re.compile(
+    r"(?:(?P<parent>.+)\.)?nonlocal(?P<index>\d+|(?<=\.nonlocal))\.(?:refine\.)?(?P<tensor>.+)"
+)
 _KEYPOINT_HEAD = "keypoint_head"
 _BACKBONE = "backbone."
 

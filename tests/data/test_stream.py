@@ -24,6 +24,7 @@ from detectron2.data.samplers import (
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+import nl_detectron.data.toy  # noqa: F401  its datasets
 from nl_detectron.data import TrainLoader, build_train_loader
 from nl_detectron.data.order import BatchOrder
 from nl_detectron.data.pictures import UnreadableImageError

@@ -3,7 +3,7 @@
 from detectron2.engine import DefaultTrainer
 
 import train_net
-from nl_detectron.engine import Trainer, parse_arguments
+from nl_detectron.engine import Trainer, build_config, parse_arguments
 
 
 class PlainTrainer(DefaultTrainer):
@@ -12,6 +12,8 @@ class PlainTrainer(DefaultTrainer):
 
 if __name__ == "__main__":
     args = parse_arguments()
-    trainer = PlainTrainer(train_net.setup(args))
+    cfg = build_config(args.config_file, args.opts)
+    train_net.setup(cfg, args)
+    trainer = PlainTrainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()

@@ -13,6 +13,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from torch import nn
 
+import nl_detectron.data.toy  # noqa: F401  its datasets
 from nl_detectron.engine import build_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,9 @@ import pytest
 import torch
 from detectron2.modeling.proposal_generator import proposal_utils
 
+import nl_detectron.data.toy  # noqa: F401  its datasets
 import train_net
-from nl_detectron.engine import Trainer, parse_arguments
+from nl_detectron.engine import Trainer, build_config, parse_arguments
 from tests.engine.commands import group_of
 from tests.engine.processes import run_processes
 from tests.engine.same_pictures import make_pictures
@@ -62,6 +63,12 @@ def start_torchrun(folder, data, *words):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
         return subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, env=environment)
+
+
+def config_of(args):
+    cfg = build_config(args.config_file, args.opts)
+    train_net.setup(cfg, args)
+    return cfg
 
 
 def wait_for(file, process, seconds=120):
@@ -137,7 +144,7 @@ def test_a_failing_rank_ends_the_run(last, pictures, tmp_path, capfd):
                     raise ValueError("this rank has a problem")
                 super().run_step()
 
-        FailingTrainer(train_net.setup(args)).train()
+        FailingTrainer(config_of(args)).train()
 
     words = ["SOLVER.MAX_ITER", "2", "OUTPUT_DIR", str(tmp_path)]
     start = time.monotonic()
@@ -157,13 +164,13 @@ def test_outputs_that_no_head_reads(config, tmp_path):
 
 
 def train_without_evaluation(args):
-    trainer = Trainer(train_net.setup(args))
+    trainer = Trainer(config_of(args))
     trainer.test = lambda *_: {}
     trainer.train()
 
 
 def meet_too_late(args):
-    trainer = Trainer(train_net.setup(args))
+    trainer = Trainer(config_of(args))
     if os.environ["RANK"] == "1":
         os._exit(0)
     trainer.train()
@@ -182,7 +189,7 @@ def train_in_float64(args):
     torch.set_default_dtype(torch.float64)
     # torchvision's NMS takes float32 alone; at threshold 2 it keeps all.
     proposal_utils.batched_nms = lambda boxes, scores, *_: scores.argsort(descending=True)
-    cfg = train_net.setup(args)
+    cfg = config_of(args)
     trainer = Trainer(cfg)
     first = {n: p.detach().numpy().copy() for n, p in trainer.checkpointer.model.named_parameters()}
     trainer.test = lambda *_: {}
@@ -222,7 +229,7 @@ def weights(pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     words = [*CONFIG, *pictures, *SMALL, "OUTPUT_DIR", str(folder), "TEST.EVAL_PERIOD", "0"]
     args = parse_arguments([*words, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"])
-    model = Trainer.build_model(train_net.setup(args))
+    model = Trainer.build_model(config_of(args))
     torch.save({"model": model.state_dict()}, folder / "weights.pth")
     return folder / "weights.pth"
 
