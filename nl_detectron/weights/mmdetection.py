@@ -60,15 +60,16 @@ def convert_detector(
         tensors, changes = modern_tensors(tensors)
         result.notes.append(NOTE)
     settings = read_detector(config)
-    is_frozen = settings["MODEL.RESNETS.NORM"] == "FrozenBN"
-    for name, tensor in tensors.items():
-        _convert_tensor(name, tensor, is_frozen, changes.get(name, ""), result)
     classes = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("CLASSES") or ()
     if settings["MODEL.ROI_HEADS.NUM_CLASSES"] != 80:
         settings["DATASETS.TRAIN"] = settings["DATASETS.TEST"] = []
         result.notes.append(f"The classes are {', '.join(map(str, classes)) or 'not in the file'}.")
     result.settings = _nested(settings)
-    _check_tensors(result)
+    expected = _expected_shapes(result.settings)
+    for name, tensor in tensors.items():
+        _convert_tensor(name, tensor, expected, changes.get(name, ""), result)
+    if missing := expected.keys() - result.state_dict.keys():
+        raise ConversionError(f"{min(missing)} of the detector of the config is not in the file")
 
 
 def read_detector(config: Mapping[str, Any]) -> Settings:
@@ -242,18 +243,27 @@ def _read_input(config: Mapping[str, Any], settings: Settings) -> None:
 
 
 def _convert_tensor(
-    name: str, tensor: Tensor, is_frozen: bool, change: str, result: Conversion
+    name: str,
+    tensor: Tensor,
+    expected: Mapping[str, tuple[int, ...]],
+    change: str,
+    result: Conversion,
 ) -> None:
     ours = rename(name, theirs.NAMES, theirs.WORDS)
     if name.startswith("ema_"):
         result.leave_out(name, tensor, "a moving average of the training, beside the weights")
     elif ours is None:
         raise ConversionError(f"{name} of shape {tuple(tensor.shape)} has no place in Detectron2")
-    elif is_frozen and name.startswith("backbone.") and name.endswith("num_batches_tracked"):
-        result.leave_out(name, tensor, "FrozenBN counts no batches")
-    elif ".nonlocal.norm." in ours:
-        result.add(name, ours, tensor.flatten(), "its two dimensions of 1 left out")
+    elif ours not in expected and ours.endswith("num_batches_tracked"):
+        result.leave_out(name, tensor, "a frozen norm counts no batches")
     else:
+        if ".nonlocal.norm." in ours:
+            tensor, change = tensor.flatten(), "its two dimensions of 1 left out"
+        if tuple(tensor.shape) != expected.get(ours):
+            raise ConversionError(
+                f"{name} would be {ours} of shape {tuple(tensor.shape)}, but the detector of the "
+                f"config has {expected.get(ours, 'no such tensor')}"
+            )
         result.add(name, ours, tensor, change)
 
 
@@ -268,17 +278,11 @@ def _nested(settings: Settings) -> dict[str, Any]:
     return nodes
 
 
-def _check_tensors(result: Conversion) -> None:
-    """Build the model of the config, without memory, and compare names and shapes."""
+def _expected_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors of the model that a config builds; it is built without memory."""
     cfg = get_cfg()
     add_nonlocal_config(cfg)
-    cfg.merge_from_other_cfg(CfgNode(result.settings))
+    cfg.merge_from_other_cfg(CfgNode(settings))
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
-        expected = {n: tuple(t.shape) for n, t in build_model(cfg).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in result.state_dict.items()}
-    for name in [n for n in dict.fromkeys([*expected, *found]) if expected.get(n) != found.get(n)]:
-        raise ConversionError(
-            f"{name} has shape {found.get(name, 'none (it is missing)')} in the file, but the "
-            f"detector of its config has {expected.get(name, 'no such tensor')}"
-        )
+        return {name: tuple(t.shape) for name, t in build_model(cfg).state_dict().items()}

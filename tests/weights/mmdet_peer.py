@@ -137,7 +137,7 @@ class Detector:
                 scale = 0.3 if ".bn3." in name else 1.0  # or a deep network's features grow
                 tensor.copy_(scale * (0.5 + torch.rand(tensor.shape, generator=generator)))
             elif leaf in ("running_mean", "bias"):
-                tensor.copy_(0.1 * noise)
+                tensor.copy_(0.02 * noise)
             elif "context_block" in name or "refine" in name:
                 # What is the same at every place must not drown the rest, in single precision.
                 scale = 0.1 if "channel_add_conv.3" in name else 1.0
@@ -158,13 +158,13 @@ class Detector:
         self.rois = torch.cat([found.new_zeros(len(found), 1), found], 1)
         roi_head = self.model.roi_head
         for layer, spread, key in (
-            (head.fc_cls, 2.0, "cls_score"),
+            (head.fc_cls, 1.2, "cls_score"),
             (head.fc_reg, 0.5, "bbox_pred"),
         ):
             _centre(
                 layer, spread, lambda key=key: roi_head._bbox_forward(self.features, self.rois)[key]
             )
-        head.fc_cls.bias[-1] += 5.0  # the background's
+        head.fc_cls.bias[-1] += 3.0  # the background's
         if self.model.with_mask:
             _centre(
                 roi_head.mask_head.conv_logits,
