@@ -194,7 +194,7 @@ def _read_backbone(values: Mapping[str, Any], settings: Settings) -> None:
 def _add_blocks(places: Sequence[str], settings: Settings) -> None:
     settings["MODEL.NONLOCAL.BACKBONE"] = settings["MODEL.BACKBONE.NAME"]
     settings["MODEL.BACKBONE.NAME"] = "build_nonlocal_backbone"
-    settings["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"] = [[]] * 4
+    settings["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"] = [[], [], [], []]
     settings["MODEL.NONLOCAL.AFTER_MODULES"] = list(places)
 
 
