@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from nl_detectron.files import missing
-from nl_detectron.validation import ArgumentError, check_yaml_size, did_you_mean
+from nl_detectron.validation import ArgumentError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
+_MOST_YAML_VALUES = 100_000
 _WRAPPERS = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
 
 
@@ -219,7 +221,7 @@ class _LenientConfig(CfgNode):
     def _open_cfg(cls, filename: str) -> io.StringIO:
         with super()._open_cfg(filename) as file:
             text = file.read()
-        check_yaml_size(text)
+        _check_yaml_size(text)
         return io.StringIO(text)
 
     def merge_from_other_cfg(self, cfg_other: CfgNode) -> None:
@@ -272,3 +274,20 @@ def _wrong_type(error: Exception) -> str | None:
         return None
     legal, wrong, example, value, key = match.groups()
     return f"{key} is {value!r}, of type {wrong}, but must be of type {legal}, such as {example}"
+
+
+def _check_yaml_size(text: str) -> None:
+    """Refuse aliases of aliases, of which 300 bytes would take all memory once written out."""
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_YAML_VALUES  # until it is known: an alias may be of itself
+            values = node.value if isinstance(node, yaml.CollectionNode) else []
+            if isinstance(node, yaml.MappingNode):
+                values = [part for pair in values for part in pair]
+            sizes[id(node)] = 1 + sum(map(size, values))
+        return sizes[id(node)]
+
+    if size(yaml.compose(text, yaml.SafeLoader)) > _MOST_YAML_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MOST_YAML_VALUES:,} values")

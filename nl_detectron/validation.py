@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from typing import Any
-
-import yaml
-
-_MOST_YAML_VALUES = 100_000
 
 
 class ArgumentError(ValueError):
@@ -55,29 +50,3 @@ def did_you_mean(value: object, legal: Collection[object]) -> str:
     words = [choice for choice in legal if isinstance(choice, str)]
     near = difflib.get_close_matches(value, words, n=1) if isinstance(value, str) else []
     return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def check_yaml_size(text: str) -> None:
-    """
-    Check that what a YAML text stands for, with all its aliases written out, is not huge: some 300
-    bytes of aliases of aliases would take all memory.
-
-    Args:
-        text: of a YAML file.
-
-    Raises:
-        ValueError: there are more than 100,000 values.
-    """
-    sizes: dict[int, int] = {}
-
-    def size(node: Any) -> int:
-        if id(node) not in sizes:
-            sizes[id(node)] = _MOST_YAML_VALUES  # until it is known: an alias may be of itself
-            values = node.value if isinstance(node, yaml.CollectionNode) else []
-            if isinstance(node, yaml.MappingNode):
-                values = [part for pair in values for part in pair]
-            sizes[id(node)] = 1 + sum(map(size, values))
-        return sizes[id(node)]
-
-    if size(yaml.compose(text, yaml.SafeLoader)) > _MOST_YAML_VALUES:
-        raise ValueError(f"its aliases stand for more than {_MOST_YAML_VALUES:,} values")

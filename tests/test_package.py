@@ -94,7 +94,7 @@ assert {"shapes_train", "long_range_val"} <= set(DatasetCatalog.list())
 """
     result = python("-c", script, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    helpers = {"files", "submodules", "validation"}
+    helpers = {"files", "submodules", "surgery", "validation"}
     assert set(result.stdout.split()) - helpers == {"config", "layers", "modeling"}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,11 +191,13 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         weights, others = split_checkpoint(content)
         if weights is content:  # beside the tensors may be anything else
             own, kinds = self.model.state_dict(), (Tensor, np.ndarray, np.generic)
-            weights = {
-                name: value
+            weights = OrderedDict(
+                (name, value)
                 for name, value in content.items()
                 if isinstance(value, kinds) or "." in name or name in own
-            }
+            )
+            if hasattr(content, "_metadata"):  # the versions of modules
+                weights._metadata = content._metadata  # type: ignore[attr-defined]
         content = {**others, "model": with_plain_names(weights)}
         url = getattr(self, "_parsed_url_during_load", None)  # Detectron2 0.6 has no queries
         if url is not None and url.query == "matching_heuristics=True":

@@ -68,7 +68,7 @@ def average_pool(x: Tensor, rows: int, columns: int) -> Tensor:
     if torch.onnx.is_in_onnx_export() or is_compiling():
         # ONNX has adaptive pooling only where the bins divide the size, and that at one size.
         height, width = x.shape[2], x.shape[3]
-        return _bin_weights(height, rows, x) @ x @ _bin_weights(width, columns, x).mT
+        return _bin_weights(height, rows, x) @ x @ _bin_weights(width, columns, x).transpose(0, 1)
     return functional.adaptive_avg_pool2d(x, (rows, columns))
 
 

@@ -399,3 +399,20 @@ def test_weights_of_blocks_after_modules_are_never_dropped_in_silence(modules, t
     wanted = f'MODEL.NONLOCAL.AFTER_MODULES "{modules}"' if modules else name
     with pytest.raises(CheckpointError, match=f"(?s)lacks .*{re.escape(wanted)}"):
         NonLocalCheckpointer(plain).load(str(tmp_path / "with.pth"))
+
+
+class Versioned(torch.nn.Linear):
+    """As the heads of Mask2Former: the tensors of an earlier version have other names."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+@pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"model": weights}])
+def test_versions_of_modules_are_kept(wrap, tmp_path):
+    model = torch.nn.ModuleDict({"head": Versioned(2, 2)})
+    torch.save(wrap(model.state_dict()), tmp_path / "model.pth")
+    NonLocalCheckpointer(model, strict=True).load(str(tmp_path / "model.pth"))
