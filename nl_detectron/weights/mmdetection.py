@@ -120,6 +120,14 @@ def read_detector(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
+def config_of(settings: Mapping[str, Any]) -> CfgNode:
+    """The whole config, not frozen, that has the settings of a converted detector."""
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    cfg.merge_from_other_cfg(CfgNode(settings))
+    return cfg
+
+
 def _read_config(text: Any) -> dict[str, Any]:
     if not isinstance(text, str):
         raise ConversionError(
@@ -280,9 +288,7 @@ def _nested(settings: Settings) -> dict[str, Any]:
 
 def _expected_shapes(settings: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Of the tensors of the model that a config builds; it is built without memory."""
-    cfg = get_cfg()
-    add_nonlocal_config(cfg)
-    cfg.merge_from_other_cfg(CfgNode(settings))
+    cfg = config_of(settings)
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
         return {name: tuple(t.shape) for name, t in build_model(cfg).state_dict().items()}
