@@ -30,6 +30,7 @@ setup(
     packages=[*find_packages(include=["nl_detectron", "nl_detectron.*"]), "nl_detectron.configs"],
     package_dir={"nl_detectron.configs": "configs"},
     package_data={
+        "nl_detectron": ["trained.yaml"],
         "nl_detectron.configs": ["*.yaml", "**/*.yaml", "**/*.py"],
         "nl_detectron.analysis": ["*.html"],
     },

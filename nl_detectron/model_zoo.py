@@ -1,10 +1,15 @@
-"""The configs of this package, and the models they describe, by name: as Detectron2's model_zoo."""
+"""
+The configs of this package and the models they describe, by name, as Detectron2's model_zoo; and
+detectors that others have trained.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import build_model
 from torch import nn
@@ -13,9 +18,19 @@ from nl_detectron.config import build_config
 from nl_detectron.data import register_built_in
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.setup import check_weights_exist, device_here
-from nl_detectron.validation import did_you_mean
+from nl_detectron.validation import check_choice, did_you_mean
+from nl_detectron.weights import convert
+from nl_detectron.weights.checkpoint_io import load_checkpoint
+from nl_detectron.weights.mmdetection import config_of
 
-__all__ = ["get_config", "get_config_file", "get_model", "list_configs"]
+__all__ = [
+    "get_config",
+    "get_config_file",
+    "get_model",
+    "get_trained",
+    "list_configs",
+    "list_trained",
+]
 
 
 def list_configs() -> list[str]:
@@ -104,6 +119,52 @@ def get_model(name: str, weights: str | None = None, device: str | None = None) 
     if path:
         check_weights_exist("weights", path)
         NonLocalCheckpointer(model).load(path)
+    return model
+
+
+def list_trained() -> list[dict[str, Any]]:
+    """
+    The detectors with these blocks, and without, that others have trained on COCO.
+
+    Returns:
+        Of each the "file" that they offer, "model", "schedule", the published "box_ap" and
+        "mask_ap" if it has masks, "block" if it has any, and whose "page" it is on; see
+        docs/MODEL_ZOO.md.
+    """
+    text = Path(__file__).with_name("trained.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def get_trained(name: str, file: str | Path, device: str | None = None) -> nn.Module:
+    """
+    A detector that others have trained, converted from the file that they offer.
+
+    Args:
+        name: the "file" of one of :func:`list_trained`.
+        file: where it was downloaded to.
+        device: such as "cpu"; by default CUDA, or the CPU where there is none.
+
+    Returns:
+        The model, in training mode.
+
+    Raises:
+        ValueError: there is no such detector, or the file is not the one of this name.
+        CheckpointError, ConversionError: the file cannot be read or converted.
+    """
+    check_choice("name", name, [row["file"] for row in list_trained()])
+    with open(file, "rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    expected = Path(name).stem[-8:]
+    if not found.startswith(expected):
+        raise ValueError(
+            f"{file} is not {name}, or is not whole: its SHA-256 begins with {found[:8]}, "
+            f"not with {expected}"
+        )
+    conversion = convert(load_checkpoint(file), "mmdetection")
+    cfg = config_of(conversion.settings)
+    cfg.MODEL.DEVICE = device or device_here("MODEL.DEVICE", cfg.MODEL.DEVICE)
+    model = build_model(cfg)
+    model.load_state_dict(conversion.state_dict)
     return model
 
 

@@ -86,6 +86,11 @@ def make_parser() -> Parser:
         type=old_and_new,
         help="the source's name of a block, or of what it is in, and ours; repeatable",
     )
+    parser.add_argument(
+        "--detector-config",
+        metavar="FILE.py",
+        help="mmdetection's config of a detector, for a file that does not carry it",
+    )
     parser.add_overwrite()
     return parser
 
@@ -103,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
         check_target("target", target, [args.source], overwrite=args.overwrite)
     options = {option.name: getattr(args, option.name) for option in fields(Options)}
     options["rename"] = dict(args.rename)
+    if args.detector_config:
+        options["detector_config"] = Path(args.detector_config).read_text(encoding="utf-8")
     checkpoint = load_checkpoint(args.source)
     options = {**options, **options_of_config(args.source, checkpoint, options)}
     conversion = convert(checkpoint, args.family, to=args.to, **options)

@@ -34,6 +34,7 @@ class Options:
         dims: 1, 2 or 3; by default 2 for "nl_detectron", 3 for "pytorchvideo" and the source's for
             "mmcv".
         rename: the source's name of a block, or of what it is in, to the target's; "" is the root.
+        detector_config: the text of mmdetection's config, for a detector whose file has none.
     """
 
     pairwise: str | None = None
@@ -44,6 +45,7 @@ class Options:
     temperature: float | None = None
     dims: int | None = None
     rename: Mapping[str, str] = field(default_factory=dict)
+    detector_config: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("dims", self.dims, (None, 1, 2, 3))

@@ -16,6 +16,7 @@ from nl_detectron.weights.checkpoint_io import as_tensor, split_checkpoint, with
 from nl_detectron.weights.conversion import Conversion, ConversionError, Options
 from nl_detectron.weights.families import FAMILIES
 from nl_detectron.weights.family import Family
+from nl_detectron.weights.mmdetection import convert_detector, is_detector
 from nl_detectron.weights.placeholder import placeholders_in
 from nl_detectron.weights.reading import read_block
 from nl_detectron.weights.resnets import is_detectron2, resnet_config
@@ -23,7 +24,8 @@ from nl_detectron.weights.torchvision import convert_torchvision, is_torchvision
 from nl_detectron.weights.writing import write_block
 
 # "torchvision" is a ResNet of torchvision or timm, "detectron2" what has its names already.
-SOURCES = (*FAMILIES, "torchvision", "detectron2")
+# "mmdetection" a whole detector.
+SOURCES = (*FAMILIES, "torchvision", "detectron2", "mmdetection")
 TARGETS = tuple(name for name, family in FAMILIES.items() if family.settings)
 
 # mmdet's plug-ins and timm's attention layers: within a residual block, before its sum.
@@ -75,6 +77,8 @@ def convert(
         raise ConversionError(f"to {to!r} only non-local blocks are converted; there are none here")
     elif family == "torchvision":
         convert_torchvision(tensors, result)
+    else:
+        convert_detector(tensors, checkpoint.get("meta"), given.detector_config, result)
     return result
 
 
@@ -91,6 +95,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
     Raises:
         ConversionError: it is none of them, or could be several.
     """
+    if is_detector(tensors):
+        return "mmdetection"
     candidates = [name for name, family in FAMILIES.items() if family.find(tensors)]
     if is_torchvision(tensors):
         candidates.append("torchvision")
