@@ -99,3 +99,14 @@ def test_works_from_what_a_wheel_holds(tmp_path):
         timeout=120,
     )
     assert result.stdout.split() == model_zoo.list_configs()
+
+
+def test_the_page_of_trained_detectors_has_each_of_them():
+    page = (ROOT / "docs" / "MODEL_ZOO.md").read_text(encoding="utf-8")
+    rows = model_zoo.list_trained()
+    assert len(rows) > 40
+    for row in rows:
+        columns = [f"{row['model']}, {row['schedule']}", row.get("block", "-"), row["box_ap"]]
+        columns += [row.get("mask_ap", "-"), f"`{row['file']}`"]
+        assert f"| {' | '.join(map(str, columns))} |" in page, row["file"]
+    assert page.count(".pth` |") == len(rows)
