@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pycocotools.mask as mask_util
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
-from pycocotools.coco import COCO
+from detectron2.utils.file_io import PathManager
 
 from nl_detectron.data.coco_format import MAX_AREA, Record, no_garbage, read_coco
 from nl_detectron.data.keypoints import keypoint_metadata
@@ -135,23 +138,31 @@ class CompletingCOCOEvaluator(COCOEvaluator):
     in the log says that there is no AP.
 
     Args:
-        *args, **options: as ``COCOEvaluator`` takes them.
+        dataset_name: the registered dataset to evaluate on.
+        *args, **options: what else ``COCOEvaluator`` takes.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        # Detectron2 has no other way to say what reads the file.
-        with patch.object(coco_evaluation, "COCO", CompletedCOCO):
-            super().__init__(*args, **options)
+    def __init__(self, dataset_name: str, *args: Any, **options: Any) -> None:
+        metadata = MetadataCatalog.get(dataset_name)
+        if not hasattr(metadata, "json_file"):  # Detectron2 writes one, which lacks nothing
+            super().__init__(dataset_name, *args, **options)
+            return
+        coco = read_completed(PathManager.get_local_path(metadata.json_file))
+        with tempfile.TemporaryDirectory() as folder:
+            copy = f"{folder}/completed.json"  # for the only thing that the evaluator reads
+            Path(copy).write_text(json.dumps(coco))
+            MetadataCatalog[copy] = Metadata(**{**metadata.as_dict(), "json_file": copy})
+            try:
+                super().__init__(copy, *args, **options)
+            finally:
+                del MetadataCatalog[copy]
 
 
-class CompletedCOCO(COCO):
-    """COCO's own reader, also for files that lack something: see :func:`fill_in`."""
-
-    @no_garbage()
-    def __init__(self, annotation_file: str) -> None:
-        super().__init__()
-        self.dataset = read_coco(Path(annotation_file))
-        fill_in(self.dataset, areas=True)
-        if not self.dataset["annotations"]:  # by which Detectron2 tells that there is no AP
-            del self.dataset["annotations"]
-        self.createIndex()
+@no_garbage()
+def read_completed(json_file: str | Path) -> Record:
+    """Read a file as COCO's evaluation needs it: see :func:`fill_in`."""
+    coco = read_coco(Path(json_file))
+    fill_in(coco, areas=True)
+    if not coco["annotations"]:  # by which Detectron2 tells that there is no AP
+        del coco["annotations"]
+    return coco

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -43,7 +44,28 @@ def build_train_loader(cfg: CfgNode, **options: Any) -> TrainLoader:
     """
     own = {key: options.pop(key) for key in ("mapper", "dataset", "sampler") if key in options}
     options = {"seed": max(cfg.SEED, 0), **options}
-    return TrainLoader(**build_detection_train_loader.from_config(cfg, **own), **options)
+    try:
+        loaded = build_detection_train_loader.from_config(cfg, **own)
+    except AssertionError as error:
+        if not str(error).startswith("No valid data found"):
+            raise
+        raise ValueError(f"There is no image to train on: {_why_none(cfg)}") from error
+    return TrainLoader(**loaded, **options)
+
+
+def _why_none(cfg: CfgNode) -> str:
+    """The one of Detectron2's filters that leaves no image of the datasets."""
+    names, least = cfg.DATASETS.TRAIN, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    counts = [
+        sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
+        for record in itertools.chain.from_iterable(map(DatasetCatalog.get, names))
+    ]
+    if cfg.MODEL.KEYPOINT_ON and max(counts) < least:
+        return (
+            f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE is {least}, but no image of "
+            f"{', '.join(names)} has more than {max(counts)} visible keypoints"
+        )
+    return f"all images of {', '.join(names)} are without annotations, or with crowds alone"
 
 
 class TrainLoader:
