@@ -17,13 +17,9 @@ def check_annotations(
     annotations: list[Record], known: dict[str, set[Any]], sizes: Sizes, num_keypoints: int
 ) -> Iterator[Finding]:
     """
-    Find what is wrong.
+    Find what is wrong with annotations in the right format.
 
-    Args:
-        annotations: in the right format.
-        known: the ids of images and categories.
-        sizes: of the images that have nothing wrong.
-        num_keypoints: how many names the categories have.
+    ``known`` are the ids of images and categories, ``sizes`` are of images with nothing wrong.
     """
     yield from repeated(annotations, "id", False)
     for key, section in (("category_id", "categories"), ("image_id", "images")):

@@ -52,14 +52,8 @@ def no_garbage() -> Iterator[None]:
 
 def read_coco(json_file: Path) -> Record:
     """
-    Read a file; whether its entries are sound says :func:`check_coco`.
-
-    Args:
-        json_file: the file to read; a byte order mark is skipped.
-
-    Returns:
-        The file's content, with lists of images and categories that are not empty, and a list of
-        annotations, which is empty where a test set has none.
+    Read a file; whether its entries are sound says :func:`check_coco`. Its lists of images and
+    categories are not empty; a test set's list of annotations may be.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -88,15 +82,8 @@ def read_coco(json_file: Path) -> Record:
 
 def format_problems(section: str, entries: list[Any]) -> Iterator[tuple[int, str, str]]:
     """
-    Find each value that has a meaning in COCO's format and is of a wrong kind; whether values agree
-    with each other is for the caller to check.
-
-    Args:
-        section: "images", "annotations" or "categories".
-        entries: the entries of it, of any type.
-
-    Yields:
-        The index of its entry, the name of the kind of problem, and what is wrong.
+    Find each value of a section that has a meaning in COCO's format and is of a wrong kind, whether
+    or not values agree with each other: the entry's index, the kind of problem, what is wrong.
     """
     required = REQUIRED_KEYS[section]
     places: Sequence[int] = range(len(entries))
@@ -137,18 +124,11 @@ def repeated(entries: list[Record], key: str, is_error: bool) -> Iterator[Findin
 
 def rle_counts(counts: str) -> list[int]:
     """
-    Read the counts of a compressed RLE.
+    The lengths of the runs of a compressed RLE, any of which may be negative if it is broken.
 
-    Args:
-        counts: as COCO's ``rleToString`` writes them: numbers in groups of 5 bits, from "0" on,
-            with a sixth bit where the number goes on; from the fourth on each is the difference
-            from the last but one.
-
-    Returns:
-        The lengths of the runs, any of which may be negative if the text is broken.
-
-    Raises:
-        ValueError: it ends within a number, or has other letters.
+    COCO's ``rleToString`` writes numbers in groups of 5 bits, from "0" on, with a sixth bit where
+    the number goes on; from the fourth on each is the difference from the last but one. ValueError:
+    it ends within a number, or has other letters.
     """
     lengths: list[int] = []
     value = shift = 0

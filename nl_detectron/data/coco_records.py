@@ -23,17 +23,11 @@ _MAX_ID = 1 << 53  # COCO's evaluation keeps annotation ids as floats
 
 def fill_in(coco: Record, *, areas: bool) -> list[str]:
     """
-    Complete a dataset in place with what hand-made files often lack or write otherwise: whole sizes
-    of images and RLEs, `iscrowd`, `num_keypoints`, keypoints of annotations without any, distinct
-    annotation ids from 1 and `info`.
-
-    Args:
-        coco: a dataset without errors.
-        areas: also fill in `area` where it is 0 or nothing that COCO's evaluation counts; it is
-            read in evaluation only, and takes long.
-
-    Returns:
-        The names of what was missing, `area` included, in order.
+    Complete a dataset without errors in place with what hand-made files often lack or write
+    otherwise: whole sizes of images and RLEs, `iscrowd`, `num_keypoints`, keypoints of annotations
+    without any, distinct annotation ids from 1 and `info`; with ``areas``, which evaluation alone
+    reads and which takes long, also `area` where it is 0 or nothing that COCO's evaluation counts.
+    Return the names of what was missing, `area` included, in order.
     """
     missing = {"info"} - coco.keys()
     coco.setdefault("info", {})
@@ -89,12 +83,8 @@ def _area(annotation: Record, image: Record) -> float:
 
 def to_records(coco: Record, image_root: str | Path) -> list[Record]:
     """
-    Make what Detectron2's ``load_coco_json`` returns for the file, which is not read again: a
-    record for each image, in the order of their ids, with categories counted from 0.
-
-    Args:
-        coco: a dataset without errors, filled in. Its annotations lend their lists.
-        image_root: the folder that the ``file_name`` of each image is relative to.
+    Make what Detectron2's ``load_coco_json`` returns for a file without errors, filled in: a record
+    for each image, in the order of their ids, with categories counted from 0. It shares lists.
     """
     categories = contiguous_ids(coco)
     records: dict[Any, Record] = {}

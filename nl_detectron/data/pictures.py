@@ -41,17 +41,10 @@ def picture_problem(
 ) -> str | None:
     """
     What is wrong with a picture for Detectron2, which turns it as its EXIF data say and reads 8
-    bits a value.
+    bits a value: one line without a subject, such as "is empty (0 bytes)", or None.
 
-    Args:
-        path: the file.
-        width: the recorded width, in pixels; None if none is.
-        height: the recorded height.
-        decode: read all of it. Otherwise the header is read, and all of it only where the file
-            does not end as files of its format do.
-
-    Returns:
-        One line without a subject, such as "is empty (0 bytes)"; None for nothing.
+    Without ``decode`` the header is read, and all of it only where it does not end as its format's
+    files do. Recorded sizes may be None.
     """
     try:
         if not decode and _is_plain_jpeg(path, width, height):
