@@ -129,9 +129,7 @@ def common_config(args: argparse.Namespace) -> CfgNode:
     return b
 
 
-def load_run(
-    folder: Path, truth: COCO, cfg: CfgNode, args: argparse.Namespace
-) -> EvaluatedRun:
+def load_run(folder: Path, truth: COCO, cfg: CfgNode, args: argparse.Namespace) -> EvaluatedRun:
     file = folder / PREDICTIONS
     try:
         predictions = json.loads(file.read_text(encoding="utf-8"))

@@ -447,7 +447,7 @@ def test_configure_replaces_sigmas_of_another_length(register, cfg, num_keypoint
     register(coco)
     cfg.TEST.KEYPOINT_OKS_SIGMAS = stale
     configure_for_dataset(cfg, "mine", "mine")
-    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == num_keypoints
+    assert num_keypoints == cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     assert expected == cfg.TEST.KEYPOINT_OKS_SIGMAS
 
 
