@@ -35,6 +35,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
+from pycocotools.coco import COCO
 from tabulate import tabulate
 
 from lab.comparison import (
@@ -50,7 +51,7 @@ from lab.comparison import (
 from nl_detectron.analysis.attention_page import data_url
 from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
-from nl_detectron.data.coco_records import CompletedCOCO
+from nl_detectron.data.coco_records import read_completed
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.drawing import draw_annotations, legible_scale, side_by_side
 from nl_detectron.engine.setup import check_datasets
@@ -82,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = cfg.DATASETS.TEST[-1]  # each evaluation replaces the predictions of the one before
     records = {record["image_id"]: record for record in DatasetCatalog.get(dataset)}
     with contextlib.redirect_stdout(io.StringIO()):  # it says that it makes an index
-        truth = CompletedCOCO(MetadataCatalog.get(dataset).json_file)
+        truth = COCO()
+        truth.dataset = read_completed(MetadataCatalog.get(dataset).json_file)
+        truth.createIndex()
     runs = [load_run(folder, truth, cfg, args) for folder in (args.run_a, args.run_b)]
     a, b = runs
     differences = compare_aps(a.aps, b.aps, args.resamples)
@@ -126,9 +129,7 @@ def common_config(args: argparse.Namespace) -> CfgNode:
     return b
 
 
-def load_run(
-    folder: Path, truth: CompletedCOCO, cfg: CfgNode, args: argparse.Namespace
-) -> EvaluatedRun:
+def load_run(folder: Path, truth: COCO, cfg: CfgNode, args: argparse.Namespace) -> EvaluatedRun:
     file = folder / PREDICTIONS
     try:
         predictions = json.loads(file.read_text(encoding="utf-8"))

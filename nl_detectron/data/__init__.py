@@ -22,11 +22,8 @@ __all__ = [
 
 def register_built_in(names: Iterable[str]) -> None:
     """
-    Register the built-in datasets of :mod:`nl_detectron.data.toy`, if they may be asked for.
-
-    Args:
-        names: datasets that are about to be used, as in ``cfg.DATASETS``; if all of them are
-            registered, nothing is done.
+    Register the built-in datasets of :mod:`nl_detectron.data.toy`, unless all ``names``, which are
+    about to be used, are registered.
 
     Raises:
         ValueError: one of them is built in, and shapely, which draws it, is not installed.

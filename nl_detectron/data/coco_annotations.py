@@ -17,13 +17,9 @@ def check_annotations(
     annotations: list[Record], known: dict[str, set[Any]], sizes: Sizes, num_keypoints: int
 ) -> Iterator[Finding]:
     """
-    Find what is wrong.
+    Find what is wrong with annotations in the right format.
 
-    Args:
-        annotations: in the right format.
-        known: the ids of images and categories.
-        sizes: of the images that have nothing wrong.
-        num_keypoints: how many names the categories have.
+    ``known`` are the ids of images and categories, ``sizes`` are of images with nothing wrong.
     """
     yield from repeated(annotations, "id", False)
     for key, section in (("category_id", "categories"), ("image_id", "images")):
@@ -82,14 +78,14 @@ def _check_boxes(annotations: list[Record], sizes: Sizes) -> Iterator[Finding]:
 
 def _check_areas(annotations: list[Record], sizes: Sizes) -> Iterator[Finding]:
     """Evaluation leaves out what has an area beyond its ranges, and sorts the rest by area."""
-    places = [i for i, annotation in enumerate(annotations) if annotation.get("area")]
-    areas = np.array([annotations[i]["area"] for i in places], np.float64)
-    for row in np.flatnonzero((areas < 0) | (areas > MAX_AREA)).tolist():
-        text = f"has area {areas[row]:g}, not from 0 to {MAX_AREA:g}: it is computed anew"
-        yield False, "wrong area", places[row], text
+    areas = np.array([annotation.get("area") or 0 for annotation in annotations], np.float64)
+    for i in np.flatnonzero((areas < 0) | (areas > MAX_AREA)).tolist():
+        text = f"has area {areas[i]:g}, not from 0 to {MAX_AREA:g}: it is computed anew"
+        yield False, "wrong area", i, text
+    areas = areas[areas != 0]
     if not len(areas) or areas.min() < areas.max() > 1:
         return
-    boxes = [annotations[i]["bbox"][2] * annotations[i]["bbox"][3] for i in places]
+    boxes = [a["bbox"][2] * a["bbox"][3] for a in annotations if a.get("area")]
     if areas.min() == areas.max() and min(boxes) < max(boxes):
         text = f"every area is {areas[0]:g}, though the boxes differ: APs, APm and APl tell nothing"
         yield False, "one area", -1, text

@@ -28,29 +28,23 @@ class Problem(NamedTuple):
 
 def check_coco(coco: Record, image_root: Path, pictures: str = "present") -> list[Problem]:
     """
-    Find all that is wrong with a dataset.
+    Find all that is wrong with a dataset, what is of a wrong kind first and then compared no more.
 
-    Args:
-        coco: what :func:`read_coco` returned.
-        image_root: the folder that the ``file_name`` of each image is relative to.
-        pictures: what is looked at: "present", whether the files are there; "header", also their
-            recorded size, their bits and whether they end too early; "decoded", all of them.
-
-    Returns:
-        All problems, with those of a value's kind first. An entry that has such a problem is not
-        compared with others.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
+    ``pictures``: "present", whether the files are there; "header", also their recorded size, their
+    bits and whether they end too early; "decoded", all of them. FileNotFoundError: there is no
+    folder ``image_root``.
     """
     if not image_root.is_dir():
         raise FileNotFoundError(f"The image folder {image_root} does not exist")
     problems: list[Problem] = []
     sound = {}
     for section in REQUIRED_KEYS:
-        found = _check_format(section, coco[section])
-        problems += found
-        sound[section] = _others(coco[section], {problem.place for problem in found})
+        entries = coco[section]
+        found = list(format_problems(section, entries))
+        for i, kind, text in found:
+            text = f"{section}[{i}] {text}{_ids_of(entries[i])}"
+            problems.append(Problem(True, kind, section, i, text))
+        sound[section] = _others(entries, {i for i, _, _ in found})
     categories = sound["categories"][1]
     num_keypoints = len(keypoint_metadata(categories).get("keypoint_names", ()))
     known = {key: _ids(coco[key]) for key in ("images", "categories")}
@@ -92,12 +86,8 @@ def count_kinds(problems: Iterable[Problem]) -> Counter[str]:
 
 def without_bad(coco: Record, problems: Iterable[Problem]) -> Record:
     """
-    Leave out the images and annotations that have an error or are of no use in training, and the
+    Leave out images and annotations that have an error or are of no use in training, and the
     annotations of images that are left out. Problems of categories stay.
-
-    Args:
-        coco: a dataset.
-        problems: all of its problems.
     """
     drop: dict[str, set[int | None]] = {section: set() for section in REQUIRED_KEYS}
     for problem in problems:
@@ -113,14 +103,7 @@ def without_bad(coco: Record, problems: Iterable[Problem]) -> Record:
     return {**coco, "images": images, "annotations": annotations}
 
 
-def _check_format(section: str, entries: list[Any]) -> list[Problem]:
-    return [
-        Problem(True, kind, section, i, f"{section}[{i}] {text}{_ids_of(entries[i])}")
-        for i, kind, text in format_problems(section, entries)
-    ]
-
-
-def _others(entries: list[Any], places: set[int | None]) -> tuple[Sequence[int], list[Record]]:
+def _others(entries: list[Any], places: set[int]) -> tuple[Sequence[int], list[Record]]:
     """The places of the others, and the others."""
     if not places:
         return range(len(entries)), entries

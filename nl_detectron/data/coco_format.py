@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 Record = dict[str, Any]
 Finding = tuple[bool, str, int, str]  # is_error, kind, index (-1: of the whole), text
@@ -51,14 +52,8 @@ def no_garbage() -> Iterator[None]:
 
 def read_coco(json_file: Path) -> Record:
     """
-    Read a file; whether its entries are sound says :func:`check_coco`.
-
-    Args:
-        json_file: the file to read; a byte order mark is skipped.
-
-    Returns:
-        The file's content, with lists of images and categories that are not empty, and a list of
-        annotations, which is empty where a test set has none.
+    Read a file; whether its entries are sound says :func:`check_coco`. Its lists of images and
+    categories are not empty; a test set's list of annotations may be.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -67,7 +62,7 @@ def read_coco(json_file: Path) -> Record:
     if not json_file.is_file():
         raise FileNotFoundError(f"The annotation file {json_file} does not exist")
     try:
-        coco = json.loads(json_file.read_text(encoding="utf-8-sig"))
+        coco = json.loads(json_file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{json_file} is not JSON: {error}") from error
     if isinstance(coco, dict) and coco.keys() >= {"images", "categories"}:
@@ -87,15 +82,8 @@ def read_coco(json_file: Path) -> Record:
 
 def format_problems(section: str, entries: list[Any]) -> Iterator[tuple[int, str, str]]:
     """
-    Find each value that has a meaning in COCO's format and is of a wrong kind; whether values agree
-    with each other is for the caller to check.
-
-    Args:
-        section: "images", "annotations" or "categories".
-        entries: the entries of it, of any type.
-
-    Yields:
-        The index of its entry, the name of the kind of problem, and what is wrong.
+    Find each value of a section that has a meaning in COCO's format and is of a wrong kind, whether
+    or not values agree with each other: the entry's index, the kind of problem, what is wrong.
     """
     required = REQUIRED_KEYS[section]
     places: Sequence[int] = range(len(entries))
@@ -136,18 +124,11 @@ def repeated(entries: list[Record], key: str, is_error: bool) -> Iterator[Findin
 
 def rle_counts(counts: str) -> list[int]:
     """
-    Read the counts of a compressed RLE.
+    The lengths of the runs of a compressed RLE, any of which may be negative if it is broken.
 
-    Args:
-        counts: as COCO's ``rleToString`` writes them: numbers in groups of 5 bits, from "0" on,
-            with a sixth bit where the number goes on; from the fourth on each is the difference
-            from the last but one.
-
-    Returns:
-        The lengths of the runs, any of which may be negative if the text is broken.
-
-    Raises:
-        ValueError: it ends within a number, or has other letters.
+    COCO's ``rleToString`` writes numbers in groups of 5 bits, from "0" on, with a sixth bit where
+    the number goes on; from the fourth on each is the difference from the last but one. ValueError:
+    it ends within a number, or has other letters.
     """
     lengths: list[int] = []
     value = shift = 0
@@ -183,16 +164,19 @@ def _each(is_legal: Callable[[Any], bool]) -> Check:
     return lambda values: all(map(is_legal, values))
 
 
-def _in_range(values: Collection[Any], lowest: float, highest: float) -> bool:
-    """Numbers. There are millions, so there is no loop here. A NaN shows in the sum."""
-    if not values:
-        return True
-    is_number = _NUMBERS.issuperset(map(type, values))
-    return is_number and min(values) >= lowest and max(values) <= highest and not isnan(sum(values))
+def _in_range(lists: Collection[Collection[Any]], lowest: float, highest: float) -> bool:
+    """Lists of numbers, none of them NaN. There are millions, so there is no loop here."""
+    if not _NUMBERS.issuperset(map(type, chain.from_iterable(lists))):
+        return False
+    try:
+        numbers = np.fromiter(chain.from_iterable(lists), np.float64)
+    except OverflowError:  # an integer
+        return False
+    return not len(numbers) or bool(numbers.min() >= lowest and numbers.max() <= highest)
 
 
 def _are_sizes(values: Collection[Any]) -> bool:
-    return _in_range(values, 1, MAX_PIXELS) and all(value == int(value) for value in values)
+    return _in_range([values], 1, MAX_PIXELS) and all(value == int(value) for value in values)
 
 
 def _are_integers(values: Collection[Any]) -> bool:
@@ -207,20 +191,12 @@ def _are_ids(values: Collection[Any]) -> bool:
 
 
 def _are_finite(values: Collection[Any]) -> bool:
-    return _in_range(values, -_LARGEST, _LARGEST)
+    return _in_range([values], -_LARGEST, _LARGEST)
 
 
 def _are_coordinates(lists: Collection[Any]) -> bool:
     """Lists of them, which may be empty."""
-    if not _are_lists(lists):
-        return False
-    lists = [values for values in lists if values]
-    return (
-        _NUMBERS.issuperset(map(type, chain.from_iterable(lists)))
-        and min(map(min, lists), default=0) >= -MAX_PIXELS
-        and max(map(max, lists), default=0) <= MAX_PIXELS
-        and not isnan(sum(map(sum, lists)))
-    )
+    return _are_lists(lists) and _in_range(lists, -MAX_PIXELS, MAX_PIXELS)
 
 
 def _are_boxes(values: Collection[Any]) -> bool:

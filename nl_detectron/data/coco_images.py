@@ -13,7 +13,7 @@ from nl_detectron.data.pictures import picture_problems
 MISSING_PICTURE = "missing picture"
 _WIDE, _TOO_WIDE = 20, 1000  # longer : shorter side; beyond the second, resizing leaves no pixel
 
-_Listings = dict[str, set[str]]  # the names of the files in each folder
+_Listings = dict[str, set[str]]  # of each folder, the names of its files
 
 
 def check_images(images: list[Record], root: str, pictures: str) -> Iterator[Finding]:

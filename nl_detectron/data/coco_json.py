@@ -40,21 +40,19 @@ def register_coco_json(
     pictures: str = "present",
     keep_records: bool = False,
 ) -> None:
-    """Check a dataset in COCO's format and register it with Detectron2 as `name`.
+    """Check a dataset in COCO's format and register it, anew if need be, with Detectron2 as `name`.
 
     What hand-made files often lack is filled in whenever it is loaded (`iscrowd`, `num_keypoints`,
     keypoints of annotations without any, unique annotation ids from 1, `info`; for evaluation with
     `CompletingCOCOEvaluator` also `area`); your file is left as it is. What is wrong with it, but
     Detectron2 can live with, is a warning.
 
-    Keypoints are taken from the categories' `keypoints` and `skeleton`: all categories that have
-    keypoints share one list of names, and names that differ only in their side, such as
-    `left_eye` and `right_eye` or `eyeL` and `eyeR`, swap places when an image is flipped. The log
-    names the pairs. Registering a name again replaces what it stood for.
+    All categories that have keypoints share one list of names, `keypoints`, and names that differ
+    only in their side, such as `left_eye` and `right_eye` or `eyeL` and `eyeR`, swap places when an
+    image is flipped; the log names the pairs.
 
     Args:
-        name: the name for ``cfg.DATASETS``.
-        json_file: annotations in COCO's format; category ids may be any distinct integers.
+        name, json_file: for ``cfg.DATASETS``; category ids may be any distinct integers.
         image_root: the folder that the `file_name` of each image is relative to.
         pictures: what is looked at of each: "present", whether the files are there; "header", also
             their recorded size, their bits and whether they end too early; "decoded", all of them.
@@ -107,10 +105,8 @@ def _report(problems: list[Problem], json_file: str | Path) -> None:
         if problems:
             logger.warning(f"{json_file}: {in_one_line(problems)}")
         return
-    message = f"{json_file}: {in_one_line(errors)}"
-    if errors[0].kind == MISSING_PICTURE:
-        raise FileNotFoundError(message)
-    raise ValueError(message)
+    error_type = FileNotFoundError if errors[0].kind == MISSING_PICTURE else ValueError
+    raise error_type(f"{json_file}: {in_one_line(errors)}")
 
 
 def configure_for_dataset(
@@ -125,10 +121,7 @@ def configure_for_dataset(
     0.05 for each.
 
     Args:
-        cfg: the config to change.
-        train_name: the registered dataset to train on.
-        val_name: the registered dataset to evaluate on; may be the same. It may have no
-            annotations, as test sets have none.
+        val_name: may be that to train on, or without annotations, as test sets are.
         eval_only: nothing is trained.
 
     Raises:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pycocotools.mask as mask_util
-from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import BoxMode
-from pycocotools.coco import COCO
+from detectron2.utils.file_io import PathManager
 
 from nl_detectron.data.coco_format import MAX_AREA, Record, no_garbage, read_coco
 from nl_detectron.data.keypoints import keypoint_metadata
@@ -20,17 +23,11 @@ _MAX_ID = 1 << 53  # COCO's evaluation keeps annotation ids as floats
 
 def fill_in(coco: Record, *, areas: bool) -> list[str]:
     """
-    Complete a dataset in place with what hand-made files often lack or write otherwise: whole sizes
-    of images and RLEs, `iscrowd`, `num_keypoints`, keypoints of annotations without any, distinct
-    annotation ids from 1 and `info`.
-
-    Args:
-        coco: a dataset without errors.
-        areas: also fill in `area` where it is 0 or nothing that COCO's evaluation counts; it is
-            read in evaluation only, and takes long.
-
-    Returns:
-        The names of what was missing, `area` included, in order.
+    Complete a dataset without errors in place with what hand-made files often lack or write
+    otherwise: whole sizes of images and RLEs, `iscrowd`, `num_keypoints`, keypoints of annotations
+    without any, distinct annotation ids from 1 and `info`; with ``areas``, which evaluation alone
+    reads and which takes long, also `area` where it is 0 or nothing that COCO's evaluation counts.
+    Return the names of what was missing, `area` included, in order.
     """
     missing = {"info"} - coco.keys()
     coco.setdefault("info", {})
@@ -86,12 +83,8 @@ def _area(annotation: Record, image: Record) -> float:
 
 def to_records(coco: Record, image_root: str | Path) -> list[Record]:
     """
-    Make what Detectron2's ``load_coco_json`` returns for the file, which is not read again: a
-    record for each image, in the order of their ids, with categories counted from 0.
-
-    Args:
-        coco: a dataset without errors, filled in. Its annotations lend their lists.
-        image_root: the folder that the ``file_name`` of each image is relative to.
+    Make what Detectron2's ``load_coco_json`` returns for a file without errors, filled in: a record
+    for each image, in the order of their ids, with categories counted from 0. It shares lists.
     """
     categories = contiguous_ids(coco)
     records: dict[Any, Record] = {}
@@ -135,23 +128,31 @@ class CompletingCOCOEvaluator(COCOEvaluator):
     in the log says that there is no AP.
 
     Args:
-        *args, **options: as ``COCOEvaluator`` takes them.
+        dataset_name: the registered dataset to evaluate on.
+        *args, **options: what else ``COCOEvaluator`` takes.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        # Detectron2 has no other way to say what reads the file.
-        with patch.object(coco_evaluation, "COCO", CompletedCOCO):
-            super().__init__(*args, **options)
+    def __init__(self, dataset_name: str, *args: Any, **options: Any) -> None:
+        metadata = MetadataCatalog.get(dataset_name)
+        if not hasattr(metadata, "json_file"):  # Detectron2 writes one, which lacks nothing
+            super().__init__(dataset_name, *args, **options)
+            return
+        coco = read_completed(PathManager.get_local_path(metadata.json_file))
+        with tempfile.TemporaryDirectory() as folder:
+            copy = f"{folder}/completed.json"  # for the only thing that the evaluator reads
+            Path(copy).write_text(json.dumps(coco))
+            MetadataCatalog[copy] = Metadata(**{**metadata.as_dict(), "json_file": copy})
+            try:
+                super().__init__(copy, *args, **options)
+            finally:
+                del MetadataCatalog[copy]
 
 
-class CompletedCOCO(COCO):
-    """COCO's own reader, also for files that lack something: see :func:`fill_in`."""
-
-    @no_garbage()
-    def __init__(self, annotation_file: str) -> None:
-        super().__init__()
-        self.dataset = read_coco(Path(annotation_file))
-        fill_in(self.dataset, areas=True)
-        if not self.dataset["annotations"]:  # by which Detectron2 tells that there is no AP
-            del self.dataset["annotations"]
-        self.createIndex()
+@no_garbage()
+def read_completed(json_file: str | Path) -> Record:
+    """Read a file as COCO's evaluation needs it: see :func:`fill_in`."""
+    coco = read_coco(Path(json_file))
+    fill_in(coco, areas=True)
+    if not coco["annotations"]:  # by which Detectron2 tells that there is no AP
+        del coco["annotations"]
+    return coco

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from nl_detectron.data.coco_format import Record
 
@@ -13,11 +13,7 @@ _TOKEN = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # of left_eye, eyeL, L
 _SIDES = {"l": "left", "left": "left", "r": "right", "right": "right"}
 
 
-class _Side(NamedTuple):
-    """What a keypoint's name says: the side, and the rest of the name before and behind it."""
-
-    side: str
-    rest: tuple[str, str]
+_Side = tuple[str, str, str]  # of a name: left or right, what is before it, what is behind it
 
 
 def keypoint_metadata(categories: list[Record]) -> dict[str, Any]:
@@ -66,26 +62,21 @@ def keypoint_warnings(categories: list[Record]) -> Iterator[tuple[str, str]]:
 
 def mirror_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     """
-    The pairs of names that differ in their side alone.
+    The pairs of names that differ in their side alone: (left, right), in the order of the left
+    ones.
 
     A side is "left" or "right" anywhere in a name, in small or capital letters; or the letter "l"
     or "r" as a word of its own at one end of it, as in ``l_eye``, ``eyeL``, ``LShoulder`` and
     ``forelegR1``, where numbers at the end do not count.
-
-    Args:
-        names: of the keypoints.
-
-    Returns:
-        (left, right), in the order of the left ones.
     """
     partners: dict[_Side, str] = {}
     for name in names:
         if side := _side(name):
             partners.setdefault(side, name)
     return [
-        (name, partners[_Side("right", rest)])
-        for (side, rest), name in partners.items()
-        if side == "left" and ("right", rest) in partners
+        (name, partners["right", before, behind])
+        for (side, before, behind), name in partners.items()
+        if side == "left" and ("right", before, behind) in partners
     ]
 
 
@@ -102,8 +93,8 @@ def _side(name: str) -> _Side | None:
 
 
 def _split(name: str, match: re.Match[str]) -> _Side:
-    rest = name[: match.start()].strip().lower(), name[match.end() :].strip().lower()
-    return _Side(_SIDES[match[0].lower()], rest)
+    before, behind = name[: match.start()], name[match.end() :]
+    return _SIDES[match[0].lower()], before.strip().lower(), behind.strip().lower()
 
 
 def _without_partner(names: Sequence[str]) -> list[str]:

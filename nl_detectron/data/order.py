@@ -22,33 +22,19 @@ class BatchOrder:
     """
     The endless stream of batches, as indices into the dataset. Every epoch has an order of its own;
     an image waits until there is a batch of its kind, wide or not.
-
-    Attributes:
-        repeats: (N,), how often each image comes in an epoch; a fraction is a chance, drawn anew in
-            each epoch.
-        is_wide: (N,) bool; a batch has images of one kind only.
-        batch_size: B, images in a batch.
-        seed: of the shuffles and the chances.
-        shuffle: without it, an epoch is in the order of the dataset.
-        block_size: whole epochs of a small dataset are drawn together, up to so many images.
     """
 
-    repeats: np.ndarray
-    is_wide: np.ndarray
+    repeats: np.ndarray  # (N,), how often an image comes in an epoch; a fraction is a chance
+    is_wide: np.ndarray  # (N,) bool; a batch has images of one kind only
     batch_size: int
     seed: int
-    shuffle: bool = True
-    block_size: int = 1 << 16
+    shuffle: bool = True  # without it, an epoch is in the order of the dataset
+    block_size: int = 1 << 16  # epochs of a small dataset are drawn together, up to so many images
 
     def batches(self, start: int = 0) -> Iterator[np.ndarray]:
         """
-        Yield the batches of an iteration and of all that come after it.
-
-        Args:
-            start: the iteration; those before it cost far less than a batch.
-
-        Yields:
-            (B,) int64.
+        Yield the batches, (B,) int64 each, from an iteration on; those before it cost next to
+        nothing.
         """
         waiting = [np.empty(0, np.int64)] * 2
         number = 0
@@ -87,18 +73,9 @@ class BatchOrder:
 
 def repeats_of(sampler: Any, size: int, seed: int) -> np.ndarray:
     """
-    How often each image comes in an epoch, as one of Detectron2's samplers has it.
-
-    Args:
-        sampler: the sampler; None is a ``TrainingSampler``.
-        size: N, the images of the dataset.
-        seed: draws the subset of a ``RandomSubsetTrainingSampler``.
-
-    Returns:
-        (N,) float64.
-
-    Raises:
-        ValueError: the sampler is of another kind.
+    How often each image comes in an epoch of one of Detectron2's samplers (None is a
+    ``TrainingSampler``): (N,) float64. ``seed`` draws the subset of a
+    ``RandomSubsetTrainingSampler``.
     """
     # The samplers tell what they were made with in private attributes only.
     if isinstance(sampler, RepeatFactorTrainingSampler):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, build_detection_train_loader
+from detectron2.data import DatasetCatalog, DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
@@ -30,20 +31,37 @@ def build_train_loader(cfg: CfgNode, **options: Any) -> TrainLoader:
     with. In a project's own trainer, ``nl_detectron.engine.ExactResume`` says where to start.
 
     Args:
-        cfg: a config of Detectron2.
         **options: ``mapper``, ``dataset`` and ``sampler`` as ``build_detection_train_loader`` takes
             them; ``seed`` (default: ``cfg.SEED``, 0 if that is negative), ``start_iteration``,
             ``rank`` and ``world_size`` as :class:`TrainLoader` takes them.
 
-    Returns:
-        The loader.
-
     Raises:
-        ValueError: see :class:`TrainLoader`.
+        ValueError: no image passes Detectron2's filters, or see :class:`TrainLoader`.
     """
     own = {key: options.pop(key) for key in ("mapper", "dataset", "sampler") if key in options}
     options = {"seed": max(cfg.SEED, 0), **options}
-    return TrainLoader(**build_detection_train_loader.from_config(cfg, **own), **options)
+    try:
+        loaded = build_detection_train_loader.from_config(cfg, **own)
+    except AssertionError as error:
+        if not str(error).startswith("No valid data found"):
+            raise
+        raise ValueError(f"There is no image to train on: {_why_none(cfg)}") from error
+    return TrainLoader(**loaded, **options)
+
+
+def _why_none(cfg: CfgNode) -> str:
+    """The one of Detectron2's filters that leaves no image of the datasets."""
+    names, least = cfg.DATASETS.TRAIN, cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    counts = [
+        sum(v > 0 for a in record["annotations"] for v in a.get("keypoints", ())[2::3])
+        for record in itertools.chain.from_iterable(map(DatasetCatalog.get, names))
+    ]
+    if cfg.MODEL.KEYPOINT_ON and max(counts) < least:
+        return (
+            f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE is {least}, but no image of "
+            f"{', '.join(names)} has more than {max(counts)} visible keypoints"
+        )
+    return f"all images of {', '.join(names)} are without annotations, or with crowds alone"
 
 
 class TrainLoader:
@@ -58,19 +76,13 @@ class TrainLoader:
     Python's, NumPy's and torch's (CPU) generators are seeded by the seed and its place in the
     stream. If the mapper returns None, other images are tried, in an order drawn in the same way.
 
-    Attributes:
-        seed, start_iteration: what the first batch depends on; read when it is asked for, since
-            Detectron2's trainers make the iterator before they know where the run goes on.
-
     Args:
         dataset: Detectron2's records, or a dataset with an index that has such records.
         mapper: from a record to what the model takes, or None to leave the image out.
         total_batch_size: the images of an iteration, of all ranks together.
-        sampler: one of Detectron2's training samplers, which says how often an image comes in
-            an epoch; by default each comes once.
-        aspect_ratio_grouping: make batches of images that are wide, or are not.
-        seed: of everything that is drawn.
-        start_iteration: the iteration of the first batch.
+        sampler: one of Detectron2's training samplers; by default each image comes once.
+        seed, start_iteration: what the first batch depends on; also attributes, read when it is
+            asked for: Detectron2's trainers make the iterator before they know where a run goes on.
         rank, world_size: whose part of the batch is loaded; by default this process's.
         **options: of torch's ``DataLoader``, such as ``num_workers``, or ``collate_fn`` (by
             default a batch is a list of samples).

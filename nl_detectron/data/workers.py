@@ -17,15 +17,8 @@ _TENSORS_OF_SAMPLE = 4  # picture, boxes, classes, masks or keypoints; each come
 
 def check_open_files(num_workers: int, num_samples: int) -> None:
     """
-    Raise this process's limit of open files, if need be, to what its workers need: without enough
-    of them they can hang.
-
-    Args:
-        num_workers: how many there will be.
-        num_samples: that each of them may have ready.
-
-    Raises:
-        ValueError: the system does not allow so many.
+    Raise this process's limit of open files to what workers that have so many samples ready need:
+    without enough of them they can hang. ValueError: the system does not allow so many.
     """
     if not num_workers:
         return
@@ -43,13 +36,10 @@ def check_open_files(num_workers: int, num_samples: int) -> None:
 
 def belonging_to_parent(init: Callable[[int], None] | None = None) -> Callable[[int], None]:
     """
-    Return a ``worker_init_fn`` for torch's ``DataLoader``. With it, SIGINT, SIGTERM and SIGUSR1 to
-    the whole group of processes leave the workers alone: it is the run that stops, after a step for
-    which it may need them. What does end a worker, at once, is its parent's SIGTERM, with which
-    torch ends one that is late, and Python all that are left when it exits; and its parent's death.
-
-    Args:
-        init: what else is called at the start of a worker.
+    Return a ``worker_init_fn`` for torch's ``DataLoader``, which also calls ``init``. With it,
+    SIGINT, SIGTERM and SIGUSR1 to the whole group of processes leave the workers alone: it is the
+    run that stops, after a step for which it may need them. What ends a worker, at once, is its
+    parent's SIGTERM (torch's to a late one, Python's at its exit) or its parent's death.
     """
     return functools.partial(_begin, init)
 

@@ -143,6 +143,11 @@ def test_registers_metadata_and_records(register):
     assert all(len(a["keypoints"]) == 9 for r in records for a in r["annotations"])
 
 
+def aps_of(evaluate_ground_truth):
+    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
+    return [result["AP"] for result in results.values()]
+
+
 def evaluated(name):
     """What the evaluation of a registered dataset reads."""
     return CompletingCOCOEvaluator(name, distributed=False)._coco_api.dataset
@@ -182,8 +187,7 @@ def test_annotation_ids_are_numbered_anew(register, evaluate_ground_truth, ids):
         annotation["id"] = id_
     register(coco)
     assert [a["id"] for a in evaluated("mine")["annotations"]] == [1, 2, 3]
-    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
-    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
+    assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
 
 
 @pytest.mark.parametrize("ids", [["x", "y", "z"], [2**62 + 1, 2**63 - 1, 7], [-1, -5, -9]])
@@ -195,8 +199,7 @@ def test_image_ids_of_any_kind(register, evaluate_ground_truth, ids):
     for annotation in coco["annotations"]:
         annotation["image_id"] = new[annotation["image_id"]]
     register(coco)
-    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
-    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
+    assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
 
 
 @pytest.mark.parametrize("area", [0, 0.0, None, -1, -200.0, 1e10 + 1e4, 1e13])
@@ -209,8 +212,7 @@ def test_area_that_evaluation_would_not_count(register, evaluate_ground_truth, a
     assert "lacks area" in caplog.text
     areas = [annotation["area"] for annotation in evaluated("mine")["annotations"]]
     assert areas == pytest.approx([200, 300, 200], abs=15)
-    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
-    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
+    assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
 
 
 @pytest.mark.parametrize("area", [0.5, 1e10])
@@ -242,8 +244,7 @@ def test_whole_sizes_written_as_floats(register, evaluate_ground_truth):
     register(coco)
     records = DatasetCatalog.get("mine")
     assert {type(r[side]) for r in records for side in ("height", "width")} == {int}
-    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
-    assert [results[task]["AP"] for task in results] == pytest.approx([100] * 3)
+    assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
 
 
 def test_complete_file_is_used_as_it_is(register, tmp_path, caplog):
@@ -435,6 +436,8 @@ def test_configure(register, cfg, caplog):
         (3, [0.02] * 2, [0.05] * 3),
         (17, [0.02] * 3, []),
         (17, [0.02] * 17, [0.02] * 17),
+        (17, [], []),
+        (3, [0.02, 0.07, 0.07], [0.02, 0.07, 0.07]),
     ],
 )
 def test_configure_replaces_sigmas_of_another_length(register, cfg, num_keypoints, stale, expected):
@@ -444,24 +447,8 @@ def test_configure_replaces_sigmas_of_another_length(register, cfg, num_keypoint
     register(coco)
     cfg.TEST.KEYPOINT_OKS_SIGMAS = stale
     configure_for_dataset(cfg, "mine", "mine")
+    assert num_keypoints == cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     assert expected == cfg.TEST.KEYPOINT_OKS_SIGMAS
-
-
-def test_configure_keeps_fitting_sigmas(register, cfg):
-    register(hand_made_coco())
-    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.02, 0.07, 0.07]
-    configure_for_dataset(cfg, "mine", "mine")
-    assert cfg.TEST.KEYPOINT_OKS_SIGMAS == [0.02, 0.07, 0.07]
-
-
-def test_configure_leaves_seventeen_keypoints_to_coco(register, cfg):
-    coco = hand_made_coco()
-    coco["categories"][0]["keypoints"] = [f"point {i}" for i in range(17)]
-    coco["annotations"][0]["keypoints"] = [15, 12, 2] * 17
-    register(coco)
-    configure_for_dataset(cfg, "mine", "mine")
-    assert cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == 17
-    assert cfg.TEST.KEYPOINT_OKS_SIGMAS == []
 
 
 @pytest.mark.parametrize(("is_crowd", "mask_format"), [(0, "bitmask"), (1, "polygon")])

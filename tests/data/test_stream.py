@@ -342,3 +342,23 @@ def test_of_a_config(name):
             assert torch.equal(
                 sample["instances"].gt_boxes.tensor, same["instances"].gt_boxes.tensor
             )
+
+
+@pytest.mark.parametrize("least", [0, 99])
+def test_filters_that_leave_no_image_are_named(least):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("crowds",)
+    cfg.MODEL.KEYPOINT_ON = True
+    cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE = least
+    crowd = {"iscrowd": int(not least), "keypoints": [1, 1, 2] * 3 + [0] * 3, "category_id": 0}
+    DatasetCatalog.register("crowds", lambda: [{"annotations": [crowd]}])
+    message = (
+        "PER_IMAGE is 99, but no image of crowds has more than 3 visible keypoints$"
+        if least
+        else "no image to train on: all images of crowds are without annotations, or with crowds"
+    )
+    try:
+        with pytest.raises(ValueError, match=message):
+            build_train_loader(cfg)
+    finally:
+        DatasetCatalog.pop("crowds")

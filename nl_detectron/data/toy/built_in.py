@@ -35,27 +35,13 @@ def make_dataset(
     draw_val: Draw | None = None,
 ) -> Path:
     """
-    Draw a dataset: ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``. Picture i of a
-    split is the same on every machine.
+    Draw a dataset, ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``, and return
+    ``root``. Picture i of a split is the same on every machine.
 
-    Everything is made in a folder beside ``root`` which takes its name when complete: ``root`` is
-    never half-made. A complete ``root`` is left as it is. Of processes that start at once, one
-    draws and the others wait for it.
-
-    Args:
-        root: the folder to make; its parents are made too.
-        name: the dataset's, for messages.
-        draw: draws one picture.
-        categories: COCO's.
-        num_train: number of training images.
-        num_val: number of validation images.
-        draw_val: draws one picture for validation; ``draw`` by default.
-
-    Returns:
-        ``root``.
-
-    Raises:
-        FileExistsError: ``root`` exists and holds something else.
+    Everything is made in a folder beside ``root`` that takes its name when complete; a complete
+    ``root`` is left as it is, and one with something else is a FileExistsError. Of processes that
+    start at once, one draws and the others wait. ``draw_val`` draws for validation, if not
+    ``draw``.
     """
     complete = root / "val.json"
     if complete.exists():
@@ -116,34 +102,40 @@ def register_dataset(
     **metadata: Any,
 ) -> None:
     """
-    Register the splits ``{name}_train`` and ``{name}_val``, to be made on first use. Registering
-    again replaces what was registered.
+    Register ``{name}_train`` and ``_val``, anew if need be, to be made by ``make(root)`` on first
+    use.
 
-    Args:
-        name: the dataset's.
-        root: its folder.
-        make: makes it in a folder, unless it is there.
-        annotation_keys: what its annotations have beside COCO's keys.
-        **metadata: for Detectron2's ``MetadataCatalog``; ``thing_classes`` is needed.
+    ``annotation_keys`` are what annotations have beside COCO's keys; ``metadata`` is for
+    Detectron2's ``MetadataCatalog`` and has ``thing_classes``.
     """
-    for split in ("train", "val"):
-        _register_split(f"{name}_{split}", root, split, make, annotation_keys, metadata)
+    for split in (f"{name}_train", f"{name}_val"):
+        folder = str(root / split.rpartition("_")[2])
+
+        def load(split: str = split, folder: str = folder) -> list[Record]:
+            make(root)
+            return load_coco_json(f"{folder}.json", folder, split, annotation_keys)
+
+        DatasetCatalog.pop(split, None)
+        DatasetCatalog.register(split, load)
+        MetadataCatalog.pop(split, None)
+        MetadataCatalog.get(split).set(
+            **metadata,
+            thing_dataset_id_to_contiguous_id={
+                i + 1: i for i in range(len(metadata["thing_classes"]))
+            },
+            json_file=f"{folder}.json",
+            image_root=folder,
+            evaluator_type="coco",
+        )
 
 
 def cache_folder(name: str) -> Path:
-    """
-    Args:
-        name: the folder's.
-
-    Returns:
-        The path of a folder for this package's data in Detectron2's cache (``$FVCORE_CACHE``); it
-        need not exist.
-    """
+    """The path of a folder in Detectron2's cache (``$FVCORE_CACHE``); it need not exist."""
     return Path(get_cache_dir()) / "nl_detectron" / name
 
 
 def _make_split(folder: Path, seed: int, num_images: int, draw: Draw) -> Record:
-    """Draw the pictures of one split into ``folder``; return COCO's images and annotations."""
+    """Draw the pictures of a split into ``folder``; return COCO's images and annotations."""
     folder.mkdir()
     images: list[Record] = []
     annotations: list[Record] = []
@@ -157,29 +149,3 @@ def _make_split(folder: Path, seed: int, num_images: int, draw: Draw) -> Record:
             ids = {"id": len(annotations) + 1, "image_id": image_id}
             annotations.append(ids | annotation)
     return {"images": images, "annotations": annotations}
-
-
-def _register_split(
-    name: str,
-    root: Path,
-    split: str,
-    make: Callable[[Path], Path],
-    annotation_keys: Sequence[str],
-    metadata: dict[str, Any],
-) -> None:
-    json_file, image_root = str(root / f"{split}.json"), str(root / split)
-
-    def load() -> list[Record]:
-        make(root)
-        return load_coco_json(json_file, image_root, name, annotation_keys)
-
-    DatasetCatalog.pop(name, None)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.pop(name, None)
-    MetadataCatalog.get(name).set(
-        **metadata,
-        thing_dataset_id_to_contiguous_id={i + 1: i for i in range(len(metadata["thing_classes"]))},
-        json_file=json_file,
-        image_root=image_root,
-        evaluator_type="coco",
-    )

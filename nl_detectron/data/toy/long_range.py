@@ -59,13 +59,8 @@ def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[Reco
 
 def rotated_square(x: float, y: float, half: float, degrees: float) -> tuple[Polygon, LineString]:
     """
-    Args:
-        x, y: the centre, in pixels.
-        half: half the length of a side, in pixels.
-        degrees: how far it is turned.
-
-    Returns:
-        A square, and the line from the middle of its left side to that of its right side.
+    A square, turned around its centre, and the line from its left
+    side's middle to its right's.
     """
     parts = box(x - half, y - half, x + half, y + half), LineString([(x - half, y), (x + half, y)])
     square, axis = (rotate(part, degrees, (x, y)) for part in parts)
@@ -73,15 +68,7 @@ def rotated_square(x: float, y: float, half: float, degrees: float) -> tuple[Pol
 
 
 def annotate_square(category: int, square: Polygon, axis: LineString) -> Record:
-    """
-    Args:
-        category: the class, 0 or 1; its keypoint is that end of the axis.
-        square: in pixels.
-        axis: from left to right.
-
-    Returns:
-        Its COCO annotation, without its ids.
-    """
+    """The COCO annotation of a square, without ids; its keypoint is that end of the axis."""
     left, top, right, bottom = square.bounds
     x, y = axis.coords[category]
     return {
@@ -98,19 +85,10 @@ def annotate_square(category: int, square: Polygon, axis: LineString) -> Record:
 
 def make_long_range(root: str | Path, cue: str, num_train: int = 1000, num_val: int = 200) -> Path:
     """
-    Draw one of the long-range datasets; see :func:`make_dataset`.
-
-    Args:
-        root: the folder to make.
-        cue: "far", "near" or "none".
-        num_train: number of training images.
-        num_val: number of validation images.
-
-    Returns:
-        ``root``.
+    Draw one of the long-range datasets, and return ``root``.
 
     Raises:
-        ValueError: ``cue`` is none of the three.
+        ValueError: ``cue`` is not "far", "near" or "none".
         FileExistsError: ``root`` exists and holds something else.
     """
     check_choice("cue", cue, CUES)
@@ -120,13 +98,7 @@ def make_long_range(root: str | Path, cue: str, num_train: int = 1000, num_val: 
 
 
 def square_categories(names: Iterable[str]) -> list[Record]:
-    """
-    Args:
-        names: of the classes.
-
-    Returns:
-        COCO's categories, each with the one keypoint.
-    """
+    """COCO's categories of these names, each with the one keypoint."""
     return [
         {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": []}
         for i, name in enumerate(names, start=1)
@@ -136,11 +108,7 @@ def square_categories(names: Iterable[str]) -> list[Record]:
 def register_long_range(root: str | Path) -> None:
     """
     Register ``long_range_train`` and ``_val``, ``long_range_near_train`` and ``_val``, and
-    ``long_range_none_train`` and ``_val``, to be made in folders of ``root`` on first use.
-    Registering again replaces what was registered.
-
-    Args:
-        root: the folder that these folders are made in.
+    ``long_range_none_train`` and ``_val``, anew if need be, to be made in folders of ``root``.
     """
     makers = {cue: partial(make_long_range, cue=cue) for cue in CUES}
     register_square_sets("long_range", Path(root), makers, CUE_COLORS)
@@ -154,14 +122,9 @@ def register_square_sets(
     annotation_keys: Sequence[str] = (),
 ) -> None:
     """
-    Register sets of squares with one keypoint, to be made on first use.
+    Register sets of squares: ``name`` of the kind "far", with the kind behind it of others.
 
-    Args:
-        name: of the kind "far"; that of another kind has the kind behind it.
-        root: the folder that a folder for each kind is made in.
-        makers: kind to what makes its set in a folder.
-        classes: names to the colours for drawing annotations and predictions.
-        annotation_keys: as for :func:`register_dataset`.
+    ``makers`` map a kind to what makes its set, ``classes`` names to their colours for drawing.
     """
     for kind, make in makers.items():
         register_dataset(

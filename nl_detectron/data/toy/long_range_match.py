@@ -93,20 +93,11 @@ def make_long_range_match(
     root: str | Path, partner: str, num_train: int = 2000, num_val: int = 200
 ) -> Path:
     """
-    Draw one of the datasets; see :func:`make_dataset`. An annotation has beside COCO's keys
-    "partner": x, y and radius, in pixels, of the far disc that tells the square's class.
-
-    Args:
-        root: the folder to make.
-        partner: "far" or "near".
-        num_train: number of training images.
-        num_val: number of validation images.
-
-    Returns:
-        ``root``.
+    Draw one of the datasets, and return ``root``. An annotation has beside COCO's keys "partner":
+    x, y and radius, in pixels, of the far disc that tells the square's class.
 
     Raises:
-        ValueError: ``partner`` is neither of the two.
+        ValueError: ``partner`` is not "far" or "near".
         FileExistsError: ``root`` exists and holds something else.
     """
     check_choice("partner", partner, PARTNERS)
@@ -119,19 +110,12 @@ def make_long_range_match(
 def register_long_range_match(root: str | Path) -> None:
     """
     Register ``long_range_match_train`` and ``_val``, and ``long_range_match_near_train`` and
-    ``_val``, to be made in folders of ``root`` on first use. Their annotations have "partner", as
-    :func:`make_long_range_match` says. Registering again replaces what was registered.
-
-    Args:
-        root: the folder that these folders are made in.
+    ``_val``, anew if need be, to be made in folders of ``root``.
     """
     makers = {partner: partial(make_long_range_match, partner=partner) for partner in PARTNERS}
     register_square_sets("long_range_match", Path(root), makers, CLASS_COLORS, ["partner"])
 
 
 def default_long_range_match_root() -> Path:
-    """
-    Returns:
-        The folder of the registered datasets, in Detectron2's cache (``$FVCORE_CACHE``).
-    """
+    """The folder of the registered datasets, in Detectron2's cache (``$FVCORE_CACHE``)."""
     return cache_folder("long_range_match-v1")

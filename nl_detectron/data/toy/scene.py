@@ -34,13 +34,7 @@ LIGHT, DARK = (252, 250, 242), (20, 18, 24)
 
 
 def picture_frame(size: Size) -> Polygon:
-    """
-    Args:
-        size: height and width of a picture, in pixels.
-
-    Returns:
-        The picture's area.
-    """
+    """The area of a picture."""
     height, width = size
     return box(0, 0, width, height)
 
@@ -72,12 +66,8 @@ class SceneObject:
 
     def visible(self, image: Polygon) -> BaseGeometry:
         """
-        Args:
-            image: the picture's area.
-
-        Returns:
-            The part of it that can be seen, without slivers thinner than a pixel, which would
-            stretch its box.
+        What shows in the picture, without slivers thinner than a pixel, which would stretch its
+        box.
         """
         visible = (self.outline & image) - self.nearer
         return visible.buffer(-0.5, join_style="mitre").buffer(0.5, join_style="mitre")
@@ -136,14 +126,7 @@ def _propose_objects(rng: np.random.Generator, size: Size) -> Iterator[SceneObje
 
 
 def sample_scene(rng: np.random.Generator, size: Size) -> list[SceneObject]:
-    """
-    Args:
-        rng: source of chance.
-        size: height and width of the picture, in pixels.
-
-    Returns:
-        The objects of one picture, at least one, the nearest first.
-    """
+    """The objects of one picture, at least one, the nearest first."""
     image = picture_frame(size)
     scene: list[SceneObject] = []
     nearer = NOTHING
@@ -157,14 +140,7 @@ def sample_scene(rng: np.random.Generator, size: Size) -> list[SceneObject]:
 
 
 def cloudy_background(rng: np.random.Generator, size: Size) -> Image.Image:
-    """
-    Args:
-        rng: source of chance.
-        size: height and width of the picture, in pixels.
-
-    Returns:
-        A background for :func:`draw_scene`, dark or light.
-    """
+    """A background for :func:`draw_scene`, dark or light."""
     brightness = rng.choice([rng.uniform(45, 85), rng.uniform(180, 215)])
     clouds = (brightness + rng.uniform(-22, 22, size=(4, 4, 3))).astype(np.uint8)
     height, width = size
@@ -173,14 +149,7 @@ def cloudy_background(rng: np.random.Generator, size: Size) -> Image.Image:
 
 
 def plain_background(color: Color, size: Size) -> Image.Image:
-    """
-    Args:
-        color: red, green and blue, 0 to 255.
-        size: height and width of the picture, in pixels.
-
-    Returns:
-        A background for :func:`draw_scene`.
-    """
+    """A background of one colour for :func:`draw_scene`."""
     height, width = size
     return Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING), color)
 
@@ -189,15 +158,8 @@ def draw_scene(
     rng: np.random.Generator, scene: list[SceneObject], background: Image.Image
 ) -> Image.Image:
     """
-    Draw objects, anti-aliased and with grain.
-
-    Args:
-        rng: source of chance, for the grain.
-        scene: the objects, the nearest first.
-        background: what they are drawn on; it is changed.
-
-    Returns:
-        The picture, RGB, of the size of the background over ``SUPERSAMPLING``.
+    Draw objects, the nearest first, on a background, which is
+    changed; anti-aliased, with grain.
     """
     draw = ImageDraw.Draw(background)
     for item in reversed(scene):
@@ -220,12 +182,6 @@ def hole_free_polygons(geometry: BaseGeometry) -> list[Polygon]:
 
     A polygon with holes is cut along a vertical line through one; vertical, because a rasteriser
     then gives each column of pixels to one side and leaves no seam.
-
-    Args:
-        geometry: polygons; lines and points in it are left out.
-
-    Returns:
-        The polygons, which cover the same area.
     """
     polygons = []
     for part in getattr(geometry, "geoms", [geometry]):

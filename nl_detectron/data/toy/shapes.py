@@ -60,14 +60,7 @@ def _keypoints(item: SceneObject, image: Polygon) -> list[float]:
 
 
 def annotate(item: SceneObject, size: Size) -> dict[str, Any]:
-    """
-    Args:
-        item: an object.
-        size: height and width of the picture, in pixels.
-
-    Returns:
-        The COCO annotation, without ids, of the part of it that can be seen in the picture.
-    """
+    """The COCO annotation, without ids, of what can be seen of an object in a picture."""
     image = picture_frame(size)
     visible = hole_free_polygons(item.visible(image))
     left, top, right, bottom = MultiPolygon(visible).bounds
@@ -92,15 +85,10 @@ def _draw(rng: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any]]]:
 
 def make_shapes(root: str | Path, num_train: int = 600, num_val: int = 100) -> Path:
     """
-    Draw the shapes datasets; see :func:`make_dataset`, also for what is raised.
+    Draw the shapes datasets, and return ``root``.
 
-    Args:
-        root: the folder to make.
-        num_train: number of training images.
-        num_val: number of validation images.
-
-    Returns:
-        ``root``.
+    Raises:
+        FileExistsError: ``root`` exists and holds something else.
     """
     categories: list[dict[str, Any]] = [
         {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": [[1, 2]]}
@@ -110,13 +98,7 @@ def make_shapes(root: str | Path, num_train: int = 600, num_val: int = 100) -> P
 
 
 def register_shapes(root: str | Path) -> None:
-    """
-    Register ``shapes_train`` and ``shapes_val``, to be made on first use. Registering again
-    replaces what was registered.
-
-    Args:
-        root: their folder.
-    """
+    """Register ``shapes_train`` and ``shapes_val``, anew if need be, to be made in ``root``."""
     register_dataset(
         "shapes",
         Path(root),
