@@ -21,6 +21,7 @@ _EITHER = (True, False)
 _NO_SOFTMAX: Mapping[str, Sequence[bool]] = {"dot_product": (), "concatenation": ()}
 _SOFTMAX = ("gaussian", "embedded_gaussian", "disentangled")
 _PLACE = re.compile(r"(?:.*\.)?res([2-5])\.nonlocal(\d+)")
+_CHILD = ".nonlocal"
 _MMCV_NORMS = {"": None, "GN": {"type": "GN", "num_groups": 32}}
 
 
@@ -49,7 +50,9 @@ def _our_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, An
         node["TEMPERATURE"] = first.temperature
     elif first.pairwise == "global_context":
         node = {"BLOCK": "GlobalContextBlock", "REDUCTION": reduction}
-    if lost := [name for name in names if not _PLACE.fullmatch(name)]:
+    modules = [name.removesuffix(_CHILD) for name in names if name.endswith(_CHILD)]
+    stages = [match for match in map(_PLACE.fullmatch, names) if match]
+    if lost := [n for n in names if not (_PLACE.fullmatch(n) or n.endswith(_CHILD))]:
         notes.append(
             f"The place of {', '.join(map(repr, lost))} in our model is not known, so "
             "AFTER_BLOCKS_PER_STAGE is left to you. rename (convert_weights.py: --rename OLD=NEW) "
@@ -57,10 +60,11 @@ def _our_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, An
             "res4."
         )
         return {"MODEL": {"NONLOCAL": node}}
-    places = sorted(_PLACE.sub(r"\1 \2", name).split() for name in names)
     node["AFTER_BLOCKS_PER_STAGE"] = [
-        sorted(int(after) for at, after in places if at == stage) for stage in "2345"
+        sorted(int(match[2]) for match in stages if match[1] == stage) for stage in "2345"
     ]
+    if modules:  # of a ResNet alone, or of the one in an FPN
+        node["AFTER_MODULES"] = [f"*{module.removeprefix('backbone.')}" for module in modules]
     return {"MODEL": {"BACKBONE": {"NAME": "build_nonlocal_backbone"}, "NONLOCAL": node}}
 
 

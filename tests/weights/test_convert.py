@@ -186,20 +186,6 @@ def test_rename_puts_blocks_in_their_place():
     )
 
 
-@pytest.mark.parametrize("family", ["mmcv", "timm"])
-def test_blocks_within_residual_branches_are_another_network(family):
-    prefix = "backbone.layer3.4.nonlocal_block"
-    tensors = block(family, prefix=f"{prefix}.")
-    said = {"pairwise": "embedded_gaussian", "scale": True}
-    with pytest.raises(ConversionError, match=r"layer3.4.* is within a residual block's branch"):
-        convert(tensors, **said)
-    forced = convert(tensors, **said, rename={prefix: "res4.nonlocal4"})
-    assert forced.notes[0].startswith("NOT THE SAME NETWORK")
-    both = convert({**tensors, **block(family, prefix="neck.refine.")}, **said)
-    assert sum("within a residual" in row.note for row in both.rows) == 8
-    assert "neck.refine.theta.weight" in both.state_dict
-
-
 @pytest.mark.parametrize(
     ("to", "said", "message"),
     [
