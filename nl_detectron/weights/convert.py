@@ -18,8 +18,12 @@ from nl_detectron.weights.families import FAMILIES
 from nl_detectron.weights.family import Family
 from nl_detectron.weights.placeholder import placeholders_in
 from nl_detectron.weights.reading import read_block
-from nl_detectron.weights.resnets import is_detectron2, resnet_config
-from nl_detectron.weights.torchvision import convert_torchvision, is_torchvision
+from nl_detectron.weights.resnets import (
+    convert_torchvision,
+    is_detectron2,
+    is_torchvision,
+    resnet_config,
+)
 from nl_detectron.weights.writing import write_block
 
 # "torchvision" is a ResNet of torchvision or timm, "detectron2" what has its names already.

@@ -12,9 +12,9 @@ from typing import Any
 
 from nl_detectron.weights import keras
 from nl_detectron.weights.block import BATCH_NORMS, Block, common_reduction
-from nl_detectron.weights.caffe2 import NORM_LEAVES, convert_caffe2_backbone
 from nl_detectron.weights.conversion import ConversionError
 from nl_detectron.weights.family import Family, Part
+from nl_detectron.weights.resnets import CAFFE2_NORM, convert_caffe2_backbone
 
 _EITHER = (True, False)
 # Pairwise functions that have no logits to scale.
@@ -72,7 +72,7 @@ def _mmcv_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, A
     """The arguments of NonLocal1d, 2d or 3d, by block."""
     return {
         name: {
-            "type": f"NonLocal{block.dims}d",
+            "type": f"NonLocal{len(block.shape) - 2}d",
             "in_channels": block.in_channels,
             "reduction": common_reduction([block]),
             "use_scale": block.traits.scale,
@@ -92,8 +92,7 @@ def _pytorchvideo_settings(blocks: Mapping[str, Block], notes: list[str]) -> dic
             "dim_inner": block.inner_channels,
             "pool_size": [1, 2, 2] if block.traits.subsample == "input" else None,
             "instantiation": {"dot_product": "dot_product"}.get(block.traits.pairwise, "softmax"),
-            # Their default is batch norm, and None is no norm.
-            **({} if block.traits.norm else {"norm": None}),
+            **({} if block.traits.norm else {"norm": None}),  # by default it has batch norm
         }
         for name, block in blocks.items()
     }
@@ -154,7 +153,7 @@ FAMILIES: dict[str, Family] = {
     "caffe2": Family(
         title="video-nonlocal-net (Caffe2)",
         parts=_parts(theta="theta", phi="phi", g="g", out="out", norm="bn"),
-        leaves={"w": "weight", **NORM_LEAVES},
+        leaves={"w": "weight", **CAFFE2_NORM},
         separator="_",
         optimizer=("_momentum",),
         place_names=(r"nonlocal_conv(\d)(?:_group)?_(\d+)", r"res\1.nonlocal\2"),

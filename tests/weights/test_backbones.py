@@ -127,7 +127,7 @@ def context_block(channels):
 )
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_blocks_after_conv3(make_block, name, said, prefix, photos):
-    """timm's "se" is where mmdetection has its plug-ins after conv3; in Detectron2 it is the same."""
+    """timm's "se" is where mmdetection has its plug-ins after conv3."""
     theirs = pytest.importorskip("timm").create_model("resnet50")
     pytest.importorskip("mmcv")
     units = {"res3.0": theirs.layer2[0], "res4.4": theirs.layer3[4], "res4.5": theirs.layer3[5]}
