@@ -11,6 +11,11 @@ from torch import Tensor
 
 from nl_detectron.weights.conversion import ConversionError
 
+# The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
+CONVS = {
+    **{"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "unary": "1C", "out": "Cd"},
+    **{"context": "1C", "reduce": "dC"},
+}
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN")
 # Epsilon of the batch norms that get_norm makes.
 OUR_EPS = 1e-5

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -125,12 +125,11 @@ def _tensors_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     state_dict, others = split_checkpoint(checkpoint)
     arrays = {n: v for n, v in state_dict.items() if isinstance(v, (Tensor, np.ndarray))}
     others |= {name: value for name, value in state_dict.items() if name not in arrays}
-    tensors = {
-        # The shapes of tensors without values are enough.
+    # Of tensors without values the shapes are enough.
+    return {
         name: value if isinstance(value, Tensor) and value.is_meta else as_tensor(name, value)
         for name, value in with_plain_names(arrays).items()
-    }
-    return tensors, others
+    }, others
 
 
 def _copy(tensors: Mapping[str, Tensor], result: Conversion) -> None:
@@ -154,7 +153,12 @@ def _convert_blocks(
     if not found:
         raise ConversionError(f"there is no non-local block in {family.title}'s names")
     assert target.settings is not None  # TARGETS are those that have them
-    _check_rename(options.rename, found, family.separator)
+    for old in options.rename:
+        if not any(b == old or (old and b.startswith(old + family.separator)) for b in found):
+            raise ConversionError(
+                f"there is no block {old!r} to rename; the blocks are "
+                f"{', '.join(map(repr, found))}{did_you_mean(old, found)}"
+            )
     if options.dims not in (None, *target.dims):
         raise ConversionError(
             f"{target.title}'s blocks are {target.dims[0]}-D, not {options.dims}-D"
@@ -182,16 +186,6 @@ def _convert_blocks(
     else:
         for name, tensor in rest.items():
             result.leave_out(name, tensor, "not a non-local block's")
-
-
-def _check_rename(rename: Mapping[str, str], found: Iterable[str], separator: str) -> None:
-    blocks = list(found)
-    for old in rename:
-        if not any(b == old or (old and b.startswith(old + separator)) for b in blocks):
-            raise ConversionError(
-                f"there is no block {old!r} to rename; the blocks are "
-                f"{', '.join(map(repr, blocks))}{did_you_mean(old, blocks)}"
-            )
 
 
 def _place(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nl_detectron.weights import keras
-from nl_detectron.weights.block import BATCH_NORMS, Block, common_reduction
+from nl_detectron.weights.block import BATCH_NORMS, CONVS, Block, common_reduction
 from nl_detectron.weights.conversion import ConversionError
 from nl_detectron.weights.family import Family, Part
 from nl_detectron.weights.resnets import CAFFE2_NORM, convert_caffe2_backbone
@@ -31,27 +31,23 @@ def _parts(**names: str | Part) -> dict[str, Part]:
 
 def _our_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
     """One MODEL.NONLOCAL for all; without the places if the place of a block is not known."""
-    names, traits = list(blocks), [block.traits for block in blocks.values()]
-    for name, other in zip(names, traits):
-        if other != traits[0]:
+    names, first = list(blocks), next(iter(blocks.values())).traits
+    for name, block in blocks.items():
+        if block.traits != first:
             raise ConversionError(
                 f"{names[0]} and {name} differ, and MODEL.NONLOCAL holds for all: "
-                f"{traits[0]} and {other}"
+                f"{first} and {block.traits}"
             )
-    first, reduction = traits[0], common_reduction(blocks.values())
-    node: dict[str, Any] = {
-        "PAIRWISE": first.pairwise,
-        "REDUCTION": reduction,
-        "SCALE": first.scale,
-        "SUBSAMPLE": first.subsample,
-        "NORM": first.norm,
-    }
+    node: dict[str, Any] = {"REDUCTION": common_reduction(blocks.values())}
+    if first.pairwise == "global_context":
+        node = {"BLOCK": "GlobalContextBlock", **node}
+    else:
+        node = {"PAIRWISE": first.pairwise, **node, "SCALE": first.scale}
+        node |= {"SUBSAMPLE": first.subsample, "NORM": first.norm}
     if first.pairwise == "disentangled":
         node["TEMPERATURE"] = first.temperature
-    elif first.pairwise == "global_context":
-        node = {"BLOCK": "GlobalContextBlock", "REDUCTION": reduction}
     modules = [name.removesuffix(_CHILD) for name in names if name.endswith(_CHILD)]
-    stages = [match for match in map(_PLACE.fullmatch, names) if match]
+    in_stages = [match for match in map(_PLACE.fullmatch, names) if match]
     if lost := [n for n in names if not (_PLACE.fullmatch(n) or n.endswith(_CHILD))]:
         notes.append(
             f"The place of {', '.join(map(repr, lost))} in our model is not known, so "
@@ -61,7 +57,7 @@ def _our_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, An
         )
         return {"MODEL": {"NONLOCAL": node}}
     node["AFTER_BLOCKS_PER_STAGE"] = [
-        sorted(int(match[2]) for match in stages if match[1] == stage) for stage in "2345"
+        sorted(int(match[2]) for match in in_stages if match[1] == stage) for stage in "2345"
     ]
     if modules:  # of a ResNet alone, or of the one in an FPN
         node["AFTER_MODULES"] = [f"*{module.removeprefix('backbone.')}" for module in modules]
@@ -138,10 +134,7 @@ _PYTORCHVIDEO = _parts(theta="conv_theta", phi="conv_phi", g="conv_g", out="conv
 FAMILIES: dict[str, Family] = {
     "nl_detectron": Family(
         title="nl_detectron",
-        parts={
-            name: Part(name)
-            for name in ["theta", "phi", "g", "out", "norm", "concat", "unary", "context", "reduce"]
-        },
+        parts={name: Part(name) for name in (*CONVS, "norm")},
         scales={**dict.fromkeys(_SOFTMAX, _EITHER), **_NO_SOFTMAX, "global_context": ()},
         needs=(frozenset({"g", "out"}), frozenset({"context", "reduce", "out"})),
         usual={"pairwise": "embedded_gaussian", "scale": True, "subsample": "embeddings"},
@@ -263,12 +256,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "ann": Family(
         title="ANN",  # MendelXu/ANN's; read_only are mmsegmentation's
-        parts={
-            "theta": Part("f_query.0", read_only="query_project.conv"),
-            "phi": Part("f_key.0", read_only="key_project.conv"),
-            "g": Part("f_value", read_only="value_project"),
-            "out": Part("W", read_only="out_project"),
-        },
+        parts=_parts(
+            theta=Part("f_query.0", read_only="query_project.conv"),
+            phi=Part("f_key.0", read_only="key_project.conv"),
+            g=Part("f_value", read_only="value_project"),
+            out=Part("W", read_only="out_project"),
+        ),
         needs=(frozenset({"theta", "phi", "g", "out"}),),
         refusal="ANN's theta and phi end in batch norm and a ReLU, and its result is concatenated "
         "to x, not added, so that our block cannot compute the same",

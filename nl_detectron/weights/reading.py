@@ -10,6 +10,7 @@ from nl_detectron.validation import check_choice
 from nl_detectron.weights.block import (
     AFFINE_NOTE,
     BATCH_NORMS,
+    CONVS,
     OUR_EPS,
     PUBLISHED_TEMPERATURE,
     Block,
@@ -19,11 +20,6 @@ from nl_detectron.weights.block import (
 from nl_detectron.weights.conversion import Conversion, ConversionError, Options
 from nl_detectron.weights.family import Family
 
-# The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
-_CONVS = {
-    **{"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "unary": "1C", "out": "Cd"},
-    **{"context": "1C", "reduce": "dC"},
-}
 # The first of these parts that a block has tells which pairwise functions are possible.
 _KINDS = {
     "reduce": ("global_context",),
@@ -47,7 +43,7 @@ def read_block(block: Block, family: Family, options: Options, result: Conversio
         counter = "norm.num_batches_tracked"
         if block.traits.norm == "FrozenBN" and block.tensors.pop(counter, None) is not None:
             block.notes[counter] = "a counter that a frozen batch norm does not have"
-        convs = {part: _CONVS[part] for part in _CONVS if part in block.parts}
+        convs = {part: sizes for part, sizes in CONVS.items() if part in block.parts}
         _add_biases(block, convs, family)
         _reshape_convs(block, convs, options.dims)
         family.to_ours(block)
