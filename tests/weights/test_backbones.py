@@ -22,6 +22,7 @@ from tests.weights.test_named_families import caffe2_block
 ROOT = Path(__file__).resolve().parents[2]
 COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco"
 LAYERS = {f"res{stage}": f"layer{stage - 1}" for stage in range(2, 6)}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TIMM = (*DEPTHS, "resnext50_32x4d", "resnext101_32x8d")
 TORCHVISION = (*TIMM, "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
@@ -63,13 +64,9 @@ def test_features_are_equal(library, name, photos):
     assert unexpected == ["linear.weight", "linear.bias"]
 
     assert cfg.INPUT.FORMAT == "RGB"
-    their_mean, their_std = (
-        torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1)
-        for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    our_mean, our_std = (
-        torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1)
-        for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    their_mean, their_std, our_mean, our_std = (
+        torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1)
+        for values in (*IMAGENET, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     )
     expected = {}
     for stage, layer in LAYERS.items():
