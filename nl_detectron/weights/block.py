@@ -11,6 +11,11 @@ from torch import Tensor
 
 from nl_detectron.weights.conversion import ConversionError
 
+# The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
+CONVS = {
+    **{"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "unary": "1C", "out": "Cd"},
+    **{"context": "1C", "reduce": "dC"},
+}
 BATCH_NORMS = ("BN", "SyncBN", "FrozenBN", "nnSyncBN", "naiveSyncBN")
 # Epsilon of the batch norms that get_norm makes.
 OUR_EPS = 1e-5
@@ -34,32 +39,24 @@ _UNKNOWN = Traits("", False, "", "")
 
 @dataclass
 class Block:
-    """
-    A block: its name in the file, ``prefix`` ("" at the root); by our names, its tensors, which
-    reading changes so that our block computes what the file's did, their names in the file
-    (``origins``) and how or why each was changed or left out (``notes``); the implementation's
-    names of its ``parts``, by ours, and which of these are ``pooled``; ``faults``, why it cannot be
-    converted; and, once it is read, what it computes and of how many dimensions it was.
-    """
+    """A block; its dicts are by our names. Reading changes the tensors so that ours is the same."""
 
-    prefix: str
+    prefix: str  # its name in the file; "" at the root
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    origins: dict[str, str] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    parts: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)  # their names in the file
+    notes: dict[str, str] = field(default_factory=dict)  # how or why they were changed or left out
+    parts: dict[str, str] = field(default_factory=dict)  # the implementation's names of them
     pooled: set[str] = field(default_factory=set)
-    faults: list[str] = field(default_factory=list)
-    traits: Traits = _UNKNOWN
+    faults: list[str] = field(default_factory=list)  # why it cannot be converted
+    traits: Traits = _UNKNOWN  # this and the next are set when it is read
     dims_in_file: int = 0
 
     @property
     def title(self) -> str:
-        """How messages call it."""
         return self.prefix or "the block"
 
     @property
     def is_context(self) -> bool:
-        """Is it a global context block?"""
         return "reduce" in self.parts
 
     @property
@@ -81,10 +78,6 @@ class Block:
         return self.shape[0]
 
     @property
-    def dims(self) -> int:
-        return len(self.shape) - 2
-
-    @property
     def is_affine(self) -> bool:
         """Is its norm one multiplication and addition per channel?"""
         return self.traits.norm == "FrozenBN" and "norm.running_var" not in self.tensors
@@ -95,7 +88,6 @@ class Block:
         self.notes[name] = "; ".join(filter(None, (self.notes.get(name), note)))
 
     def multiply_theta(self, factor: float, note: str) -> None:
-        """Multiply the logits."""
         for name in ("theta.weight", "theta.bias"):
             self.change(name, self.tensors[name] * factor, note)
 

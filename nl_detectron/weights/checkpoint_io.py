@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nl_detectron.files import whole_file
 from nl_detectron.validation import check_choice
-from nl_detectron.weights.placeholder import NotDataError, describe, placeholders_in
+from nl_detectron.weights.placeholder import NotDataError, Placeholder, placeholders_in
 from nl_detectron.weights.unpickling import read_pickled
 
 __all__ = [
@@ -57,20 +57,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Read a checkpoint of any kind without running anything that is in it.
 
     Args:
-        path: a local file. ``.safetensors`` is a file of that format; ``.h5`` is a file of Keras's
-            weights, in HDF5, which takes h5py; every other file is one that ``torch.save`` wrote,
-            or a pickle of arrays, as in the model zoos of Detectron and Detectron2, possibly
-            written by Python 2.
+        path: ``.safetensors``; ``.h5``, Keras's weights, which takes h5py; any other name for what
+            ``torch.save`` wrote or a pickle of arrays, as in the model zoos of Detectron and
+            Detectron2, possibly of Python 2.
 
     Returns:
-        What the file holds: a state dict, or a dict that has one under one of
-        :data:`STATE_DICT_KEYS`. Tensors are on the CPU; arrays are NumPy's. In the place of
-        objects, such as an optimizer's or a config's, are placeholders, which are logged. The names
-        of the arrays of a ``.h5`` have the layer and the weight, such as ``conv2d_1/kernel:0``.
+        A state dict, or a dict that has one under one of :data:`STATE_DICT_KEYS`, of tensors on the
+        CPU and NumPy's arrays. In the place of objects, such as an optimizer's or a config's, are
+        placeholders, which are logged. Names from ``.h5`` are such as ``conv2d_1/kernel:0``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: the file is corrupt, truncated, not a checkpoint, or holds something else
+        CheckpointError: the file is corrupt, truncated, not a checkpoint, or has something else
             than a plain tensor or an array where a weight belongs.
     """
     path = Path(path)
@@ -97,9 +95,8 @@ def save_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     Write a state dict so that Detectron2 loads it. The file appears complete or not at all.
 
     Args:
-        checkpoint: a state dict, names to tensors or NumPy arrays; or what :func:`load_checkpoint`
-            returns, with a state dict under one of :data:`STATE_DICT_KEYS`. Only the state dict's
-            tensors and arrays are written, not an optimizer's state, for instance.
+        checkpoint: a state dict, or a dict that has one under one of :data:`STATE_DICT_KEYS`. Its
+            tensors and arrays are written, and nothing else.
         path: ``.pth`` for Detectron2's own form, ``{"model": state_dict}``, whose names have to be
             the model's; ``.pkl`` for the form of its model zoo, whose names may lack a prefix such
             as ``backbone.bottom_up``; ``.safetensors`` for the state dict alone. What NumPy has no
@@ -177,7 +174,10 @@ def as_tensor(name: str, value: Any) -> Tensor:
         except (TypeError, ValueError):
             raise ValueError(f"{name} is an array of {value.dtype}, not of numbers") from None
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is a {describe(value)}, not a tensor")
+        objects = ", ".join(placeholder.name for placeholder in placeholders_in(value))
+        kind = type(value).__name__ + (objects and f" with {objects}")
+        kind = objects if isinstance(value, Placeholder) else kind
+        raise ValueError(f"{name} is a {kind}, not a tensor")
     for kind, is_so in (
         ("a nested", value.is_nested),
         ("a sparse", value.layout != torch.strided),
@@ -218,10 +218,6 @@ def _check_weights(content: Any) -> None:
         for placeholder in placeholders_in(value):
             where = f"{name} in it" if name else "it"
             raise NotDataError(f"{where} {placeholder.why}")
-
-
-def _write_torch(tensors: dict[str, Tensor], path: Path) -> None:
-    torch.save({"model": tensors}, path)
 
 
 def _write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
@@ -269,7 +265,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     ".safetensors": safetensors.torch.load_file,
 }
 _WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
-    ".pth": _write_torch,
+    ".pth": lambda tensors, path: torch.save({"model": tensors}, path),
     ".pkl": _write_pickle,
     ".safetensors": _write_safetensors,
 }

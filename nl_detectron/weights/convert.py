@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -19,8 +19,12 @@ from nl_detectron.weights.family import Family
 from nl_detectron.weights.mmdetection import convert_detector, is_detector
 from nl_detectron.weights.placeholder import placeholders_in
 from nl_detectron.weights.reading import read_block
-from nl_detectron.weights.resnets import is_detectron2, resnet_config
-from nl_detectron.weights.torchvision import convert_torchvision, is_torchvision
+from nl_detectron.weights.resnets import (
+    convert_torchvision,
+    is_detectron2,
+    is_torchvision,
+    resnet_config,
+)
 from nl_detectron.weights.writing import write_block
 
 # "torchvision" is a ResNet of torchvision or timm, "detectron2" what has its names already.
@@ -28,8 +32,12 @@ from nl_detectron.weights.writing import write_block
 SOURCES = (*FAMILIES, "torchvision", "detectron2", "mmdetection")
 TARGETS = tuple(name for name, family in FAMILIES.items() if family.settings)
 
-# mmdet's plug-ins and timm's attention layers: within a residual block, before its sum.
 _IN_RESIDUAL_BRANCH = re.compile(r"(?:.*\.)?layer\d+\.\d+\..+")
+# Of mmdetection's plug-ins, which may be after any convolution, and of timm's attention layers.
+_PERHAPS_AFTER_CONV3 = re.compile(
+    r"(?P<unit>(?:.*\.)?layer(?P<layer>[1-4])\.(?P<index>\d+))\.((context|nonlocal)_block\w*|se)"
+)
+_AFTER_CONV3 = re.compile(r"(?:.*\.)?res[2-5]\.\d+\.conv3\.nonlocal")
 
 
 def convert(
@@ -59,7 +67,9 @@ def convert(
         ValueError: an argument, or the name of an option, is not among the legal ones.
     """
     check_choice("to", to, TARGETS)
-    given = _options_of(options)
+    for name in options:
+        check_choice("option", name, [option.name for option in fields(Options)])
+    given = Options(**{name: value for name, value in options.items() if value is not None})
     tensors, others = _tensors_of(checkpoint)
     if family is None:
         family = recognise(tensors)
@@ -116,23 +126,16 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
     )
 
 
-def _options_of(keywords: Mapping[str, Any]) -> Options:
-    for name in keywords:
-        check_choice("option", name, [option.name for option in fields(Options)])
-    return Options(**{name: value for name, value in keywords.items() if value is not None})
-
-
 def _tensors_of(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the state dict, by their names without wrappers; all the rest."""
     state_dict, others = split_checkpoint(checkpoint)
     arrays = {n: v for n, v in state_dict.items() if isinstance(v, (Tensor, np.ndarray))}
-    others.update({name: value for name, value in state_dict.items() if name not in arrays})
-    tensors = {
-        # The shapes of tensors without values are enough.
+    others |= {name: value for name, value in state_dict.items() if name not in arrays}
+    # Of tensors without values the shapes are enough.
+    return {
         name: value if isinstance(value, Tensor) and value.is_meta else as_tensor(name, value)
         for name, value in with_plain_names(arrays).items()
-    }
-    return tensors, others
+    }, others
 
 
 def _copy(tensors: Mapping[str, Tensor], result: Conversion) -> None:
@@ -156,7 +159,12 @@ def _convert_blocks(
     if not found:
         raise ConversionError(f"there is no non-local block in {family.title}'s names")
     assert target.settings is not None  # TARGETS are those that have them
-    _check_rename(options.rename, found, family.separator)
+    for old in options.rename:
+        if not any(b == old or (old and b.startswith(old + family.separator)) for b in found):
+            raise ConversionError(
+                f"there is no block {old!r} to rename; the blocks are "
+                f"{', '.join(map(repr, found))}{did_you_mean(old, found)}"
+            )
     if options.dims not in (None, *target.dims):
         raise ConversionError(
             f"{target.title}'s blocks are {target.dims[0]}-D, not {options.dims}-D"
@@ -164,7 +172,10 @@ def _convert_blocks(
     options = replace(options, dims=options.dims or target.dims[0])
 
     written: dict[str, Block] = {}
-    for where, block in _placed(found.values(), family, options.rename, result):
+    for block in found.values():
+        where = _place(block, family, options.rename, tensors, result)
+        if where is None:
+            continue
         read_block(block, family, options, result)
         written[where], names = write_block(block, target)
         _add_block(written[where], names, where, result)
@@ -183,35 +194,40 @@ def _convert_blocks(
             result.leave_out(name, tensor, "not a non-local block's")
 
 
-def _check_rename(rename: Mapping[str, str], found: Iterable[str], separator: str) -> None:
-    blocks = list(found)
-    for old in rename:
-        if not any(b == old or (old and b.startswith(old + separator)) for b in blocks):
-            raise ConversionError(
-                f"there is no block {old!r} to rename; the blocks are "
-                f"{', '.join(map(repr, blocks))}{did_you_mean(old, blocks)}"
-            )
+def _place(
+    block: Block,
+    family: Family,
+    rename: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    result: Conversion,
+) -> str | None:
+    """A block's name in our model; None if it has no place there, and is left out."""
+    where = family.place(block.prefix, rename)
+    if not _IN_RESIDUAL_BRANCH.fullmatch(block.prefix) or _AFTER_CONV3.fullmatch(where):
+        return where
+    note = f"{block.prefix} is within a residual block's branch, before its sum"
+    if where != block.prefix:
+        result.notes.append(f"NOT THE SAME NETWORK: {note}. {where} is the same block only.")
+        return where
+    if (place := _after_conv3(block, tensors)) is not None:
+        return place
+    for ours, name in block.origins.items():
+        why = f"{note}, and the file does not tell that it is after conv3 (--rename takes it)"
+        result.leave_out(name, block.tensors[ours], why)
+    return None
 
 
-def _placed(
-    found: Iterable[Block], family: Family, rename: Mapping[str, str], result: Conversion
-) -> Iterator[tuple[str, Block]]:
-    """The blocks that have a place in our model, or were given one, with their names there."""
-    for block in found:
-        where = family.place(block.prefix, rename)
-        note = (
-            f"{block.prefix} is within a residual block's branch, before its sum; our blocks are "
-            "between residual blocks"
-        )
-        if not _IN_RESIDUAL_BRANCH.fullmatch(block.prefix):
-            yield where, block
-        elif where != block.prefix:
-            result.notes.append(f"NOT THE SAME NETWORK: {note}. {where} is the same block only.")
-            yield where, block
-        else:
-            for ours, name in block.origins.items():
-                why = f"{note} (--rename takes it nevertheless)"
-                result.leave_out(name, block.tensors[ours], why)
+def _after_conv3(block: Block, tensors: Mapping[str, Tensor]) -> str | None:
+    """Its name in our model, if its name fits and its channels are conv3's, and no other's."""
+    match = _PERHAPS_AFTER_CONV3.fullmatch(block.prefix)
+    own = block.tensors.get(f"{block.embedding}.weight")
+    if match is None or own is None:
+        return None
+    convs = [tensors.get(f"{match['unit']}.conv{i}.weight") for i in (1, 2, 3)]
+    *others, width = [None if conv is None else conv.shape[0] for conv in convs]
+    if own.shape[1:2] != (width,) or width in others:
+        return None
+    return f"res{int(match['layer']) + 1}.{match['index']}.conv3.nonlocal"
 
 
 def _add_block(block: Block, names: Mapping[str, str], where: str, result: Conversion) -> None:

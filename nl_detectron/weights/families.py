@@ -11,16 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nl_detectron.weights import keras
-from nl_detectron.weights.block import BATCH_NORMS, Block, common_reduction
-from nl_detectron.weights.caffe2 import NORM_LEAVES, convert_caffe2_backbone
+from nl_detectron.weights.block import BATCH_NORMS, CONVS, Block, common_reduction
 from nl_detectron.weights.conversion import ConversionError
 from nl_detectron.weights.family import Family, Part
+from nl_detectron.weights.resnets import CAFFE2_NORM, convert_caffe2_backbone
 
 _EITHER = (True, False)
 # Pairwise functions that have no logits to scale.
 _NO_SOFTMAX: Mapping[str, Sequence[bool]] = {"dot_product": (), "concatenation": ()}
 _SOFTMAX = ("gaussian", "embedded_gaussian", "disentangled")
 _PLACE = re.compile(r"(?:.*\.)?res([2-5])\.nonlocal(\d+)")
+_CHILD = ".nonlocal"
 _MMCV_NORMS = {"": None, "GN": {"type": "GN", "num_groups": 32}}
 
 
@@ -30,26 +31,24 @@ def _parts(**names: str | Part) -> dict[str, Part]:
 
 def _our_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, Any]:
     """One MODEL.NONLOCAL for all; without the places if the place of a block is not known."""
-    names, traits = list(blocks), [block.traits for block in blocks.values()]
-    for name, other in zip(names, traits):
-        if other != traits[0]:
+    names, first = list(blocks), next(iter(blocks.values())).traits
+    for name, block in blocks.items():
+        if block.traits != first:
             raise ConversionError(
                 f"{names[0]} and {name} differ, and MODEL.NONLOCAL holds for all: "
-                f"{traits[0]} and {other}"
+                f"{first} and {block.traits}"
             )
-    first, reduction = traits[0], common_reduction(blocks.values())
-    node: dict[str, Any] = {
-        "PAIRWISE": first.pairwise,
-        "REDUCTION": reduction,
-        "SCALE": first.scale,
-        "SUBSAMPLE": first.subsample,
-        "NORM": first.norm,
-    }
+    node: dict[str, Any] = {"REDUCTION": common_reduction(blocks.values())}
+    if first.pairwise == "global_context":
+        node = {"BLOCK": "GlobalContextBlock", **node}
+    else:
+        node = {"PAIRWISE": first.pairwise, **node, "SCALE": first.scale}
+        node |= {"SUBSAMPLE": first.subsample, "NORM": first.norm}
     if first.pairwise == "disentangled":
         node["TEMPERATURE"] = first.temperature
-    elif first.pairwise == "global_context":
-        node = {"BLOCK": "GlobalContextBlock", "REDUCTION": reduction}
-    if lost := [name for name in names if not _PLACE.fullmatch(name)]:
+    modules = [name.removesuffix(_CHILD) for name in names if name.endswith(_CHILD)]
+    in_stages = [match for match in map(_PLACE.fullmatch, names) if match]
+    if lost := [n for n in names if not (_PLACE.fullmatch(n) or n.endswith(_CHILD))]:
         notes.append(
             f"The place of {', '.join(map(repr, lost))} in our model is not known, so "
             "AFTER_BLOCKS_PER_STAGE is left to you. rename (convert_weights.py: --rename OLD=NEW) "
@@ -57,10 +56,11 @@ def _our_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, An
             "res4."
         )
         return {"MODEL": {"NONLOCAL": node}}
-    places = sorted(_PLACE.sub(r"\1 \2", name).split() for name in names)
     node["AFTER_BLOCKS_PER_STAGE"] = [
-        sorted(int(after) for at, after in places if at == stage) for stage in "2345"
+        sorted(int(match[2]) for match in in_stages if match[1] == stage) for stage in "2345"
     ]
+    if modules:  # of a ResNet alone, or of the one in an FPN
+        node["AFTER_MODULES"] = [f"*{module.removeprefix('backbone.')}" for module in modules]
     return {"MODEL": {"BACKBONE": {"NAME": "build_nonlocal_backbone"}, "NONLOCAL": node}}
 
 
@@ -68,7 +68,7 @@ def _mmcv_settings(blocks: Mapping[str, Block], notes: list[str]) -> dict[str, A
     """The arguments of NonLocal1d, 2d or 3d, by block."""
     return {
         name: {
-            "type": f"NonLocal{block.dims}d",
+            "type": f"NonLocal{len(block.shape) - 2}d",
             "in_channels": block.in_channels,
             "reduction": common_reduction([block]),
             "use_scale": block.traits.scale,
@@ -88,8 +88,7 @@ def _pytorchvideo_settings(blocks: Mapping[str, Block], notes: list[str]) -> dic
             "dim_inner": block.inner_channels,
             "pool_size": [1, 2, 2] if block.traits.subsample == "input" else None,
             "instantiation": {"dot_product": "dot_product"}.get(block.traits.pairwise, "softmax"),
-            # Their default is batch norm, and None is no norm.
-            **({} if block.traits.norm else {"norm": None}),
+            **({} if block.traits.norm else {"norm": None}),  # by default it has batch norm
         }
         for name, block in blocks.items()
     }
@@ -135,10 +134,7 @@ _PYTORCHVIDEO = _parts(theta="conv_theta", phi="conv_phi", g="conv_g", out="conv
 FAMILIES: dict[str, Family] = {
     "nl_detectron": Family(
         title="nl_detectron",
-        parts={
-            name: Part(name)
-            for name in ["theta", "phi", "g", "out", "norm", "concat", "unary", "context", "reduce"]
-        },
+        parts={name: Part(name) for name in (*CONVS, "norm")},
         scales={**dict.fromkeys(_SOFTMAX, _EITHER), **_NO_SOFTMAX, "global_context": ()},
         needs=(frozenset({"g", "out"}), frozenset({"context", "reduce", "out"})),
         usual={"pairwise": "embedded_gaussian", "scale": True, "subsample": "embeddings"},
@@ -150,7 +146,7 @@ FAMILIES: dict[str, Family] = {
     "caffe2": Family(
         title="video-nonlocal-net (Caffe2)",
         parts=_parts(theta="theta", phi="phi", g="g", out="out", norm="bn"),
-        leaves={"w": "weight", **NORM_LEAVES},
+        leaves={"w": "weight", **CAFFE2_NORM},
         separator="_",
         optimizer=("_momentum",),
         place_names=(r"nonlocal_conv(\d)(?:_group)?_(\d+)", r"res\1.nonlocal\2"),
@@ -260,12 +256,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "ann": Family(
         title="ANN",  # MendelXu/ANN's; read_only are mmsegmentation's
-        parts={
-            "theta": Part("f_query.0", read_only="query_project.conv"),
-            "phi": Part("f_key.0", read_only="key_project.conv"),
-            "g": Part("f_value", read_only="value_project"),
-            "out": Part("W", read_only="out_project"),
-        },
+        parts=_parts(
+            theta=Part("f_query.0", read_only="query_project.conv"),
+            phi=Part("f_key.0", read_only="key_project.conv"),
+            g=Part("f_value", read_only="value_project"),
+            out=Part("W", read_only="out_project"),
+        ),
         needs=(frozenset({"theta", "phi", "g", "out"}),),
         refusal="ANN's theta and phi end in batch norm and a ReLU, and its result is concatenated "
         "to x, not added, so that our block cannot compute the same",

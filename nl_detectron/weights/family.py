@@ -34,57 +34,38 @@ class Part(NamedTuple):
 class Family:
     """
     An implementation, for reading and writing. Where it leaves open what a block computes, the
-    names do not tell, and the caller has to; ``usual`` is what its code does by default.
-
-    Attributes:
-        title: its name for people.
-        parts: what it calls the parts, by our names.
-        scales: the pairwise functions that it has, and for those with a softmax, whether it
-            multiplies the logits by d ** -0.5.
-        refusal: why none of its blocks can be converted; "" if they can.
-        subsample: the ways of subsampling that it has; the names of pooled parts tell which one a
-            block has.
-        leaves: their name of a parameter or buffer to ours.
-        separator: between block, part and leaf.
-        optimizer: how the names of the optimizer's tensors end.
-        place_names: a pattern of their names of blocks that tell the place, and a template of ours.
-        recognises: whether a block with these names is theirs; for names that two families share.
-        no_bias: parts that may lack their bias; "out" with a norm never has one then.
-        affine: a norm without statistics is one multiplication and addition per channel.
-        norm_eps: epsilon of its batch norm.
-        usual: what it does by default.
-        assume_usual: all its published weights were made so.
-        needs: what has all parts of one of these sets is a block.
-        to_ours: changes a block of theirs, in our names, where ours computes another thing with it.
-        convert_rest: converts the tensors that are no block's; None leaves them out.
-        settings: what our blocks, by their names there, have to be built with there; may append to
-            the list of notes. None: blocks are not written for it.
-        dims: the dimensions that blocks are written in, the default first; None is the source's.
-        norms: the norms that they are written with, in our words.
-        to_theirs: changes a block of ours where another form is needed there.
+    names do not tell, and the caller has to. Blocks are written for those that have ``settings``.
     """
 
-    title: str
-    parts: Mapping[str, Part]
+    title: str  # its name for people
+    parts: Mapping[str, Part]  # what it calls the parts, by our names
+    # Its pairwise functions, and whether it multiplies the logits of a softmax by d ** -0.5.
     scales: Mapping[str, Sequence[bool]] = field(default_factory=dict)
-    refusal: str = ""
-    subsample: Sequence[str] = SUBSAMPLE
+    refusal: str = ""  # why none of its blocks can be converted
+    subsample: Sequence[str] = SUBSAMPLE  # names of pooled parts tell which a block has
     leaves: Mapping[str, str] = field(default_factory=lambda: dict(zip(_LEAVES, _LEAVES)))
-    separator: str = "."
-    optimizer: tuple[str, ...] = ()
-    place_names: tuple[str, str] = ("", "")
+    separator: str = "."  # between block, part and leaf
+    optimizer: tuple[str, ...] = ()  # how the names of the optimizer's tensors end
+    place_names: tuple[str, str] = ("", "")  # pattern of names that tell the place, our template
+    # Whether a block with these names is theirs, where two families share names.
     recognises: Callable[[Sequence[str]], bool] = lambda names: True
-    no_bias: Sequence[str] = ()
-    affine: bool = False
+    no_bias: Sequence[str] = ()  # what may lack a bias; "out" with a norm never has one then
+    affine: bool = False  # a norm without statistics multiplies and adds by channel, no more
     norm_eps: float = 1e-5
-    usual: Mapping[str, Any] = field(default_factory=dict)
-    assume_usual: bool = False
+    usual: Mapping[str, Any] = field(default_factory=dict)  # what its code does by default
+    assume_usual: bool = False  # all its published weights were made so
+    # What has all parts of one of these sets is a block.
     needs: Sequence[frozenset[str]] = (frozenset({"g", "out"}),)
+    # Changes a block of theirs, in our names, where ours computes another thing with it.
     to_ours: Callable[[Block], None] = lambda block: None
+    # Converts the tensors that are no block's; None leaves them out.
     convert_rest: Callable[[Mapping[str, Tensor], Conversion], None] | None = None
+    # For writing: what our blocks, by their names there, have to be built with there; notes may be
+    # appended. Then the dimensions (the default first; None is the source's), and our norms.
     settings: Callable[[Mapping[str, Block], list[str]], dict[str, Any]] | None = None
     dims: Sequence[int | None] = ()
     norms: Sequence[str] = ()
+    # Changes a block of ours where another form is needed there.
     to_theirs: Callable[[Block], None] = lambda block: None
 
     def find(self, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
@@ -100,7 +81,13 @@ class Family:
             if match := pattern.fullmatch(name):
                 prefix, module, leaf = match.groups(default="")
                 block, part = found.setdefault(prefix, Block(prefix)), modules[module]
-                self._add_part(block, part, module)
+                if module == self.parts[part].pooled:
+                    block.pooled.add(part)
+                if block.parts.setdefault(part, module) != module:
+                    block.faults.append(
+                        f"it has both {block.parts[part]} and {module}, which are the same part in "
+                        f"different variants of {self.title}'s block"
+                    )
                 ours = f"{part}.{self.leaves[leaf]}"
                 block.tensors[ours], block.origins[ours] = tensor, name
         blocks = {p: b for p, b in found.items() if any(n <= set(b.parts) for n in self.needs)}
@@ -119,15 +106,6 @@ class Family:
         pattern, template = self.place_names
         match = re.fullmatch(pattern, prefix)
         return match.expand(template) if match else prefix
-
-    def _add_part(self, block: Block, part: str, module: str) -> None:
-        if module == self.parts[part].pooled:
-            block.pooled.add(part)
-        if block.parts.setdefault(part, module) != module:
-            block.faults.append(
-                f"it has both {block.parts[part]} and {module}, which are the same part in "
-                f"different variants of {self.title}'s block"
-            )
 
     def _find_faults(self, block: Block, names: Iterable[str]) -> None:
         if self.refusal:

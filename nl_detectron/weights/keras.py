@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import groupby
 
 from torch import Tensor
 
@@ -26,23 +25,21 @@ _PARTS = ("theta", "phi", "g", "out")
 class _KerasFamily(Family):
     def find(self, tensors: Mapping[str, Tensor]) -> dict[str, Block]:
         """As in the base class; blocks are named after the layer of their theta."""
-        layers = []
-        for name, tensor in tensors.items():
-            match = _KERNEL.fullmatch(name)
-            bias = name.replace("/kernel", "/bias")
-            if match and bias not in tensors and tensor.dim() == int(match["dims"]) + 2:
-                layers.append((match["dims"], int(match["number"] or 0), match["layer"], name))
-        blocks = {}
-        for _, kind in groupby(sorted(layers), key=lambda layer: layer[0]):
-            run = list(kind)
-            while len(run) >= len(_PARTS):
-                names = [layer[3] for layer in run[: len(_PARTS)]]
-                follow = run[3][1] - run[0][1] == 3
-                if follow and _is_block(kernels := [tensors[name] for name in names]):
-                    blocks[run[0][2]] = _block(run[0][2], names, kernels)
-                    run = run[len(_PARTS) :]
-                else:
-                    run = run[1:]
+        layers = sorted(
+            (match["dims"], int(match["number"] or 0), match["layer"], name)
+            for name, tensor in tensors.items()
+            if (match := _KERNEL.fullmatch(name))
+            and tensor.dim() == int(match["dims"]) + 2
+            and name.replace("/kernel", "/bias") not in tensors
+        )
+        blocks: dict[str, Block] = {}
+        while len(layers) >= len(_PARTS):
+            (dims, first, prefix, _), *_, last = run = layers[: len(_PARTS)]
+            names = [layer[3] for layer in run]
+            is_block = last[:2] == (dims, first + 3) and _is_block([tensors[n] for n in names])
+            if is_block:
+                blocks[prefix] = _block(prefix, {name: tensors[name] for name in names})
+            layers = layers[len(_PARTS) if is_block else 1 :]
         return blocks
 
 
@@ -53,9 +50,9 @@ def _is_block(kernels: list[Tensor]) -> bool:
     return all(k.shape == (*[1] * (k.dim() - 2), *size) for k, size in zip(kernels, sizes))
 
 
-def _block(prefix: str, names: list[str], kernels: list[Tensor]) -> Block:
+def _block(prefix: str, kernels: Mapping[str, Tensor]) -> Block:
     block = Block(prefix, parts=dict(zip(_PARTS, _PARTS)))
-    for part, name, kernel in zip(_PARTS, names, kernels):
+    for part, (name, kernel) in zip(_PARTS, kernels.items()):
         block.origins[f"{part}.weight"] = name
         weight = kernel.movedim((-1, -2), (0, 1)).contiguous()
         block.change(f"{part}.weight", weight, "axes as PyTorch's")

@@ -6,8 +6,6 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 
 class NotDataError(pickle.UnpicklingError):
     """What a file holds is well-formed, but cannot be taken as data."""
@@ -55,13 +53,3 @@ def placeholders_in(value: Any) -> list[Placeholder]:
             seen.add(id(item))
             rest.extend([*item, *item.values()] if isinstance(item, Mapping) else item)
     return [found[name] for name in sorted(found)]
-
-
-def describe(value: Any) -> str:
-    """What a value of a checkpoint is, with the names of what is no data in it."""
-    if isinstance(value, Placeholder):
-        return value.name
-    if isinstance(value, Tensor):
-        return "tensor"
-    names = ", ".join(placeholder.name for placeholder in placeholders_in(value))
-    return type(value).__name__ + (f" with {names}" if names else "")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from nl_detectron.validation import check_choice
 from nl_detectron.weights.block import (
     AFFINE_NOTE,
     BATCH_NORMS,
+    CONVS,
     OUR_EPS,
     PUBLISHED_TEMPERATURE,
     Block,
@@ -18,9 +20,6 @@ from nl_detectron.weights.block import (
 from nl_detectron.weights.conversion import Conversion, ConversionError, Options
 from nl_detectron.weights.family import Family
 
-# The convolutions, with their channels out and in: C of the block, d inside, D = 2 d.
-_CONVS = {"theta": "dC", "phi": "dC", "g": "dC", "concat": "1D", "unary": "1C", "out": "Cd"}
-_CONVS.update(context="1C", reduce="dC")
 # The first of these parts that a block has tells which pairwise functions are possible.
 _KINDS = {
     "reduce": ("global_context",),
@@ -44,7 +43,7 @@ def read_block(block: Block, family: Family, options: Options, result: Conversio
         counter = "norm.num_batches_tracked"
         if block.traits.norm == "FrozenBN" and block.tensors.pop(counter, None) is not None:
             block.notes[counter] = "a counter that a frozen batch norm does not have"
-        convs = [part for part in _CONVS if part in block.parts]
+        convs = {part: sizes for part, sizes in CONVS.items() if part in block.parts}
         _add_biases(block, convs, family)
         _reshape_convs(block, convs, options.dims)
         family.to_ours(block)
@@ -54,12 +53,15 @@ def read_block(block: Block, family: Family, options: Options, result: Conversio
         raise ConversionError(f"{block.title}: {error}") from error
 
 
+@dataclass
 class _Settling:
     """What a block computes, by its names, the family and the options; and what is left open."""
 
-    def __init__(self, block: Block, family: Family, options: Options, result: Conversion) -> None:
-        self.block, self.family, self.options, self.result = block, family, options, result
-        self.open: dict[str, Sequence[Any]] = {}
+    block: Block
+    family: Family
+    options: Options
+    result: Conversion
+    open: dict[str, Sequence[Any]] = field(default_factory=dict)
 
     def traits(self) -> Traits:
         kinds = self._kinds()
@@ -69,13 +71,22 @@ class _Settling:
         scale = self._settle("scale", scales) if scales else True
         subsample = self._settle("subsample", self._subsample())
         traits = Traits(pairwise, scale, subsample, self._norm(), self._temperature(pairwise))
-        if self.open:
-            raise ConversionError(self._what_is_missing())
-        return traits
+        if not self.open:
+            return traits
+        usual = self.family.usual
+        texts = [
+            f"{key}={' or '.join(map(repr, legal))}"
+            + (f" ({self.family.title}'s default: {usual[key]!r})" if key in usual else "")
+            for key, legal in self.open.items()
+        ]
+        raise ConversionError(
+            f"the file does not tell {'; '.join(texts)}. Say how the model was built "
+            f"(convert_weights.py: {', '.join(f'--{key}' for key in self.open)})"
+        )
 
     def _settle(self, key: str, legal: Sequence[Any]) -> Any:
         """The value among ``legal`` that the option, the names or the family settle, else None."""
-        given, title = getattr(self.options, key), self.family.title
+        given = getattr(self.options, key)
         if given is not None:
             check_choice(key, given, legal)
             return given
@@ -87,8 +98,8 @@ class _Settling:
         usual = self.family.usual[key]
         others = " or ".join(repr(value) for value in legal if value != usual)
         self.result.note_once(
-            f"The file does not say {key}; assumed is {usual!r}, as {title} has it unless told "
-            f"otherwise. If this was told otherwise: {key}={others}."
+            f"The file does not say {key}; assumed is {usual!r}, as {self.family.title} has it "
+            f"unless told otherwise. If this was told otherwise: {key}={others}."
         )
         return usual
 
@@ -99,19 +110,6 @@ class _Settling:
                 "published blocks have it."
             )
         return self.options.temperature or PUBLISHED_TEMPERATURE
-
-    def _what_is_missing(self) -> str:
-        usual = self.family.usual
-        texts = [
-            f"{key}={' or '.join(map(repr, legal))}"
-            + (f" ({self.family.title}'s default: {usual[key]!r})" if key in usual else "")
-            for key, legal in self.open.items()
-        ]
-        flags = ", ".join(f"--{key}" for key in self.open)
-        return (
-            f"the file does not tell {'; '.join(texts)}. Say how the model was built "
-            f"(convert_weights.py: {flags})"
-        )
 
     def _kinds(self) -> Sequence[str]:
         parts, family = self.block.parts, self.family
@@ -136,60 +134,64 @@ class _Settling:
         return ("embeddings",) if pooled else ("none",)
 
     def _norm(self) -> str:
-        legal: tuple[str, ...] = ("GN", "LN")
+        given = self.options.norm
         if self.block.is_context:
             return "LN"
         if "norm" not in self.block.parts:
-            legal = ("",)
+            legal: tuple[str, ...] = ("",)
         elif "norm.running_var" in self.block.tensors:
             legal = BATCH_NORMS
         elif self.family.affine:
             legal = ("FrozenBN",)
-        elif self.options.norm is None:
+        elif given is not None:
+            legal = ("GN", "LN")
+        else:
             raise ConversionError(
                 "its norm has no running statistics, and the file does not say what it is: say "
                 "norm='GN' if it is group norm with 32 groups, norm='LN' if it is layer norm over "
                 "the channels of each position; another one cannot be converted"
             )
-        if self.options.norm is None:
+        if given is None:
             return legal[0]
-        check_choice("norm", self.options.norm, legal)
-        return self.options.norm
+        check_choice("norm", given, legal)
+        return given
 
 
-def _add_biases(block: Block, convs: Sequence[str], family: Family) -> None:
+def _add_biases(block: Block, convs: Iterable[str], family: Family) -> None:
     """Zeros where the family may lack a bias."""
     for part in convs:
-        if f"{part}.weight" not in block.tensors:
+        weight = block.tensors.get(f"{part}.weight")
+        if weight is None:
             raise ConversionError(f"{part} has no weight: it is incomplete")
         if part == "concat" or f"{part}.bias" in block.tensors:
             continue
         if part not in family.no_bias:
             raise ConversionError(f"{part} has no bias: it is incomplete")
-        weight = block.tensors[f"{part}.weight"]
         note = f"zeros, as the {part} of {family.title} has no bias here"
         block.change(f"{part}.bias", weight.new_zeros(weight.shape[0]), note)
 
 
-def _reshape_convs(block: Block, convs: Sequence[str], dims: int | None) -> None:
+def _reshape_convs(block: Block, convs: Mapping[str, str], dims: int | None) -> None:
     """Kernels of size 1 in ``dims`` dimensions (None: those of the file)."""
-    first, block.dims_in_file = block.embedding, block.dims
-    if block.dims < 1:
-        raise ConversionError(f"{first} has shape {block.shape}, which is no convolution's")
+    block.dims_in_file = len(block.shape) - 2
+    if block.dims_in_file < 1:
+        raise ConversionError(
+            f"{block.embedding} has shape {block.shape}, which is no convolution's"
+        )
     inner, channels = block.inner_channels, block.in_channels
     sizes = {"1": 1, "C": channels, "d": inner, "D": 2 * inner}
-    dims = dims or block.dims
-    for part in convs:
+    ones = (1,) * (dims or block.dims_in_file)
+    for part, letters in convs.items():
         name = f"{part}.weight"
-        weight, shape = block.tensors[name], tuple(sizes[letter] for letter in _CONVS[part])
+        weight, shape = block.tensors[name], tuple(sizes[letter] for letter in letters)
         if tuple(weight.shape) != shape + (1,) * (weight.dim() - 2):
             raise ConversionError(
                 f"{part} has shape {tuple(weight.shape)}, but must be a 1x1 convolution of shape "
-                f"{shape}: {first} has {channels} channels in and {inner} out"
+                f"{shape}: {block.embedding} has {channels} channels in and {inner} out"
             )
-        block.tensors[name] = weight.reshape(shape + (1,) * dims)
-        if weight.dim() != dims + 2:
-            block.notes[name] = f"{weight.dim()}-D weight (kernel 1) as {dims + 2}-D"
+        block.tensors[name] = weight.reshape(shape + ones)
+        if weight.dim() != len(shape + ones):
+            block.notes[name] = f"{weight.dim()}-D weight (kernel 1) as {len(shape + ones)}-D"
 
 
 def _check_norm(block: Block) -> None:

@@ -1,5 +1,6 @@
 """ResNets of torchvision and timm: the same features, in Detectron2's names."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -12,13 +13,16 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import build_resnet_backbone
 from PIL import Image
 
-from nl_detectron.weights import ConversionError, convert
+from nl_detectron import add_nonlocal_config
+from nl_detectron.modeling import build_nonlocal_backbone
+from nl_detectron.weights import Conversion, ConversionError, convert
 from tests.weights.blocks import randomize
 from tests.weights.test_named_families import caffe2_block
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO_SAMPLE = ROOT.parent / "shared" / "data" / "coco"
 LAYERS = {f"res{stage}": f"layer{stage - 1}" for stage in range(2, 6)}
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DEPTHS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 TIMM = (*DEPTHS, "resnext50_32x4d", "resnext101_32x8d")
 TORCHVISION = (*TIMM, "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2")
@@ -34,11 +38,12 @@ def photos():
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).double() / 255
 
 
-def detectron2_resnet(result):
+def detectron2_resnet(result, build=build_resnet_backbone):
     cfg = get_cfg()
+    add_nonlocal_config(cfg)
     cfg.merge_from_other_cfg(type(cfg)(result.settings))
     cfg.MODEL.RESNETS.OUT_FEATURES = list(LAYERS)
-    return build_resnet_backbone(cfg, ShapeSpec(channels=3)), cfg
+    return build(cfg, ShapeSpec(channels=3)), cfg
 
 
 def build(library, name):
@@ -59,13 +64,9 @@ def test_features_are_equal(library, name, photos):
     assert unexpected == ["linear.weight", "linear.bias"]
 
     assert cfg.INPUT.FORMAT == "RGB"
-    their_mean, their_std = (
-        torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1)
-        for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-    our_mean, our_std = (
-        torch.tensor(v, dtype=torch.float64).reshape(3, 1, 1)
-        for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
+    their_mean, their_std, our_mean, our_std = (
+        torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1)
+        for values in (*IMAGENET, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     )
     expected = {}
     for stage, layer in LAYERS.items():
@@ -98,6 +99,92 @@ def test_every_depth_and_width(library, name):
         assert (node["NUM_GROUPS"], node["WIDTH_PER_GROUP"]) == tuple(map(int, groups.groups()))
     left_out = {row.source for row in result.rows if not row.target}
     assert left_out == {n for n in tensors if n.endswith("num_batches_tracked")}
+
+
+def timm_block(channels):
+    return importlib.import_module("timm.layers").NonLocalAttn(channels)
+
+
+def mmcv_block(channels):
+    options = {"reduction": 4, "use_scale": False, "norm_cfg": {"type": "BN"}}
+    return importlib.import_module("mmcv.cnn").NonLocal2d(channels, **options)
+
+
+def context_block(channels):
+    return importlib.import_module("mmcv.cnn").ContextBlock(channels, ratio=1 / 4)
+
+
+@pytest.mark.parametrize(
+    ("make_block", "name", "said"),
+    [
+        (timm_block, "se", {"scale": True}),
+        (mmcv_block, "nonlocal_block1", {"scale": False, "pairwise": "embedded_gaussian"}),
+        (context_block, "context_block", {}),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_blocks_after_conv3(make_block, name, said, prefix, photos):
+    """timm's "se" is where mmdetection has its plug-ins after conv3."""
+    theirs = pytest.importorskip("timm").create_model("resnet50")
+    pytest.importorskip("mmcv")
+    units = {"res3.0": theirs.layer2[0], "res4.4": theirs.layer3[4], "res4.5": theirs.layer3[5]}
+    for unit in units.values():
+        unit.se = make_block(unit.conv3.out_channels)
+    state_dict = randomize(theirs).double().state_dict()
+    resnet = convert({n: t for n, t in state_dict.items() if ".se." not in n})
+    source = {f"{prefix}{n}".replace(".se.", f".{name}."): t for n, t in state_dict.items()}
+    family = {"se": "timm", "nonlocal_block1": "mmcv", "context_block": "gcnet"}[name]
+    blocks = convert(source, family, **said)
+    assert not any("SAME NETWORK" in note or "not known" in note for note in blocks.notes)
+    node = blocks.settings["MODEL"]["NONLOCAL"]
+    assert node["AFTER_MODULES"] == [f"*{unit}.conv3" for unit in units]
+    assert node["AFTER_BLOCKS_PER_STAGE"] == [[], [], [], []]
+
+    both = Conversion("both", settings={"MODEL": {**blocks.settings["MODEL"]}})
+    both.settings["MODEL"].update(RESNETS=resnet.settings["MODEL"]["RESNETS"])
+    both.settings["MODEL"]["NONLOCAL"]["BACKBONE"] = "build_resnet_backbone"
+    ours, _ = detectron2_resnet(both, build_nonlocal_backbone)
+    tensors = {**resnet.state_dict, **blocks.state_dict}
+    ours.double().eval().load_state_dict({n: t for n, t in tensors.items() if "linear" not in n})
+    with torch.no_grad():
+        expected = theirs.forward_features(photos)
+        torch.testing.assert_close(ours(photos)["res5"], expected, rtol=1e-4, atol=1e-4)
+        for unit in units.values():
+            unit.se = torch.nn.Identity()
+        assert (theirs.forward_features(photos) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("widths", "name"),
+    [
+        ((8, 4, 4), "context_block"),  # after conv1
+        ((4, 8, 8), "context_block"),  # conv2, or conv3
+        ((4, 4, 8), "gcb"),
+        ((4, 4, 16), "nonlocal_block"),
+        ((), "context_block"),
+    ],
+)
+def test_blocks_elsewhere_in_a_branch_are_another_network(widths, name):
+    shapes = {"theta": (4, 8), "phi": (4, 8), "g": (4, 8), "conv_out": (8, 4)}
+    unit = "backbone.layer3.4"
+    tensors = {f"{unit}.{name}.{n}.conv.weight": torch.rand(*s, 1, 1) for n, s in shapes.items()}
+    tensors |= {f"{unit}.{name}.{n}.conv.bias": torch.rand(s[0]) for n, s in shapes.items()}
+    convs = {f"{unit}.conv{i}.weight": torch.rand(w, 1, 1, 1) for i, w in enumerate(widths, 1)}
+    said = {"family": "mmcv", "pairwise": "dot_product"}
+    with pytest.raises(ConversionError, match=r"layer3.4.* is within a residual block's branch"):
+        convert({**tensors, **convs}, **said)
+    both = {
+        **tensors,
+        **{n.replace(f"{unit}.{name}", "neck.refine"): t for n, t in tensors.items()},
+    }
+    result = convert(both, **said)
+    assert sum("not tell that it is after conv3" in row.note for row in result.rows) == 8
+    assert "neck.refine.theta.weight" in result.state_dict
+    forced = convert(tensors, **said, rename={f"{unit}.{name}": "res4.nonlocal4"})
+    assert forced.notes[0].startswith("NOT THE SAME NETWORK")
+    told = convert(tensors, **said, rename={f"{unit}.{name}": "res4.4.conv3.nonlocal"})
+    assert not told.notes
+    assert told.settings["MODEL"]["NONLOCAL"]["AFTER_MODULES"] == ["*res4.4.conv3"]
 
 
 def test_detectron2_form_is_copied():

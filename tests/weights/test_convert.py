@@ -29,19 +29,14 @@ NAMES = {
 SAID = {"pairwise": "embedded_gaussian", "scale": True, "subsample": "none"}
 
 
-def block(family, channels=8, inner=4, prefix="", kernel=(1, 1)):
+def block(family, channels=8, inner=4, prefix=""):
     theta, phi, g, out = (f"{prefix}{name}" for name in NAMES[family])
     tensors = {}
     for name in (theta, phi, g, out):
         shape = (channels, inner) if name == out else (inner, channels)
-        tensors[f"{name}.weight"] = torch.randn(*shape, *kernel)
+        tensors[f"{name}.weight"] = torch.randn(*shape, 1, 1)
         tensors[f"{name}.bias"] = torch.randn(shape[0])
     return tensors
-
-
-def with_norm(tensors, family="mmcv", prefix="", leaves=("weight", "bias"), channels=8):
-    name = {"mmcv": "conv_out.gn", "nl_detectron": "norm", "pytorchvideo": "norm"}[family]
-    return {**tensors, **{f"{prefix}{name}.{leaf}": torch.rand(channels) for leaf in leaves}}
 
 
 @pytest.mark.parametrize("family", NAMES)
@@ -81,13 +76,16 @@ def test_ambiguous_and_unknown_names():
         convert(both, "mmvc")
 
 
+SOFTMAX, DOT = {"pairwise": "embedded_gaussian"}, {"pairwise": "dot_product"}
+
+
 @pytest.mark.parametrize(
     ("family", "said", "message"),
     [
         ("mmcv", {}, r"pairwise='embedded_gaussian' or 'dot_product' \(mmcv's default.*; scale="),
-        ("mmcv", {"pairwise": "embedded_gaussian"}, r"tell scale=True or False.*--scale"),
+        ("mmcv", SOFTMAX, r"tell scale=True or False.*--scale"),
         ("alexhex7", {}, r"tell pairwise='embedded_gaussian' or 'dot_product'\. Say"),
-        ("pytorchvideo", {"pairwise": "dot_product"}, r"tell subsample='input' or 'none'"),
+        ("pytorchvideo", DOT, r"tell subsample='input' or 'none'"),
     ],
 )
 def test_what_the_file_does_not_tell_has_to_be_said(family, said, message):
@@ -98,18 +96,14 @@ def test_what_the_file_does_not_tell_has_to_be_said(family, said, message):
 @pytest.mark.parametrize(
     ("family", "said", "message"),
     [
-        (
-            "alexhex7",
-            {"pairwise": "embedded_gaussian", "scale": True},
-            "scale is True.*one of False",
-        ),
+        ("timm", {"to": "pytorchvideo", "dims": 2}, "PyTorchVideo's blocks are 3-D, not 2-D"),
+        ("alexhex7", {**SOFTMAX, "scale": True}, "scale is True.*one of False"),
         ("mmcv", {"pairwise": "gaussian"}, "pairwise is 'gaussian', but must be one of"),
-        ("mmcv", {"pairwise": "dot_product", "subsample": "input"}, "subsample is 'input'.*'none'"),
+        ("mmcv", {**DOT, "subsample": "input"}, "subsample is 'input'.*'none'"),
         ("timm", {"dims": 4}, "dims is 4"),
         ("timm", {"to": "mmdet"}, "to is 'mmdet'.*'mmcv'"),
         ("timm", {"norm": "BN"}, "norm is 'BN'.*one of ''"),
         ("timm", {"pairwse": "x"}, "option is 'pairwse'.*'subsample'.*did you mean 'pairwise'"),
-        ("timm", {"to": "pytorchvideo", "dims": 2}, "PyTorchVideo's blocks are 3-D, not 2-D"),
     ],
 )
 def test_what_contradicts_the_file_is_refused(family, said, message):
@@ -131,6 +125,11 @@ def reduction(result):
     return result.settings["MODEL"]["NONLOCAL"]["REDUCTION"]
 
 
+def pooled(tensors, *parts):
+    """Under the names that mmcv has in a block that subsamples."""
+    return {re.sub(rf"^({'|'.join(parts)})\.", r"\1.0.", name): t for name, t in tensors.items()}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -139,31 +138,21 @@ def reduction(result):
         ({"theta.conv.weight": None, "theta.conv.bias": None}, "only one of theta and phi"),
         ({"phi.conv.bias": None}, "phi has no bias: it is incomplete"),
         ({"g.0.conv.weight": torch.zeros(4, 8, 1, 1)}, "both g.conv and g.0.conv"),
-        (
-            {"conv_out.bn.running_var": torch.ones(8)},
-            "no norm.bias, norm.running_mean, norm.weight",
-        ),
+        ({"conv_out.bn.running_var": torch.ones(8)}, "no norm.bias, norm.running_mean, norm.weig"),
         ({"conv_out.gn.weight": torch.ones(8)}, "no running statistics.*norm='GN'"),
+        ("phi", "of phi and g only phi is subsampled"),
     ],
 )
 def test_incomplete_blocks(change, message):
-    tensors = {**block("mmcv"), **change}
+    tensors = block("mmcv")
+    tensors = pooled(tensors, change) if change == "phi" else {**tensors, **change}
     with pytest.raises(ConversionError, match=message):
-        convert({k: v for k, v in tensors.items() if v is not None}, "mmcv", pairwise="dot_product")
-
-
-def test_half_pooled_block():
-    tensors = {name.replace("phi.", "phi.0."): t for name, t in block("mmcv").items()}
-    with pytest.raises(ConversionError, match="of phi and g only phi is subsampled"):
-        convert(tensors, pairwise="dot_product")
+        convert({k: v for k, v in tensors.items() if v is not None}, "mmcv", **DOT)
 
 
 def test_blocks_that_differ_do_not_fit_one_config():
-    pooled = {
-        name.replace("phi.", "phi.0.").replace("g.", "g.0."): tensor
-        for name, tensor in block("mmcv").items()
-    }
-    tensors = {**block("mmcv", prefix="a."), **{f"b.{name}": t for name, t in pooled.items()}}
+    other = pooled(block("mmcv"), "phi", "g")
+    tensors = {**block("mmcv", prefix="a."), **{f"b.{name}": t for name, t in other.items()}}
     with pytest.raises(ConversionError, match=r"a and b differ.*'none'.*'embeddings'"):
         convert(tensors, pairwise="dot_product")
 
@@ -184,20 +173,6 @@ def test_rename_puts_blocks_in_their_place():
     assert (
         "res5.nonlocal0.g.bias" in convert(block("timm"), rename={"": "res5.nonlocal0"}).state_dict
     )
-
-
-@pytest.mark.parametrize("family", ["mmcv", "timm"])
-def test_blocks_within_residual_branches_are_another_network(family):
-    prefix = "backbone.layer3.4.nonlocal_block"
-    tensors = block(family, prefix=f"{prefix}.")
-    said = {"pairwise": "embedded_gaussian", "scale": True}
-    with pytest.raises(ConversionError, match=r"layer3.4.* is within a residual block's branch"):
-        convert(tensors, **said)
-    forced = convert(tensors, **said, rename={prefix: "res4.nonlocal4"})
-    assert forced.notes[0].startswith("NOT THE SAME NETWORK")
-    both = convert({**tensors, **block(family, prefix="neck.refine.")}, **said)
-    assert sum("within a residual" in row.note for row in both.rows) == 8
-    assert "neck.refine.theta.weight" in both.state_dict
 
 
 @pytest.mark.parametrize(
