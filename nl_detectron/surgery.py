@@ -21,16 +21,13 @@ HEIGHT, WIDTH = 3, 5
 
 @dataclass
 class DryRun:
-    """
-    Attributes:
-        inputs: what the model was given.
-        outputs: what each module returned when it was called first, in the order of the returns.
-        error: what ended the run before its end; None if nothing did.
-    """
+    """What a model was given, and what its modules returned."""
 
     inputs: Any
     outputs: dict[nn.Module, Any] = field(default_factory=dict)
+    """Of each module's first call, in the order of the returns."""
     error: Exception | None = None
+    """What ended the run before its end."""
 
 
 def dry_run(model: nn.Module, inputs: Any) -> DryRun:
@@ -82,12 +79,11 @@ def is_feature_map(output: Any) -> bool:
     """Is it one tensor (B, C, H, W), by the shape of the image?"""
     if not isinstance(output, Tensor) or output.dim() != 4:
         return False
-    first, second, third = (max(size, 0.1) for size in output.shape[1:])
-
-    def distance(height: float, width: float) -> float:
-        return abs(math.log(width / height * HEIGHT / WIDTH))
-
-    return distance(second, third) <= distance(first, second)
+    sizes = [max(size, 0.1) for size in output.shape[1:]]
+    as_image, channels_last = (
+        abs(math.log(width / height * HEIGHT / WIDTH)) for height, width in (sizes[1:], sizes[:2])
+    )
+    return as_image <= channels_last
 
 
 def describe(output: Any) -> str:
@@ -101,8 +97,7 @@ def describe(output: Any) -> str:
 
 
 def attach(module: nn.Module, block: nn.Module) -> Callable[[], None]:
-    """Apply a block, from now on the child ``nonlocal``, to what a module returns; gives the way
-    back."""
+    """Apply a block, as its child ``nonlocal``, to what a module returns; gives the way back."""
     module.add_module(CHILD, block)
     hook = module.register_forward_hook(_apply_block)
 
@@ -115,6 +110,13 @@ def attach(module: nn.Module, block: nn.Module) -> Callable[[], None]:
 
 def _apply_block(self: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     return getattr(self, "nonlocal")(output)
+
+
+def is_applied(block: nn.Module, model: nn.Module) -> bool:
+    """Is a block still in a model and, where it was attached, called there?"""
+    parents = [m for m in model.modules() if dict(m.named_children()).get(CHILD) is block]
+    hooked = all(_apply_block in parent._forward_hooks.values() for parent in parents)
+    return hooked and block in model.modules()
 
 
 def insert_child(parent: nn.Module, after: str, name: str, child: nn.Module) -> None:

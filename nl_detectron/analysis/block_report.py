@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from nl_detectron.analysis.recording import record_calls
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.predictor import image_mapper
-from nl_detectron.layers import ATTENTION, AttentionBlock, GlobalContextBlock
+from nl_detectron.layers import ATTENTION, AttentionBlock
 from nl_detectron.layers.norm import inference_scale
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
+from nl_detectron.modeling.blocks import norm_after_out, out_weight
 
 # Where the sentences of a BlockReport change.
 MIN_CHANGE = 1e-3
@@ -133,12 +134,10 @@ def inspect_records(predictor: DefaultPredictor, records: Iterable[Record]) -> l
 
 
 def _effective_norm(block: AttentionBlock) -> float | None:
-    norm: Any = block.norm
-    if norm is None or isinstance(block, GlobalContextBlock):  # whose norm is in front of W_2
+    if (norm := norm_after_out(block)) is None:
         return out_weight_norm(block)
-    if (scale := inference_scale(norm)) is None:
-        return None
-    return (scale.detach()[:, None] * block.out.weight.detach().flatten(1)).float().norm().item()
+    weight, scale = out_weight(block), inference_scale(norm)
+    return None if weight is None or scale is None else (weight * scale.detach()).norm().item()
 
 
 def _measure_input(block: AttentionBlock, x: Tensor) -> dict[str, float]:

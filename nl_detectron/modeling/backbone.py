@@ -12,9 +12,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_b
 from nl_detectron.config import nonlocal_node
 from nl_detectron.layers import BalancedPyramid
 from nl_detectron.modeling.blocks import build_block
-from nl_detectron.modeling.first_step import announce_at_first_step, expect_lr_factors
-from nl_detectron.modeling.insertion import insert_blocks
-from nl_detectron.modeling.network import PlacementError
+from nl_detectron.modeling.first_step import Inserted, announce_at_first_step, expect_lr_factors
+from nl_detectron.modeling.insertion import put_blocks
+from nl_detectron.modeling.stages import PlacementError
 from nl_detectron.surgery import CHILD, attach
 from nl_detectron.validation import check_choice
 
@@ -24,27 +24,22 @@ def build_nonlocal_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """
     Build ``cfg.MODEL.NONLOCAL.BACKBONE`` and insert blocks as ``cfg.MODEL.NONLOCAL`` says.
 
-    Args:
-        cfg: a config with ``MODEL.NONLOCAL``.
-        input_shape: the input's, for the wrapped builder.
-
-    Returns:
-        The backbone.
-
     Raises:
         ValueError: a value in ``MODEL.NONLOCAL`` is not legal; the message names the key.
     """
     backbone, node = _build_wrapped(cfg, input_shape), cfg.MODEL.NONLOCAL
+    inserted: list[Inserted] = []
     for key, kind in [
         ("AFTER_BLOCKS_PER_STAGE", "block indices for each stage"),
         ("AFTER_MODULES", "names or patterns of modules"),
     ]:
         try:
-            insert_blocks(backbone, node[key], partial(build_block, cfg))
+            inserted += put_blocks(backbone, node[key], partial(build_block, cfg))
         except PlacementError as error:
             raise ValueError(
                 f"MODEL.NONLOCAL.{key} is {node[key]}, a list of {kind} of {node.BACKBONE}: {error}"
             ) from error
+    announce_at_first_step(backbone, inserted)
     return backbone
 
 
@@ -54,13 +49,6 @@ def build_balanced_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
     Build ``cfg.MODEL.NONLOCAL.BACKBONE``, an FPN, and balance its levels, as Libra R-CNN does, with
     the block that ``cfg.MODEL.NONLOCAL`` describes: the child ``nonlocal``, applied to what the FPN
     returns. Its places for other blocks are not read.
-
-    Args:
-        cfg: a config with ``MODEL.NONLOCAL``.
-        input_shape: the input's, for the wrapped builder.
-
-    Returns:
-        The FPN.
 
     Raises:
         ValueError: a value in ``MODEL.NONLOCAL`` is not legal, or the levels have different numbers
@@ -97,13 +85,6 @@ def build_resnet_fpn_no_top_block_backbone(cfg: CfgNode, input_shape: ShapeSpec)
     Detectron2's ``build_resnet_fpn_backbone`` without its ``top_block``, the p6 that is pooled from
     p5: it works with any ``MODEL.FPN.IN_FEATURES``, such as ``[res3, res4]``, whose receptive
     fields are smaller.
-
-    Args:
-        cfg: a config; ``MODEL.RESNETS`` and ``MODEL.FPN`` are read.
-        input_shape: the input's.
-
-    Returns:
-        The FPN.
     """
     return FPN(
         bottom_up=build_resnet_backbone(cfg, input_shape),

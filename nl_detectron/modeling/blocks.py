@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import CNNBlockBase
 from detectron2.utils.registry import Registry
-from torch import nn
+from torch import Tensor, nn
 
 from nl_detectron.config import keys_for_arguments, nonlocal_node
 from nl_detectron.layers import (
@@ -20,6 +21,8 @@ from nl_detectron.layers import (
     NonLocalBlock,
     TimmAttention,
 )
+from nl_detectron.layers.children import evaluating, matrix_and_bias
+from nl_detectron.layers.numerics import accumulable
 from nl_detectron.surgery import look_through
 from nl_detectron.validation import check_choice
 
@@ -35,12 +38,7 @@ _WRAPPER = re.compile(r"\._(checkpoint|fsdp)_wrapped_module")  # no part of the 
 
 def build_block(cfg: CfgNode, in_channels: int) -> nn.Module:
     """
-    Args:
-        cfg: a config with ``MODEL.NONLOCAL``.
-        in_channels: C, channels of input and output.
-
-    Returns:
-        The block that ``MODEL.NONLOCAL.BLOCK`` names.
+    The block that ``MODEL.NONLOCAL.BLOCK`` names, for C channels.
 
     Raises:
         ValueError: there is no ``MODEL.NONLOCAL``, or a value in it is not legal; the message names
@@ -54,14 +52,9 @@ def build_block(cfg: CfgNode, in_channels: int) -> nn.Module:
 
 def nonlocal_blocks(model: nn.Module, kind: type[nn.Module] = nn.Module) -> dict[str, Any]:
     """
-    Args:
-        model: any module.
-        kind: only blocks of this class, such as :class:`AttentionBlock`.
-
-    Returns:
-        What was inserted into the model, and every other :class:`AttentionBlock` in it, in the
-        model's order, by full names such as ``backbone.res4.nonlocal4``; of a wrapper
-        (``torch.compile``, ``checkpoint_wrapper``) the block that it holds.
+    What was inserted into a model, and every other :class:`AttentionBlock` in it, as far as it is
+    of a kind, in the model's order, by full names such as ``backbone.res4.nonlocal4``; of a wrapper
+    (``torch.compile``, ``checkpoint_wrapper``) the block that it holds.
     """
     found: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
@@ -72,46 +65,43 @@ def nonlocal_blocks(model: nn.Module, kind: type[nn.Module] = nn.Module) -> dict
 
 
 def is_nonlocal_block(name: str, module: nn.Module) -> bool:
-    """Was it inserted, or is it an :class:`AttentionBlock`? ``name`` is its full name, or any
-    end of that."""
+    """Was it inserted, or is it an :class:`AttentionBlock`? ``name`` may be any end of its name."""
     is_inserted = _INSERTED.fullmatch(name.rpartition(".")[2]) is not None
     return is_inserted or isinstance(module, AttentionBlock)
 
 
 def out_weight_norm(block: nn.Module) -> float | None:
     """
-    Args:
-        block: any of :func:`nonlocal_blocks`.
-
-    Returns:
-        ||W_z||, the Frobenius norm (of a global context block ||W_2||); None if the block has no
-        ``out``.
+    ||W_z||, the Frobenius norm (of a global context block ||W_2||); None if the block has no
+    ``out``.
     """
-    weight = getattr(getattr(block, "out", None), "weight", None)
-    return None if weight is None else weight.detach().float().norm().item()
+    weight = out_weight(block)
+    return None if weight is None else weight.norm().item()
+
+
+@torch.no_grad()
+def out_weight(block: nn.Module) -> Tensor | None:
+    """W_z, (..., C), as ``out`` multiplies when it is called: what it has may be out of date."""
+    out: Any = getattr(block, "out", None)
+    if (weight := getattr(out, "weight", None)) is None:
+        return None
+    weight = accumulable(weight.detach())
+    if weight.dim() < 2 or weight.shape[2:].numel() > 1:  # no 1x1 convolution: another's block
+        return weight.flatten(1).mT if weight.dim() > 1 else weight
+    channels = getattr(out, "in_channels", weight.shape[1])
+    with evaluating(out):
+        return matrix_and_bias(out, channels, weight.dim() - 2, weight)[0]
 
 
 def mean_abs_gamma(block: nn.Module) -> float | None:
-    """
-    Args:
-        block: any of :func:`nonlocal_blocks`.
-
-    Returns:
-        The mean of |gamma|, the scale of what a block adds; None without one.
-    """
+    """The mean of |gamma|, the scale of what a block adds; None without one."""
     gamma = getattr(block, "gamma", None)
     gamma = getattr(norm_after_out(block), "weight", None) if gamma is None else gamma
     return None if gamma is None else gamma.detach().float().abs().mean().item()
 
 
 def gamma_parameters(block: nn.Module) -> list[nn.Parameter]:
-    """
-    Args:
-        block: any of :func:`nonlocal_blocks`.
-
-    Returns:
-        gamma, the scale of what the block adds, and beta, the offset, as far as it has them.
-    """
+    """gamma, the scale of what a block adds, and beta, the offset, as far as it has them."""
     gamma, norm = getattr(block, "gamma", None), norm_after_out(block)
     return [gamma] if isinstance(gamma, nn.Parameter) else list(norm.parameters() if norm else [])
 

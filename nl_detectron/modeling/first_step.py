@@ -15,46 +15,48 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nl_detectron.modeling.blocks import gamma_parameters, nonlocal_blocks, norm_after_out
+from nl_detectron.surgery import is_applied
+
+_LOST = (
+    "is not applied any more: what it came after was replaced, as a conversion to SyncBatchNorm or "
+    "FrozenBatchNorm2d does with batch norm; convert first, and put blocks in then"
+)
 
 
-def announce_at_first_step(
-    module: nn.Module, inserted: Sequence[tuple[str, nn.Module, int]]
-) -> None:
+Inserted = tuple[str, nn.Module, int]
+"""A block's name in what it was put into, itself, and its channels."""
+
+
+def announce_at_first_step(module: nn.Module, inserted: Sequence[Inserted]) -> None:
     """
     At the first step of an optimizer that trains ``module``, log a line that tells which blocks
     are trained, and a warning for each that cannot learn, or that changes though it is frozen.
-
-    Args:
-        module: what blocks were put into.
-        inserted: for each block its name in the module, itself, and its channels.
     """
     references = [(name, weakref.ref(block), channels) for name, block, channels in inserted]
 
     def announce(model: nn.Module, optimizer: Optimizer) -> None:
         states: dict[str, list[str]] = {}
         for name, reference, channels in references:
-            if (block := reference()) is not None:
-                state = _state(block, optimizer)
-                label = f"{type(block).__name__} {name} ({channels} channels)"
-                states.setdefault(state, []).append(label)
-                for problem in _problems(block, state):
-                    _say(logging.WARNING, f"{name} {problem}")
+            block = reference()
+            if block is None or not is_applied(block, model):
+                _say(logging.WARNING, f"{name} {_LOST}")
+                continue
+            state = _state(block, optimizer)
+            label = f"{type(block).__name__} {name} ({channels} channels)"
+            states.setdefault(state, []).append(label)
+            for problem in _problems(block, state):
+                _say(logging.WARNING, f"{name} {problem}")
         text = "; ".join(f"{', '.join(names)}: {state}" for state, names in states.items())
-        _say(logging.INFO, f"Blocks in {type(model).__name__}: {text} ({type(optimizer).__name__})")
+        what = f"Blocks in {type(model).__name__}: {text or 'none'}"
+        _say(logging.INFO, f"{what} ({type(optimizer).__name__})")
 
-    _at_first_step(module, announce)
+    if references:
+        _at_first_step(module, announce)
 
 
 def expect_lr_factors(module: nn.Module, gamma_lr_factor: float, lr_factor: float) -> None:
-    """
-    At the first step of an optimizer that trains ``module``, warn if the blocks in it have the
-    learning rates of all else, though others are asked for.
-
-    Args:
-        module: what has the blocks.
-        gamma_lr_factor: ``MODEL.NONLOCAL.GAMMA_LR_FACTOR``.
-        lr_factor: ``MODEL.NONLOCAL.LR_FACTOR``.
-    """
+    """At the first step of an optimizer that trains ``module``, warn if that asks for learning
+    rates of its blocks that they do not have."""
     if (gamma_lr_factor, lr_factor) == (1, 1):
         return
 
@@ -80,11 +82,8 @@ def expect_lr_factors(module: nn.Module, gamma_lr_factor: float, lr_factor: floa
 
 
 def _at_first_step(module: nn.Module, check: Callable[[nn.Module, Optimizer], None]) -> None:
-    """
-    Call ``check`` at the first step of an optimizer that has parameters of ``module``; if all of
-    these are frozen, of any optimizer. The copies and wrappers that trainers make of a model stay
-    free of this hook, which belongs to PyTorch's optimizers; it keeps no model alive.
-    """
+    """Call ``check`` at the first step of an optimizer that has parameters of ``module``; if all of
+    these are frozen, of any. The hook is PyTorch's optimizers': copies of the model lack it."""
     reference = weakref.ref(module)
     is_done = False
 
@@ -121,17 +120,13 @@ def _problems(block: nn.Module, state: str) -> list[str]:
             "will never learn: its gamma is 0 and frozen, as batch norm was converted when the "
             "block was in the model already; put it in later, or set ZERO_INIT_LAYER to out"
         )
-    moving = (m.training and m.track_running_stats for m in block.modules() if _is_batch_norm(m))
-    if state.startswith("frozen") and any(moving):
+    norms = (module for module in block.modules() if isinstance(module, _BatchNorm))
+    if state.startswith("frozen") and any(m.training and m.track_running_stats for m in norms):
         problems.append(
             "has no parameter that is trained, but its batch norm still moves: freeze it with "
             "FrozenBatchNorm2d.convert_frozen_batchnorm, or block.eval() in each iteration"
         )
     return problems
-
-
-def _is_batch_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm)
 
 
 def _in(optimizer: Optimizer) -> set[nn.Parameter]:

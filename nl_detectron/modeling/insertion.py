@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, TypeVar, cast
+from numbers import Integral
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
@@ -13,14 +17,30 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nl_detectron.layers import NonLocalBlock
-from nl_detectron.modeling.first_step import announce_at_first_step
-from nl_detectron.modeling.network import PlacementError
-from nl_detectron.modeling.places import Place, Places, find_places
-from nl_detectron.surgery import HEIGHT, WIDTH, describe, like, undisturbed
+from nl_detectron.modeling.blocks import is_nonlocal_block, nonlocal_blocks
+from nl_detectron.modeling.first_step import Inserted, announce_at_first_step
+from nl_detectron.modeling.stages import Network, PlacementError, Stages, stages_of
+from nl_detectron.surgery import (
+    CHILD,
+    HEIGHT,
+    WIDTH,
+    attach,
+    describe,
+    insert_child,
+    like,
+    undisturbed,
+    units_of,
+)
+from nl_detectron.validation import did_you_mean
 
 logger = logging.getLogger(__name__)
 
+_MODULES = "MODEL.NONLOCAL.AFTER_MODULES"
+# What PyTorch's wrappers (compile, checkpoint, FSDP) call the module that they hold.
+_WRAPPED = re.compile(r"(^|\.)_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)(?=\.|$)")
+
 Model = TypeVar("Model", bound=nn.Module)
+Places = Mapping[str, Sequence[int]] | Sequence[Sequence[int]] | Sequence[str]
 
 
 def insert_nonlocal_blocks(module: Model, places: Places, **block_options: Any) -> Model:
@@ -28,8 +48,7 @@ def insert_nonlocal_blocks(module: Model, places: Places, **block_options: Any) 
     Put non-local blocks into a model, in place: :func:`insert_blocks` with :class:`NonLocalBlock`.
 
     Args:
-        module: see :func:`insert_blocks`.
-        places: see :func:`insert_blocks`.
+        module, places: see :func:`insert_blocks`.
         **block_options: for :class:`NonLocalBlock`, such as ``pairwise="dot_product"``.
 
     Returns:
@@ -72,31 +91,52 @@ def insert_blocks(module: Model, places: Places, make_block: Callable[[int], nn.
         PlacementError: a ValueError; there is no such place, or a block changes shape or dtype. The
             module is then as it was, as after any error of ``make_block``.
     """
+    announce_at_first_step(module, put_blocks(module, places, make_block))
+    return module
+
+
+def put_blocks(
+    module: nn.Module, places: Places, make_block: Callable[[int], nn.Module]
+) -> list[Inserted]:
+    """:func:`insert_blocks`, for the caller to announce."""
     if any(isinstance(inner, DistributedDataParallel) for inner in module.modules()):
         raise PlacementError("put blocks in before DistributedDataParallel, which would miss them")
     planned = [
         (place, *_fitted(make_block(place.channels), place))
-        for place in find_places(module, places)
+        for place in _find_places(module, places)
     ]
-    undo: list[Callable[[], None]] = []
-    try:  # everything is legal; only now change the model
+    with ExitStack() as undo:  # everything is legal; only now change the model
         for place, block, frozen in planned:
-            undo.append(place.put(block))
+            undo.callback(place.put(block))
             logger.log(
                 logging.WARNING if frozen else logging.INFO,
                 f"{type(block).__name__} {place.name} after {place.after} ({place.channels} "
                 "channels)" + (": frozen, as its stage is; it will not learn" if frozen else ""),
             )
-        if planned:
-            announce_at_first_step(module, [(p.name, b, p.channels) for p, b, _ in planned])
-    except BaseException:
-        for take_away in reversed(undo):
-            take_away()
-        raise
-    return module
+        undo.pop_all()
+    return [(place.name, block, place.channels) for place, block, _ in planned]
 
 
-def _fitted(block: nn.Module, place: Place) -> tuple[nn.Module, bool]:
+class _Place(NamedTuple):
+    """Where a block comes: behind a child of ``parent``, or after all that the parent does."""
+
+    name: str  # the block's, such as "res4.nonlocal4"
+    after: str  # the name of the module that it comes after
+    parent: nn.Module
+    behind: str | None
+    owner: nn.Module  # whose device, type, mode and frozen state the block takes
+    channels: int
+
+    def put(self, block: nn.Module) -> Callable[[], None]:
+        """Gives what takes the block away again."""
+        if self.behind is None:
+            return attach(self.parent, block)
+        own_name = self.name.rpartition(".")[2]
+        insert_child(self.parent, self.behind, own_name, block)
+        return partial(delattr, self.parent, own_name)
+
+
+def _fitted(block: nn.Module, place: _Place) -> tuple[nn.Module, bool]:
     """A block made like what it comes into, and whether it is frozen; tried out."""
     if not isinstance(block, nn.Module):
         raise PlacementError(f"the block for {place.name} is {describe(block)}, not an nn.Module")
@@ -123,3 +163,151 @@ def _freeze(block: nn.Module) -> nn.Module:
     """As Detectron2's ``CNNBlockBase.freeze``."""
     block.requires_grad_(False)
     return FrozenBatchNorm2d.convert_frozen_batchnorm(block)
+
+
+def _find_places(model: nn.Module, places: Places) -> list[_Place]:
+    network = Network(model)
+    if isinstance(places, Mapping):
+        return _in_stages(network, stages_of(network), places)
+    is_list = isinstance(places, Sequence) and not isinstance(places, str)
+    names = [place for place in places if isinstance(place, str)] if is_list else []
+    if not is_list or 0 < len(names) < len(places):
+        raise PlacementError(
+            f"places is {places!r}, but must be stages with block indices, such as "
+            '{"res4": [-2]}, a list of block indices for each stage, or a list of names of modules'
+        )
+    if not names and any(places):
+        stages = stages_of(network)
+        return _in_stages(network, stages, _by_name(stages, cast(Any, places)))
+    found = {place.parent: place for name in names for place in _after_modules(network, name)}
+    return list(found.values())
+
+
+def _after_modules(network: Network, pattern: str) -> Iterator[_Place]:
+    """After each module that the pattern names; of modules in one another, after the outermost."""
+    model = network.model
+    all_names = (raw for raw, _ in model.named_modules(remove_duplicate=False) if raw)
+    names = {raw: _WRAPPED.sub("", raw).lstrip(".") for raw in all_names}
+    blocks = tuple(f"{block}." for block in nonlocal_blocks(model))
+    names = {raw: name for raw, name in names.items() if not f"{raw}.".startswith(blocks)}
+    found = [raw for raw, name in names.items() if fnmatchcase(name, pattern) or raw == pattern]
+    outermost = [raw for raw in found if not any(raw.startswith(f"{o}.") for o in found)]
+    if not outermost:
+        children = ", ".join(name for name, _ in units_of(model))
+        raise PlacementError(
+            f"{type(model).__name__} has no module {pattern!r}, nor one that fits it as a pattern"
+            f"{did_you_mean(pattern, list(names.values()))} (its children are {children})"
+        )
+    for raw in outermost:
+        module, name = model.get_submodule(raw), names[raw]
+        while _WRAPPED.fullmatch(held := next((n for n, _ in module.named_children()), "")):
+            module = module.get_submodule(held)
+        if hasattr(module, CHILD):
+            raise PlacementError(f"there is a block after {name} already")
+        around = reversed(network.around(module))
+        owner = next((m for m in around if next(m.parameters(), None) is not None), model)
+        yield _Place(f"{name}.{CHILD}", name, module, None, owner, network.channels(module, name))
+
+
+def _by_name(stages: Stages, lists: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Lists by position to lists by the stage's name; refused where the position is in doubt."""
+    if not stages.in_order:
+        return {}
+    names, doubt = list(stages.numbered), stages.doubt
+    if not doubt and len(names) != len(lists) and (len(names) > 4 or stages.first_stride > 4):
+        doubt = f"there are {len(lists)} lists for its {len(names)} stages ({', '.join(names)})"
+    if doubt:
+        raise PlacementError(
+            f"of {type(stages.body).__name__} the stages cannot be numbered, as {doubt}: name the "
+            f'stage, as in {{"{[*stages.in_order][-1]}": [-2]}}, or the module ({_MODULES})'
+        )
+    if surplus := [n for n, indices in enumerate(lists, 1) if indices and n > len(names)]:
+        raise PlacementError(
+            f"it asks for blocks in stage number {surplus[0]}, but the backbone has "
+            f"{len(names)}: {', '.join(names)}"
+        )
+    return dict(zip(names, lists))
+
+
+def _in_stages(
+    network: Network, stages: Stages, after_blocks: Mapping[str, Sequence[int]]
+) -> list[_Place]:
+    units = dict(units_of(stages.body))
+    if not stages.in_order:
+        raise PlacementError(
+            f"{type(stages.body).__name__} has no stages for non-local blocks: none of its "
+            f"children ({', '.join(units)}) is an nn.Sequential or made of Detectron2's "
+            f"CNNBlockBase; name the module that a block comes after ({_MODULES})"
+        )
+    places = []
+    for name, indices in after_blocks.items():
+        if name not in units:
+            legal = list(stages.in_order)
+            raise PlacementError(
+                f"stage is {name!r}, but must be one of {', '.join(map(repr, legal))}"
+                f"{did_you_mean(name, legal)}"
+            )
+        stage = stages.in_order.get(name, units[name])
+        checked = _check_indices(name, stage, indices)
+        if name not in stages.in_order or (checked and not _takes_in(network, stages, stage)):
+            example = "".join(f', as in ["{name}.{n}"]' for n in _residual_block_names(stage)[-1:])
+            raise PlacementError(
+                f"{name} (a {type(stage).__name__}) would not run a block that is put into it: "
+                f"name the module that the block comes after ({_MODULES}){example}"
+            )
+        for index in checked:
+            child = _residual_block_names(stage)[index]
+            after, module = f"{name}.{child}", stage.get_submodule(child)
+            channels = network.channels(module, after, trusted=stages.are_detectron2s)
+            places.append(_Place(f"{name}.nonlocal{index}", after, stage, child, stage, channels))
+    return places
+
+
+def _takes_in(network: Network, stages: Stages, stage: nn.Module) -> bool:
+    """Would it run one more child?"""
+    if stages.are_detectron2s:
+        return True
+    run = network.run(stage)
+    if isinstance(stage, nn.Sequential) and (run.error or stage in run.outputs):
+        return True
+    stage.add_module("nonlocal", probe := nn.Identity())
+    try:
+        return probe in Network(network.model).run(stage).outputs
+    finally:
+        delattr(stage, "nonlocal")
+
+
+def _check_indices(stage_name: str, stage: nn.Module, indices: Sequence[int]) -> list[int]:
+    if not isinstance(indices, Sequence) or isinstance(indices, str):
+        raise PlacementError(
+            f"{stage_name} is given {indices!r}, but needs a list of block indices, such as [-2]"
+        )
+    count = len(_residual_block_names(stage))
+    checked: list[int] = []
+    for index in indices:
+        is_integer = isinstance(index, Integral) and not isinstance(index, bool)
+        if not is_integer or not -count <= index < count:
+            raise PlacementError(
+                f"block index {index!r} in {stage_name}: {stage_name} has {count} blocks, so it "
+                f"must be an integer from {-count} to {count - 1}"
+            )
+        from_start = int(index) % count
+        block = stage.get_submodule(_residual_block_names(stage)[from_start])
+        # TridentNet's; only the last block of such a stage gives a tensor.
+        if getattr(block, "concat_output", True) is False:
+            raise PlacementError(
+                f"block index {index} in {stage_name}: a {type(block).__name__} gives a list of "
+                "tensors, one for each of its branches, to the next; put the block after the last "
+                f"one of {stage_name} (index -1), or into another stage"
+            )
+        if from_start in checked or hasattr(stage, f"nonlocal{from_start}"):
+            raise PlacementError(
+                f"block index {index} in {stage_name}: there is a non-local block after "
+                f"{stage_name}'s block {from_start} already"
+            )
+        checked.append(from_start)
+    return checked
+
+
+def _residual_block_names(stage: nn.Module) -> list[str]:
+    return [name for name, child in stage.named_children() if not is_nonlocal_block(name, child)]

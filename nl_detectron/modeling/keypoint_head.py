@@ -39,13 +39,10 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
     ) -> None:
         """
         Args:
-            input_shape: shape of the region features.
-            conv_dims: output channels of each convolution.
+            input_shape, conv_dims, **kwargs: as of ``KRCNNConvDeconvUpsampleHead``.
             nonlocal_every: a block after every so many convolutions; 0 is none.
             make_block: from a number of channels to a block that keeps channels and size.
-            nonlocal_options: keyword arguments of ``make_block``, such as
-                ``{"subsample": "embeddings"}``.
-            **kwargs: those of ``KRCNNConvDeconvUpsampleHead``.
+            nonlocal_options: keyword arguments of ``make_block``.
 
         Raises:
             ValueError: ``nonlocal_every`` is negative or more than there are convolutions, or
@@ -58,14 +55,14 @@ class NonLocalKeypointHead(KRCNNConvDeconvUpsampleHead):
             )
         super().__init__(input_shape, conv_dims=conv_dims, **kwargs)
         # Only now: the parent's own initialisation runs over every parameter it finds.
-        if nonlocal_every:
-            inserted = []
-            for number in range(nonlocal_every, len(conv_dims) + 1, nonlocal_every):
-                name, channels = f"nonlocal{number}", conv_dims[number - 1]
-                block = make_block(channels, **(nonlocal_options or {}))
-                insert_child(self, f"conv_fcn_relu{number}", name, block)
-                inserted.append((name, block, channels))
-            announce_at_first_step(self, inserted)
+        inserted = []
+        every = nonlocal_every or len(conv_dims) + 1
+        for number in range(every, len(conv_dims) + 1, every):
+            name, channels = f"nonlocal{number}", conv_dims[number - 1]
+            block = make_block(channels, **(nonlocal_options or {}))
+            insert_child(self, f"conv_fcn_relu{number}", name, block)
+            inserted.append((name, block, channels))
+        announce_at_first_step(self, inserted)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:

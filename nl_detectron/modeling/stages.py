@@ -1,7 +1,8 @@
-"""The stages of a backbone, from high to low resolution."""
+"""A model that blocks are put into: what its modules return, and the stages of its backbone."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,8 +11,101 @@ from detectron2.modeling import Backbone
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import nn
 
-from nl_detectron.modeling.network import Network, PlacementError, innermost_backbone
-from nl_detectron.surgery import is_feature_map, look_through, units_of
+from nl_detectron.surgery import (
+    HEIGHT,
+    WIDTH,
+    DryRun,
+    describe,
+    dry_run,
+    is_feature_map,
+    like,
+    look_through,
+    units_of,
+)
+
+
+class PlacementError(ValueError):
+    """A model does not have the place that a block is asked for, or the block does not fit."""
+
+
+class Network:
+    """A model; parts of it are run, once each, when that is needed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = {module: name for name, module in model.named_modules()}
+        self._runs: dict[nn.Module, DryRun] = {}
+
+    def around(self, module: nn.Module) -> list[nn.Module]:
+        """What a module is in, from the model to the module itself."""
+        path = self.names[module].split(".") if module is not self.model else []
+        return [self.model.get_submodule(".".join(path[:i])) for i in range(len(path) + 1)]
+
+    def run(self, module: nn.Module) -> DryRun:
+        """A run of the backbone that a module is in, or else of the model."""
+        part = self._part(module)
+        if part not in self._runs:
+            self._runs[part] = dry_run(part, _inputs(part))
+        return self._runs[part]
+
+    def channels(self, module: nn.Module, name: str, trusted: bool = False) -> int:
+        """Of what a module returns. It has ``name`` in messages; ``trusted``, it knows itself."""
+        sizes = (getattr(module, n, 0) for n in ("out_channels", "num_features", "num_channels"))
+        known = next((size for size in sizes if size and isinstance(size, int)), 0)
+        part = self._part(module)
+        if known and (trusted or _is_detector(part)):
+            return known
+        run, what = self.run(module), f"{name} (a {type(module).__name__})"
+        if module in run.outputs:
+            output = run.outputs[module]
+            if is_feature_map(output):
+                return output.shape[1]
+            raise PlacementError(
+                f"{what} returns {describe(output)}, but a block needs one tensor (B, C, H, W)"
+                + self._instead(module, run)
+            )
+        if run.error is None:
+            raise PlacementError(
+                f"{what} is not called when {type(part).__name__} runs, so that a block after it "
+                "would do nothing, even if its weights are read"
+            )
+        if known:
+            return known
+        raise PlacementError(
+            f"the channels after {what} are not known: it has no out_channels, and "
+            f"{type(part).__name__} does not run on an image of zeros ({run.error})"
+        )
+
+    def _part(self, module: nn.Module) -> nn.Module:
+        return next((m for m in self.around(module) if isinstance(m, Backbone)), self.model)
+
+    def _instead(self, module: nn.Module, run: DryRun) -> str:
+        """The next place that would do, no deeper in the model than this one."""
+        called: list[Any] = [other for other in run.outputs if other in self.names]
+        here, depth = called.index(module), self.names[module].count(".")
+        for other in called[here:] + called[:here][::-1]:
+            name = self.names[other]
+            if name and name.count(".") <= depth and is_feature_map(run.outputs[other]):
+                return f", as {name!r} returns"
+        return ""
+
+
+def _innermost_backbone(model: nn.Module) -> nn.Module:
+    """Of those in one another, such as an FPN's ResNet."""
+    inner = [m for m in model.modules() if m is not model and isinstance(m, Backbone)]
+    return _innermost_backbone(inner[0]) if inner else model
+
+
+def _is_detector(model: nn.Module) -> bool:
+    return not isinstance(model, Backbone) and _innermost_backbone(model) is not model
+
+
+def _inputs(model: nn.Module) -> Any:
+    convolutions = (m for m in _innermost_backbone(model).modules() if isinstance(m, nn.Conv2d))
+    channels = getattr(next(convolutions, None), "in_channels", 3)
+    unit = math.lcm(32, getattr(model, "size_divisibility", 0) or 32)
+    image = like(model).new_zeros(1, channels, HEIGHT * unit, WIDTH * unit)
+    return [{"image": image[0]}] if _is_detector(model) else image
 
 
 class Stages(NamedTuple):
@@ -31,12 +125,8 @@ class Stages(NamedTuple):
 
 def find_stages(model: nn.Module) -> dict[str, nn.Module]:
     """
-    Args:
-        model: a backbone, or what has one inside.
-
-    Returns:
-        The stages of the innermost backbone that run their children in order, by name, from high to
-        low resolution, without a stem; empty if there are none.
+    The stages of a model's innermost backbone that run their children in order, by name, from high
+    to low resolution, without a stem; empty if there are none.
     """
     return stages_of(Network(model)).numbered
 
@@ -49,11 +139,11 @@ def stages_of(network: Network) -> Stages:
     if stages.are_detectron2s:
         lost = [name for name in body.stage_names if name not in in_order]
         return stages._replace(doubt=_doubt(units, lost, "does not run its blocks in order"))
-    run = network.run(body)
-    maps = {unit: run.outputs[unit] for unit in run.outputs if unit in units.values()}
-    maps = {unit: output for unit, output in maps.items() if is_feature_map(output)}
+    run, names = network.run(body), {unit: name for name, unit in units.items()}
+    maps = {unit: map_ for unit, map_ in run.outputs.items() if unit in names}
+    maps = {unit: map_ for unit, map_ in maps.items() if is_feature_map(map_)}
     returned = _identities(run.outputs.get(body))
-    outputs = [unit for unit, output in maps.items() if id(output) in returned]
+    outputs = [unit for unit, map_ in maps.items() if id(map_) in returned]
     if not outputs:
         why = f" ({run.error})" if run.error else ""
         return stages._replace(doubt=f"no child returns what it returns{why}")
@@ -64,7 +154,6 @@ def stages_of(network: Network) -> Stages:
     res2 = last.get(min((stride for stride in last if stride > 3), default=0), outputs[0])
     called = list(maps)
     called = called[min(called.index(outputs[0]), called.index(res2)) :]
-    names = {unit: name for name, unit in units.items()}
     found = {names[unit]: in_order[names[unit]] for unit in called if names[unit] in in_order}
     sure = [names[unit] for unit in called if unit in outputs or unit in last.values()]
     # A stage whose blocks are called one by one, from outside, is not called itself.
@@ -74,7 +163,7 @@ def stages_of(network: Network) -> Stages:
     doubt = _doubt(units, lost, "does not run its blocks in order")
     doubt = doubt or _doubt(units, [name for name in found if name not in sure], "may be none")
     # Such as ConvNeXt's first stage, whose blocks alone are in an nn.Sequential.
-    backbone = _identities(run.outputs.get(innermost_backbone(network.model)))
+    backbone = _identities(run.outputs.get(_innermost_backbone(network.model)))
     if not doubt and backbone & returned and backbone - returned:
         doubt = f"it has only a part of {len(backbone)} that are returned"
     return Stages(body, in_order, found, strides[called[0]], doubt)
@@ -91,7 +180,7 @@ def _doubt(units: dict[str, nn.Module], names: Sequence[str], why: str) -> str:
 
 def _find_body(model: nn.Module) -> Any:
     """In the innermost backbone, the first network, by breadth, with children that run in order."""
-    level = [body := innermost_backbone(model)]
+    level = [body := _innermost_backbone(model)]
     backbones = [module for module in model.modules() if isinstance(module, Backbone)]
     if not all(body in backbone.modules() for backbone in backbones):
         raise PlacementError(f"{type(model).__name__} has several backbones: give one of them")

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nl_detectron import GlobalContextBlock, NonLocalBlock
@@ -138,6 +139,16 @@ def test_norm_is_folded_into_the_effective_weights():
     assert report.effective_norm == pytest.approx(folded.weight.norm().item(), rel=1e-5)
     assert report.mean_abs_gamma == pytest.approx(block.norm.weight.abs().mean().item())
     assert report.out_weight_norm == pytest.approx(block.out.weight.norm().item())
+
+
+def test_weights_that_are_computed_at_each_call_are_those_of_the_next_one():
+    block = make_block(norm="BN")
+    prune.identity(block.out, "weight")
+    before = inspect(block)
+    nn.init.zeros_(block.out.weight_orig)
+    after = inspect(block)
+    assert before.effective_norm > 0
+    assert after.effective_norm == after.out_weight_norm == 0
 
 
 @pytest.mark.parametrize(("norm", "has_gamma", "folds"), [("", False, True), ("LN", True, False)])

@@ -10,6 +10,7 @@ from detectron2.layers import CNNBlockBase, ShapeSpec
 from detectron2.modeling import build_backbone
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 
 from nl_detectron import (
     GlobalContextBlock,
@@ -127,6 +128,17 @@ def test_what_a_block_does_not_have_is_none():
     context = GlobalContextBlock(8, reduction=2)  # whose norm is not after out
     assert mean_abs_gamma(context) is None
     assert out_weight_norm(context) == 0
+
+
+@pytest.mark.parametrize("bias", [0.0, 3.0])
+def test_the_norm_of_weights_is_that_of_the_next_call(bias):
+    block = NonLocalBlock(8, zero_init=False)
+    nn.init.constant_(block.out.bias, bias)
+    prune.l1_unstructured(block.out, "weight", 0.5)
+    nn.init.ones_(block.out.weight_orig)  # from it the weight is computed at each call
+    assert out_weight_norm(block) == pytest.approx(4)
+    assert block.training
+    assert block.out.training
 
 
 def test_the_own_block_of_the_readme():

@@ -61,6 +61,28 @@ def test_one_line_for_blocks_that_are_trained(said):
     assert said(model) == ([], [])
 
 
+def test_both_kinds_of_places_share_a_line(said):
+    (line,), warnings = said(build_backbone(config("MODEL.NONLOCAL.AFTER_MODULES", ["res3.1"])))
+    assert line == (
+        "Blocks in ResNet: NonLocalBlock res4.nonlocal0 (256 channels), "
+        "NonLocalBlock res3.1.nonlocal (128 channels): trainable, in the optimizer (SGD)"
+    )
+    assert not warnings
+
+
+CONVERSIONS = [nn.SyncBatchNorm.convert_sync_batchnorm, FrozenBatchNorm2d.convert_frozen_batchnorm]
+
+
+@pytest.mark.parametrize("convert", CONVERSIONS)
+def test_a_block_behind_a_norm_that_was_converted(convert, said):
+    cfg = config("MODEL.RESNETS.NORM", "BN", "MODEL.NONLOCAL.NORM", "")
+    cfg.MODEL.NONLOCAL.AFTER_MODULES = ["res3.1.conv2.norm"]
+    (line,), (warning,) = said(convert(build_backbone(cfg)))
+    assert "res4.nonlocal0 (256 channels): trainable" in line
+    assert "res3" not in line
+    assert warning.startswith("res3.1.conv2.norm.nonlocal is not applied any more: ")
+
+
 def test_it_stays_with_the_model_that_is_trained(said):
     """A teacher, whose weights another model gives, is in no optimizer on purpose."""
     teacher, student = build_backbone(config()), build_backbone(config())
