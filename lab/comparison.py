@@ -65,11 +65,8 @@ class _Matches(NamedTuple):
 def match_predictions(
     truth: COCO, predictions: Sequence[Record], task: str, oks_sigmas: Sequence[float] = ()
 ) -> COCOeval:
-    """
-    Match predictions, in COCO's format for results, with the objects of a dataset, as Detectron2's
-    evaluator does; the result is not accumulated yet. ``oks_sigmas`` are for "keypoints", by
-    default COCO's own. ValueError: predictions for pictures that are not in the dataset.
-    """
+    """Match predictions with the objects of a dataset, as Detectron2's evaluator does; not
+    accumulated. ValueError: some are for pictures that are not in the dataset."""
     if unknown := {p["image_id"] for p in predictions} - set(truth.getImgIds()):
         raise ValueError(f"there are predictions for image {min(unknown)}, which the dataset lacks")
     # COCO's API takes the size of a mask from the box, if there is one.
@@ -219,11 +216,8 @@ def compare_aps(
 
 
 def kinds_of_errors(truth: COCO, predictions: Sequence[Record], task: str) -> Errors:
-    """
-    What each of TIDE's kinds of errors (Bolya et al., ECCV 2020) costs at an overlap of 0.5, and
-    which classes are confused, for the task "bbox" or "segm"; by ``tidecv``. ValueError: it is not
-    installed.
-    """
+    """What each of TIDE's kinds of errors (Bolya et al., ECCV 2020) costs at an overlap of 0.5, and
+    which classes are confused, for "bbox" or "segm". ValueError: tidecv is not installed."""
     try:
         import tidecv
         from tidecv.data import Data

@@ -65,11 +65,8 @@ class TrainingCost:
 
 
 def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
-    """
-    Measure a model in evaluation mode, on the device it is on, called ``repeats`` times with what
-    it takes, such as ``[{"image": image}]``. It is timed with and without its blocks in turn, so
-    that whatever else the machine does falls on both. ValueError: it has no non-local blocks.
-    """
+    """Measure a model in evaluation mode, called ``repeats`` times with and without its blocks in
+    turn, so that whatever else the machine does falls on both. ValueError: it has none."""
     blocks = nonlocal_blocks(model)
     if not blocks:
         raise ValueError("the model has no non-local blocks")
@@ -100,11 +97,8 @@ def measure_cost(model: nn.Module, inputs: Any, repeats: int = 5) -> CostReport:
 def measure_training(
     trainer: SimpleTrainer, iterations: int = 10
 ) -> tuple[TrainingCost, TrainingCost]:
-    """
-    Measure iterations of training, with and without the blocks in turn, after one of each that is
-    not counted; last comes one of each for the memory. Let the learning rate be 0, and the model
-    stays as it is. Returns the cost with the blocks, and that without.
-    """
+    """The cost with the blocks, and that without, in turn, after an iteration of each that is not
+    counted. Let the learning rate be 0, and the model stays as it is."""
     model, device = trainer.model, next(trainer.model.parameters()).device
     contexts: list[Callable[[], AbstractContextManager[None]]]
     contexts = [nullcontext, lambda: without_blocks(model)]

@@ -18,11 +18,9 @@ _CPU = 0  # in a trace, c10::DeviceType
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """
-    Call ``function``, which computes on ``device``, and return the most bytes that PyTorch's
-    allocator held for it at a time, beyond what was held before: intermediate values, what is saved
-    for the backward pass, and the result, but not the weights and inputs. What libraries allocate
-    past PyTorch, such as MKL's packing buffers, is not in it. On CUDA, let it run once before:
-    libraries allocate their workspaces at the first call.
+    The most bytes that PyTorch's allocator holds at a time for a call, beyond what is held before
+    it: not the weights and inputs, nor what libraries allocate past PyTorch. On CUDA, let it run
+    once before: libraries allocate their workspaces at the first call.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

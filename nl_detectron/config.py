@@ -19,7 +19,7 @@ from nl_detectron.validation import ArgumentError, did_you_mean
 logger = logging.getLogger(__name__)
 
 _MOST_YAML_VALUES = 100_000
-_WRAPPERS = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
+OUR_BACKBONES = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
 
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
@@ -106,17 +106,16 @@ def use_nonlocal_backbone(cfg: CfgNode) -> None:
     Raises:
         ValueError: the config is frozen, and would have to be changed.
     """
-    if cfg.is_frozen() and (
-        "NONLOCAL" not in cfg.MODEL or cfg.MODEL.BACKBONE.NAME not in _WRAPPERS
-    ):
+    is_ours = cfg.MODEL.BACKBONE.NAME in OUR_BACKBONES
+    if cfg.is_frozen() and not (is_ours and "NONLOCAL" in cfg.MODEL):
         raise ValueError(
             "The config is frozen: call use_nonlocal_backbone(cfg) before cfg.freeze(), and before "
             "default_setup(cfg, args), which writes it to config.yaml"
         )
     add_nonlocal_config(cfg)
-    if cfg.MODEL.BACKBONE.NAME not in _WRAPPERS:
+    if not is_ours:
         cfg.MODEL.NONLOCAL.BACKBONE = cfg.MODEL.BACKBONE.NAME
-        cfg.MODEL.BACKBONE.NAME = _WRAPPERS[0]
+        cfg.MODEL.BACKBONE.NAME = OUR_BACKBONES[0]
 
 
 def nonlocal_node(cfg: CfgNode) -> CfgNode:
@@ -128,20 +127,11 @@ def nonlocal_node(cfg: CfgNode) -> CfgNode:
 
 @contextmanager
 def keys_for_arguments(node: CfgNode) -> Iterator[None]:
-    """
-    Where a call that is made from the config refuses an argument, name its key.
-
-    Args:
-        node: ``MODEL.NONLOCAL``; the key of an argument has its name.
-
-    Raises:
-        ArgumentError: with the key in the place of the argument.
-    """
+    """Where a call that is made from ``MODEL.NONLOCAL`` refuses an argument, name its key."""
     try:
         yield
     except ArgumentError as error:
-        key = error.argument.upper()
-        if key not in node:
+        if (key := error.argument.upper()) not in node:
             raise
         raise ArgumentError(f"MODEL.NONLOCAL.{key}", error.problem) from error
 
@@ -257,8 +247,7 @@ def _add_missing(node: CfgNode, values: Mapping[str, Any]) -> None:
 
 def _unknown_key(cfg: CfgNode, error: Exception) -> str | None:
     """The message for an error of yacs that is about an unknown key; None for other errors."""
-    unknown = re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))
-    if unknown is None:
+    if not (unknown := re.search(r"Non-existent (?:config )?key: ([\w.]+)", str(error))):
         return None
     return f"Unknown config key {unknown[1]}{did_you_mean(unknown[1], [k for k, _ in walk(cfg)])}"
 
@@ -269,8 +258,7 @@ def _wrong_type(error: Exception) -> str | None:
         r"Type mismatch \(<class '(\w+)'> vs. <class '(\w+)'>\) with values "
         r"\((.*) vs. (.*)\) for config key: (.*)"
     )
-    match = re.fullmatch(pattern, str(error), re.DOTALL)
-    if match is None:
+    if not (match := re.fullmatch(pattern, str(error), re.DOTALL)):
         return None
     legal, wrong, example, value, key = match.groups()
     return f"{key} is {value!r}, of type {wrong}, but must be of type {legal}, such as {example}"

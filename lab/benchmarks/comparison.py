@@ -83,10 +83,8 @@ def compare(
     passes: Mapping[str, Sequence[str]] = PASSES,
     implementations: Sequence[Implementation] = IMPLEMENTATIONS,
 ) -> list[MeasuredPass]:
-    """
-    Measure the implementations ``names`` in one case, with a budget for each level and pass. Those
-    whose operation cannot be taken out of the block have no row for the operation.
-    """
+    """Measure ``names`` in one case, with a budget for each level and pass. Whose operation cannot
+    be taken out of the block has no row for it."""
     warnings.simplefilter("ignore")  # what other packages deprecate among themselves
     trials, reasons = make_trials(case, device, names, implementations)
     tolerance = TOLERANCES[case.precision]
@@ -139,11 +137,8 @@ def run_limited(
     threads: int,
     memory_limit: int | None,
 ) -> Result:
-    """
-    ``function(*arguments)`` in a process of its own, which may take ``memory_limit`` bytes on
-    ``device`` beyond what it holds at its start: PyTorch raises an error at the allocation that
-    goes beyond. On the CPU only Linux can do that. ``BrokenProcessPool``: the process was killed.
-    """
+    """``function(*arguments)`` in a process that may take ``memory_limit`` bytes more on ``device``
+    than it starts with; on the CPU only Linux can do that. BrokenProcessPool: it was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     limits = (device, threads, memory_limit)

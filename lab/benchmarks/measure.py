@@ -71,11 +71,9 @@ def measure(
     tolerance: float = TOLERANCE,
 ) -> dict[str, Outcome]:
     """
-    Measure all ``trials`` in one pass. First each is run once for its memory and its results,
-    which have to be those of the first that fits into memory. Then all that passed take turns,
-    for ``budget`` seconds all together and at least ``MIN_ROUNDS`` times, so that whatever else
-    the machine does meets all alike. The first run's time counts, too: it may be longer than the
-    others, but that does not move the median.
+    Run each once for its memory and its results, which have to be those of the first that fits into
+    memory. Then all that passed take turns, for ``budget`` seconds all together and at least
+    ``MIN_ROUNDS`` times, so that whatever else the machine does meets all alike.
     """
     outcomes: dict[str, Outcome] = {}
     seconds: dict[str, list[float]] = {}

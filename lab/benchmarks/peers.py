@@ -99,11 +99,8 @@ def pyramid(block: NonLocalBlock) -> Built:
 
 @functools.cache  # it registers itself with mmengine, which takes no second one
 def mmsegmentation() -> tuple[ModuleType, ModuleType]:
-    """
-    The modules of mmsegmentation with the decode heads of DNL and ANN, and the blocks in them. Its
-    packages, which import all there is and refuse recent versions of mmcv, are passed by, and so
-    are the classes that the heads are made of; nothing of it stays in ``sys.modules``.
-    """
+    """The modules with the decode heads of DNL and ANN. Its packages, which import all there is and
+    refuse recent versions of mmcv, are passed by; nothing stays in ``sys.modules``."""
     importlib.import_module("mmcv.cnn")
     spec = importlib.util.find_spec("mmseg")
     if spec is None or not spec.submodule_search_locations:

@@ -16,11 +16,8 @@ from nl_detectron.validation import did_you_mean
 
 
 def check_inputs(runs: Sequence[TrainingRun]) -> None:
-    """
-    Check the datasets and the weights of all runs. Weights with a URL are downloaded, once for all
-    runs: the nodes of a cluster often have no access to the network. FileNotFoundError: something
-    is missing; the message has a line for each thing.
-    """
+    """Check the datasets and the weights of all runs. Weights with a URL are downloaded: the nodes
+    of a cluster often have no network. FileNotFoundError: a line for each thing that is missing."""
     configs = [
         CfgNode.load_cfg(text) for text in {run.setting: run.config for run in runs}.values()
     ]

@@ -58,10 +58,8 @@ class StudyPlan:
     def part(
         self, settings: Collection[str] | None = None, seeds: list[int] | None = None
     ) -> StudyPlan:
-        """
-        The plan of these settings and seeds alone, with the groups that have any of them; where
-        settings are named, without groups that compare no more than another does.
-        """
+        """That of these settings and seeds alone, with the groups that have any of them; where
+        settings are named, without groups that compare no more than another does."""
         for name in settings or ():
             check_choice("a setting", name, list(self.settings))
         seeds = self.seeds if seeds is None else _checked_seeds(seeds)
@@ -73,10 +71,9 @@ class StudyPlan:
 
     def runs(self, output: Path, overrides: Sequence[str] = ()) -> list[TrainingRun]:
         """
-        All runs, each with a folder of its own in ``output``: every setting with the first seed,
-        then every setting with the second, so that a study which is stopped early has compared all
-        settings with fewer seeds. The overrides (keys and values in turn) are for all settings,
-        over their own. ValueError: those of a setting do not fit the config.
+        All runs: every setting with the first seed, then every setting with the second, so that a
+        study which is stopped early has compared all. The overrides are for all settings, over
+        their own. ValueError: those of a setting do not fit the config.
         """
         pairs = [(name, seed) for seed in self.seeds for name in self.settings]
         return [

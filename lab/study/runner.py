@@ -26,10 +26,8 @@ _WATCH_SECONDS = 5.0  # between looks at how far the runs are
 
 
 def prepare_runs(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """
-    Make the folders of all runs, each with its config, and return the runs that are not finished.
-    ValueError: a folder has the results of another config, which is not touched.
-    """
+    """Make the folders of all runs; returns those that are not finished. ValueError: a folder has
+    the results of another config."""
     for run in runs:
         config = run.folder / CONFIG
         if config.exists() and config.read_text(encoding="utf-8") != run.config:
@@ -44,29 +42,20 @@ def prepare_runs(runs: Sequence[TrainingRun]) -> list[TrainingRun]:
 
 
 def read_result(run: TrainingRun) -> dict[str, float] | None:
-    """
-    Of a finished run "bbox/AP", "bbox/AP50" and so on, in percent, for each task that was
-    evaluated, and "seconds", the time that it took since it was last started; else None.
-    """
+    """Of a finished run "bbox/AP" and so on, in percent, and "seconds" since its last start."""
     file = run.folder / RESULT
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def start_command(run: TrainingRun, train: Sequence[str]) -> list[str]:
-    """
-    The command that starts an unfinished run, or goes on with it; ``train`` is that of
-    train_net.py. What an earlier failure left is removed.
-    """
+    """What starts an unfinished run or goes on with it; what a failure left is removed."""
     (run.folder / FAILURE).unlink(missing_ok=True)
     config = str(run.folder / CONFIG)
     return [*train, "--resume", "--config-file", config, "OUTPUT_DIR", str(run.folder)]
 
 
 def keep_result(run: TrainingRun, status: int, seconds: float) -> str | None:
-    """
-    Write down how a run's training ended, with which exit status and after how long: its result,
-    or why it failed. Returns what went wrong, if anything.
-    """
+    """Write down the result of a run, or why it failed; returns what went wrong, if anything."""
     problem = f"exit status {status}" if status else None
     aps = {} if status else last_aps(run.folder)
     if not status and not aps:
@@ -83,19 +72,15 @@ def run_all(
     runs: Sequence[TrainingRun], train: Sequence[str], workers: int, gpus_per_run: int = 1
 ) -> list[TrainingRun]:
     """
-    Run :func:`start_command` of what :func:`prepare_runs` returned, as many at a time as there are
-    workers. Each has GPUs of its own if there are any, and its share of the cores (unless
-    OMP_NUM_THREADS is set). A run that fails does not stop the others; an interrupt stops all.
-    Returns the runs that failed; their logs say why.
+    Start runs, as many at a time as there are workers, each with GPUs of its own if there are any,
+    and its share of the cores (unless OMP_NUM_THREADS is set). An interrupt stops all. Returns the
+    runs that failed; their logs say why.
     """
     return asyncio.run(_run_all(runs, train, workers, gpus_per_run))
 
 
 def default_workers(gpus_per_run: int = 1) -> int:
-    """
-    How many runs at a time the GPUs are enough for; where there is none, the cores, of which a run
-    then has a process for each "GPU".
-    """
+    """How many runs at a time the GPUs are enough for or, where there is none, the cores."""
     return max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // gpus_per_run)
 
 

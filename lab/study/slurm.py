@@ -29,7 +29,7 @@ _WAITING = {"PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"
 
 class TrainingJob:
     """
-    What a job does: train and evaluate a run, and keep its result.
+    Train and evaluate a run, and keep its result.
 
     Shortly before its time is up, and on clusters that announce a preemption by the same signal,
     submitit calls :meth:`checkpoint` and has SLURM requeue the job under its id, which then goes
@@ -89,12 +89,9 @@ def submit(
     cluster: str = "slurm",
 ) -> list[TrainingRun]:
     """
-    Submit one job for each run: what :func:`prepare_runs` returned, without those in
-    :func:`read_queue`. Submitit's files and the logs of the jobs go into ``folder``, which all
-    nodes see. More ``parameters``, such as "partition", are passed on to ``sbatch``; "time" is in
-    minutes. On the ``cluster`` "local" all jobs run at once on this machine; this function waits
-    for them, and returns those that failed. ValueError: there is no submitit or no SLURM here, or
-    one of them refuses a parameter.
+    Submit one job for each run; their logs go into ``folder``, which all nodes see. ``parameters``
+    are passed on to ``sbatch``. On the ``cluster`` "local" all run at once on this machine; those
+    that failed are returned. ValueError: there is no submitit or SLURM, or it refuses a parameter.
     """
     submitit = _submitit()
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
@@ -126,11 +123,8 @@ def submit(
 
 
 def read_queue() -> dict[Path, tuple[str, str]]:
-    """
-    The user's jobs that wait or run now: folder of the run (absolute) to job id and "waiting" or
-    "running"; none where there is no SLURM. ValueError: SLURM does not answer, so that nobody knows
-    what runs.
-    """
+    """The user's jobs: absolute folder of the run to job id and "waiting" or "running"; none where
+    there is no SLURM. ValueError: it does not answer, so that nobody knows what runs."""
     if not shutil.which("squeue"):
         return {}
     command = ["squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%k"]

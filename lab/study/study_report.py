@@ -40,10 +40,7 @@ def write_report(
     title: str,
     paper: Paper | None = None,
 ) -> Path:
-    """
-    Write ``report.md`` and its figures into the study's folder, from the runs that are finished of
-    ``runs``, all of the plan's; ``groups`` and ``paper`` are the plan's. Returns the file.
-    """
+    """Write ``report.md`` and its figures, from the runs that are finished; returns the file."""
     finished: dict[str, list[TrainingRun]] = {run.setting: [] for run in runs}
     for run in runs:
         if read_result(run) is not None:
@@ -71,11 +68,8 @@ def write_report(
 
 
 def group_table(runs: dict[str, list[TrainingRun]], paper: Paper | None = None) -> str:
-    """
-    A Markdown table of settings with one or more finished runs each: of each AP the mean and the
-    sample standard deviation over the seeds, and their number n; then what the paper reports in
-    metrics that are not ours.
-    """
+    """In Markdown, of each AP the mean and the sample standard deviation over the n seeds; then
+    what the paper reports in metrics that are not ours."""
     reported = {name: (paper or {}).get(name, {}) for name in runs}
     others = [m for m in dict.fromkeys(itertools.chain(*reported.values())) if not is_ap(m)]
     values = {name: _values(group) for name, group in runs.items()}
@@ -94,11 +88,8 @@ def group_table(runs: dict[str, list[TrainingRun]], paper: Paper | None = None) 
 
 
 def paper_table(runs: dict[str, list[TrainingRun]], paper: Paper) -> str:
-    """
-    A Markdown table of each AP that the paper reports for one of the settings: our mean, the
-    paper's value, the mean and the sample standard deviation over the seeds of ours minus the
-    paper's, and how large a difference of AP can be chance; empty if it reports none.
-    """
+    """In Markdown, of each AP that the paper reports for a setting: our mean, the paper's, ours
+    minus that, and how large a difference can be chance; empty if it reports none."""
     rows = []
     for name, group in runs.items():
         values = _values(group)
@@ -114,18 +105,12 @@ def paper_table(runs: dict[str, list[TrainingRun]], paper: Paper) -> str:
 
 
 def seed_noise(seeds: int) -> float:
-    """
-    Two standard deviations of the difference between the mean of so many runs and a paper's single
-    run, if each run spreads by ``SEED_NOISE``.
-    """
+    """Two standard deviations of the mean of so many runs less a paper's one run."""
     return 2 * SEED_NOISE * float(np.sqrt(1 + 1 / seeds))
 
 
 def draw_group(runs: dict[str, list[TrainingRun]]) -> Figure:
-    """
-    For each task a panel with a dot for each run and a line at their mean; then the box AP during
-    training, the mean over the seeds in a band from the lowest to the highest.
-    """
+    """A panel for each task with a dot for each run, and one for the box AP during training."""
     values = {name: _values(group) for name, group in runs.items()}
     metrics = [f"{t}/AP" for t in TASKS if any(f"{t}/AP" in v for v in values.values())]
     colors = list(itertools.islice(itertools.cycle(COLORS), len(runs)))
@@ -177,10 +162,7 @@ def _header(metric: str) -> str:
 
 
 def mean_and_deviation(values: Sequence[float], sign: str = "") -> str:
-    """
-    Mean and sample standard deviation such as "80.2 ± 2.2"; of a single value the value alone, of
-    none nothing. The sign "+" shows that of positive means, too.
-    """
+    """Mean and sample standard deviation such as "80.2 ± 2.2"; of a single value that alone."""
     if not values:
         return ""
     mean = f"{np.mean(values):{sign}.1f}"

@@ -49,7 +49,7 @@ def record_attention(
         augmentation: how the image is resized for the model, such as a ``DefaultPredictor``'s
             ``aug``. It may also flip the image: everything is mapped back.
         input_format: what the model expects, ``cfg.INPUT.FORMAT``: "BGR" or "RGB".
-        min_score: detected objects with a lower score are left out.
+        min_score: of objects; those with a lower one are left out.
         effects: keep also what effects on the objects' scores are computed of, which takes the
             memory of a training step.
 
@@ -104,17 +104,8 @@ def record_attention(
 
 def attention_of(predictor: DefaultPredictor, image: np.ndarray, **options: Any) -> AttentionRecord:
     """
-    :func:`record_attention` with a predictor's model, resizing and input format.
-
-    Args:
-        predictor: Detectron2's, or ours.
-        image, **options: as for :func:`record_attention`.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: as there.
+    :func:`record_attention` with the model, resizing and input format of a predictor, Detectron2's
+    or ours.
     """
     return record_attention(
         predictor.model,
@@ -128,19 +119,7 @@ def attention_of(predictor: DefaultPredictor, image: np.ndarray, **options: Any)
 def attention_maps(
     model: nn.Module, image: np.ndarray, points: Sequence[Point], **options: Any
 ) -> AttentionMaps:
-    """
-    :func:`record_attention` and :meth:`AttentionRecord.maps` in one call.
-
-    Args:
-        model, image, **options: as for :func:`record_attention`.
-        points: x, y in pixels of the image.
-
-    Returns:
-        What the points attend to in the detector's non-local blocks.
-
-    Raises:
-        ValueError: as both of them.
-    """
+    """:func:`record_attention` and :meth:`AttentionRecord.maps` in one call."""
     return record_attention(model, image, **options).maps(points)
 
 

@@ -41,14 +41,11 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5) -> Figure:
     Draw a panel for each point and block: the map as colours over the image, on the same scale in
     all panels, and arrows from the point to the peaks of the map. For the blocks of a head it is
     the part of the image around the object's box. Points that a block does not see have no panel.
-    The figure fits a page: A4, or with many panels A3 or A2.
+    The figure fits a page, A4, or with many panels A3 or A2, and needs no display;
+    ``figure.savefig(path)`` writes it.
 
     Args:
-        maps: what to draw.
         arrows: how many at most; the legend has the multiple of the mean of each.
-
-    Returns:
-        A figure that needs no display; ``figure.savefig(path)`` writes it.
     """
     shown = [
         (block.name, block.pairwise, point, attention_map)
@@ -143,10 +140,7 @@ def heat_colors(what: str) -> Colormap:
 
 
 def _grid(panels: int, aspect: float) -> tuple[int, int, float, float]:
-    """
-    Columns and rows, and the width and height of a panel in inches, for pictures of this height /
-    width: the widest that fit a page.
-    """
+    """Columns, rows, and width and height of a panel in inches: the widest that fit a page."""
     for enlarged in (1.0, 2**0.5, 2.0):
         page_width, page_height = enlarged * _PAGE[0], enlarged * _PAGE[1] - _SCALE
         widest = min(page_width, _LARGEST / aspect**0.5)

@@ -60,13 +60,8 @@ class AttentionMap:
         """
         The places that count most for the point: the peaks of the map, which are cells not weaker
         than any of their 8 neighbours. Those at the point itself, in its cell or a neighbour of it,
-        and those with less than a hundredth of the greatest magnitude are left out.
-
-        Args:
-            count: how many, at most.
-
-        Returns:
-            The centre, in pixels, and the value of each, the greatest magnitude first.
+        and those with less than a hundredth of the greatest magnitude are left out. The centre, in
+        pixels, and the value of each, the greatest magnitude first, of ``count`` at most.
         """
         magnitude = torch.from_numpy(np.abs(self.values))[None]
         peaks = magnitude == functional.max_pool2d(magnitude, 3, 1, 1)
@@ -83,14 +78,9 @@ class AttentionMap:
 @dataclass(frozen=True)
 class BlockAttention:
     """
-    What counts for several points in one block.
-
-    Attributes:
-        name: the block's full name, such as ``backbone.res4.nonlocal4``.
-        pairwise: its kind of weights in :data:`nl_detectron.layers.ATTENTION`, such as
-            ``embedded_gaussian``.
-        maps: a map for each point; None where the block does not see the point: those of a head
-            see the boxes of detected objects only.
+    What counts for several points in one block: a map for each, None where the block does not see
+    it, as those of a head see the boxes of detected objects only. ``pairwise`` is its kind of
+    weights in :data:`nl_detectron.layers.ATTENTION`.
     """
 
     name: str
@@ -101,13 +91,8 @@ class BlockAttention:
 @dataclass(frozen=True)
 class AttentionMaps:
     """
-    What counts for several points of an image in several blocks.
-
-    Attributes:
-        image: (H, W, 3) uint8, RGB.
-        points: x, y in pixels.
-        blocks: what counts for the points in each of the blocks.
-        what: what the maps show, one of :data:`nl_detectron.analysis.contribution.WHAT`.
+    What counts for several points, x, y in pixels, of an image (H, W, 3), uint8, RGB, in several
+    blocks; ``what`` is one of :data:`nl_detectron.analysis.contribution.WHAT`.
     """
 
     image: np.ndarray

@@ -40,7 +40,7 @@ def write_attention_page(
     its cells can be asked but, say, every third in either direction, and the page says so.
 
     Args:
-        path: the file to write; it is replaced if there is one.
+        path: a file; it is replaced if there is one.
         record: from :func:`record_attention`.
         title: the page's heading, such as the image's name.
     """

@@ -43,16 +43,13 @@ class AttentionRecord:
 
     def maps(self, points: Sequence[Point], what: str = "weights") -> AttentionMaps:
         """
-        What counts for the points. A point in several objects' boxes is asked in the smallest.
+        For each block a map for each of the points, x, y in pixels of the image, whose upper left
+        corner is 0, 0. A point in several objects' boxes is asked in the smallest.
 
         Args:
-            points: x, y in pixels of the image, whose upper left corner is 0, 0.
             what: "weights", what the points attend to; "contributions", what each place adds to
                 them (:func:`nl_detectron.analysis.contribution.contributions_on_grid`); or
                 "effect", :meth:`effects`.
-
-        Returns:
-            For each block a map for each point.
 
         Raises:
             ValueError: a point lies outside the image, or effects are asked for and were not
@@ -71,16 +68,8 @@ class AttentionRecord:
     def effects(self, points: Sequence[Point]) -> AttentionMaps:
         """
         The effect of each place on the score of the object that a point is in
-        (:func:`nl_detectron.analysis.contribution.effect_on_grid`), of several the smallest.
-
-        Args:
-            points: as for :meth:`maps`.
-
-        Returns:
-            For each block outside of the heads a map for each point.
-
-        Raises:
-            ValueError: a point lies outside the image, or no effects are recorded.
+        (:func:`nl_detectron.analysis.contribution.effect_on_grid`), of several the smallest: for
+        each block outside of the heads a map for each point, as :meth:`maps`.
         """
         check_points(points, self.image)
         if self.scores is None:
@@ -97,16 +86,8 @@ class AttentionRecord:
         self, name: str, features: PlacedFeatures, cells: Cells, what: str = "weights"
     ) -> list[AttentionMap]:
         """
-        What counts for cells of a block's input.
-
-        Args:
-            name: the block's.
-            features: some of the block's in :attr:`features`.
-            cells: row and column of each query.
-            what: "weights" or "contributions".
-
-        Returns:
-            A map for each of the cells.
+        A map for each cell, row and column, of some of a block's :attr:`features`, of "weights" or
+        "contributions".
         """
         values = ON_GRID[what](self.blocks[name], features.x, cells)
         return self._placed(features, values, [features.cell_box(cell) for cell in cells])

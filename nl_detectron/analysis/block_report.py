@@ -97,14 +97,8 @@ def in_places(attended_share: float) -> str:
 
 def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport]:
     """
-    Run a model in evaluation mode and report on each of its non-local blocks.
-
-    Args:
-        model: a detector, or any module with :class:`AttentionBlock` inside.
-        batches: what the model is called with, once each; for a detector a list of dicts.
-
-    Returns:
-        A report for each block, in the model's order.
+    Run a model in evaluation mode on each of the batches, which for a detector are lists of dicts,
+    and report on each :class:`AttentionBlock` in it, in the model's order.
     """
     blocks = nonlocal_blocks(model, AttentionBlock)
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in blocks}

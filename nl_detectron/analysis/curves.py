@@ -39,9 +39,6 @@ def plot_metrics(runs: Mapping[str, Path]) -> Figure:
     Args:
         runs: label to a folder with ``metrics.json``, or to such a file.
 
-    Returns:
-        The figure, for ``figure.savefig(path)``. No display is needed.
-
     Raises:
         FileNotFoundError: a run has no such file.
         ValueError: there is no run, or one has a broken file, or neither losses nor APs; the
@@ -70,11 +67,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
     """
     Name to curve of the losses, the APs and the weights of blocks in ``metrics.json``, or of the
     folder that it lies in. Of an iteration that a resumed run has written again, the last values
-    count. Values that are not finite are left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is broken, or has neither losses nor APs.
+    count. Values that are not finite are left out. It raises as :func:`plot_metrics`.
     """
     values: dict[str, dict[int, float]] = {}
     for record in read_metrics(path):

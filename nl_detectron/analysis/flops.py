@@ -30,11 +30,8 @@ _PADDING = ("aten::pad", "aten::constant_pad_nd")
 
 def flop_handles() -> dict[str, FlopHandle | None]:
     """
-    Make handles for the operators of non-local blocks that fvcore lacks.
-
-    Returns:
-        What ``FlopCountAnalysis(...).set_op_handle(**flop_handles())`` takes; None for operators
-        that count as nothing.
+    What ``FlopCountAnalysis(...).set_op_handle(**flop_handles())`` takes: handles for the operators
+    of non-local blocks that fvcore lacks; None for operators that count as nothing.
     """
     return {
         "aten::scaled_dot_product_attention": _attention_flops,

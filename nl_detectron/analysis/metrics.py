@@ -19,10 +19,8 @@ def metrics_file(run: Path) -> Path:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """
-    The records of a run in the order of writing, each with "iteration"; a resumed run writes some
-    iterations again. ValueError: a line is not such a record; the message names file and line.
-    """
+    """In the order of writing, each with "iteration"; a resumed run writes some again. ValueError:
+    a line is not such a record."""
     file = metrics_file(run)
     records = []
     for number, line in enumerate(file.read_text(errors="replace").splitlines(), start=1):
@@ -38,10 +36,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def last_aps(run: Path) -> dict[str, float]:
-    """
-    The last "bbox/AP", "bbox/AP50", "bbox/AP75" and so on of a run, in percent; nothing if it has
-    none, or no ``metrics.json`` yet.
-    """
+    """The last "bbox/AP", "bbox/AP50" and so on, in percent, as far as a run has them yet."""
     metrics: dict[str, float] = {}
     for record in read_metrics(run) if metrics_file(run).is_file() else []:
         metrics.update(record)

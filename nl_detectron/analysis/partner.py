@@ -44,11 +44,7 @@ class SquareAttention:
 def inspect_squares(
     predictor: DefaultPredictor, records: Iterable[Record], what: str = "weights"
 ) -> dict[str, list[SquareAttention]]:
-    """
-    Block to what counts for each square that it sees, in pictures of Detectron2's
-    ``DatasetCatalog``; annotations without "partner" are left out. No blocks if there are no
-    squares. ``what`` is as for :meth:`AttentionRecord.maps`.
-    """
+    """Block to what counts for each square that it sees; those without "partner" are left out."""
     found: dict[str, list[SquareAttention]] = {}
     for record in records:
         if squares := [a for a in record.get("annotations", ()) if "partner" in a]:

@@ -94,19 +94,15 @@ class PlacedFeatures:
 
 
 def place(x: Tensor, box: np.ndarray) -> PlacedFeatures:
-    """
-    Place a feature map (1, C, rows, columns) by ``box`` (4,): x and y of the outer corner of its
-    first cell and of that of its last one, in pixels of the image.
-    """
+    """A feature map (1, C, rows, columns) between the outer corners of its first and last cell,
+    ``box`` (4,), in pixels of the image."""
     left, top, right, bottom = box.round(6).tolist()
     rows, columns = x.shape[2:]
     return PlacedFeatures(x, Axis(top, bottom, rows), Axis(left, right, columns))
 
 
 def grid_stride(input_size: tuple[int, int], grid: tuple[int, int]) -> int:
-    """
-    The stride of a feature map with ``grid`` rows and columns, for a backbone's input of this
-    height and width: a power of 2, as in Detectron2's poolers, that need not divide the input.
-    """
+    """Of a feature map, for a backbone's input of this height and width: a power of 2, as in
+    Detectron2's poolers, that need not divide the input."""
     ratio = max(size / cells for size, cells in zip(input_size, grid))
     return 2 ** math.ceil(math.log2(ratio))

@@ -18,11 +18,8 @@ from nl_detectron.validation import did_you_mean
 
 
 def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
-    """
-    Full name to block, of the model's blocks with these full names or ends of names, such as
-    ``res4.nonlocal4`` or ``nonlocal4``; of all of them, if ``names`` is empty. ValueError: it has
-    no such block, or none at all; the message lists what there is.
-    """
+    """Full name to block, of those with these full names or ends of names, such as ``nonlocal4``,
+    or of all. ValueError: the model has no such block, or none at all."""
     blocks = nonlocal_blocks(model, AttentionBlock)
     if not blocks:
         raise ValueError("the model has no non-local blocks")
@@ -40,10 +37,8 @@ def choose_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, Atte
 
 
 def scoring_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, AttentionBlock]:
-    """
-    :func:`choose_blocks`, of those that have a part in the scores of objects: all but the blocks of
-    mask and keypoint heads, which come after the scores. ValueError: there is no such block.
-    """
+    """:func:`choose_blocks`, less those of mask and keypoint heads, which come after the scores.
+    ValueError: none is left."""
     chosen, heads = choose_blocks(model, names), detection_heads(model)
     scoring = {name: block for name, block in chosen.items() if not head_of(name, heads)}
     if not scoring:
@@ -52,10 +47,7 @@ def scoring_blocks(model: nn.Module, names: Sequence[str] = ()) -> dict[str, Att
 
 
 def detection_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """
-    The mask and keypoint heads of a model by their full names; Detectron2 calls them with (features
-    of regions, instances).
-    """
+    """Mask and keypoint heads by full name; they are called with features of regions, instances."""
     heads = (BaseKeypointRCNNHead, BaseMaskRCNNHead)
     return {name: module for name, module in model.named_modules() if isinstance(module, heads)}
 
@@ -67,10 +59,7 @@ def head_of(name: str, heads: Iterable[str]) -> str | None:
 
 @contextmanager
 def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple]]]:
-    """
-    Within the ``with``, keep the positional arguments of each call of each module, in order, under
-    its name; an empty list if the module is not called.
-    """
+    """Within the ``with``, keep the positional arguments of each call of a module by its name."""
     calls: dict[str, list[tuple]] = {name: [] for name in modules}
 
     def keep(name: str) -> Any:
@@ -82,10 +71,7 @@ def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tu
 
 @contextmanager
 def record_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """
-    Within the ``with``, keep the output of the last call of each module, a tensor, under its name,
-    for gradients with respect to it.
-    """
+    """Within the ``with``, keep the last output of each module by its name, for gradients."""
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
@@ -103,8 +89,7 @@ def input_and_boxes(
 ) -> tuple[Tensor, Tensor]:
     """
     The block's input (N, C, rows, columns), and (N, 4) what it covers of the model's input, in
-    pixels: in a head, the boxes of the N objects with this score at least. ``calls`` are those of
-    "backbone", the heads and the block, as :func:`record_calls` keeps them. ValueError: the block
+    pixels: in a head, the boxes of the N objects with this score at least. ValueError: the block
     does not run once, or its input has no place in the image.
     """
     x = _only_input(name, calls[name])
@@ -118,7 +103,6 @@ def input_and_boxes(
 
 @contextmanager
 def _removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Within the ``with``, these hooks are there."""
     with ExitStack() as stack:
         for hook in hooks:
             stack.enter_context(hook)

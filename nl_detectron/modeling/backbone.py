@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 
-from nl_detectron.config import nonlocal_node
+from nl_detectron.config import OUR_BACKBONES, nonlocal_node
 from nl_detectron.layers import BalancedPyramid
 from nl_detectron.modeling.blocks import build_block
 from nl_detectron.modeling.first_step import Inserted, announce_at_first_step, expect_lr_factors
@@ -71,8 +71,7 @@ def build_balanced_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
 
 def _build_wrapped(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     node = nonlocal_node(cfg)
-    ours = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
-    builders = [name for name, _ in BACKBONE_REGISTRY if name not in ours]
+    builders = [name for name, _ in BACKBONE_REGISTRY if name not in OUR_BACKBONES]
     check_choice("MODEL.NONLOCAL.BACKBONE", node.BACKBONE, sorted(builders))
     backbone = BACKBONE_REGISTRY.get(node.BACKBONE)(cfg, input_shape)
     expect_lr_factors(backbone, node.GAMMA_LR_FACTOR, node.LR_FACTOR)

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nl_detectron.layers import NonLocalBlock
 from nl_detectron.modeling.blocks import is_nonlocal_block, nonlocal_blocks
 from nl_detectron.modeling.first_step import Inserted, announce_at_first_step
-from nl_detectron.modeling.stages import Network, PlacementError, Stages, stages_of
+from nl_detectron.modeling.stages import MODULES, Network, PlacementError, Stages, stages_of
 from nl_detectron.surgery import (
     CHILD,
     HEIGHT,
@@ -35,7 +35,6 @@ from nl_detectron.validation import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-_MODULES = "MODEL.NONLOCAL.AFTER_MODULES"
 # What PyTorch's wrappers (compile, checkpoint, FSDP) call the module that they hold.
 _WRAPPED = re.compile(r"(^|\.)_(orig_mod|checkpoint_wrapped_module|fsdp_wrapped_module)(?=\.|$)")
 
@@ -178,7 +177,7 @@ def _find_places(model: nn.Module, places: Places) -> list[_Place]:
         )
     if not names and any(places):
         stages = stages_of(network)
-        return _in_stages(network, stages, _by_name(stages, cast(Any, places)))
+        return _in_stages(network, stages, stages.by_name(cast(Any, places)))
     found = {place.parent: place for name in names for place in _after_modules(network, name)}
     return list(found.values())
 
@@ -209,26 +208,6 @@ def _after_modules(network: Network, pattern: str) -> Iterator[_Place]:
         yield _Place(f"{name}.{CHILD}", name, module, None, owner, network.channels(module, name))
 
 
-def _by_name(stages: Stages, lists: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Lists by position to lists by the stage's name; refused where the position is in doubt."""
-    if not stages.in_order:
-        return {}
-    names, doubt = list(stages.numbered), stages.doubt
-    if not doubt and len(names) != len(lists) and (len(names) > 4 or stages.first_stride > 4):
-        doubt = f"there are {len(lists)} lists for its {len(names)} stages ({', '.join(names)})"
-    if doubt:
-        raise PlacementError(
-            f"of {type(stages.body).__name__} the stages cannot be numbered, as {doubt}: name the "
-            f'stage, as in {{"{[*stages.in_order][-1]}": [-2]}}, or the module ({_MODULES})'
-        )
-    if surplus := [n for n, indices in enumerate(lists, 1) if indices and n > len(names)]:
-        raise PlacementError(
-            f"it asks for blocks in stage number {surplus[0]}, but the backbone has "
-            f"{len(names)}: {', '.join(names)}"
-        )
-    return dict(zip(names, lists))
-
-
 def _in_stages(
     network: Network, stages: Stages, after_blocks: Mapping[str, Sequence[int]]
 ) -> list[_Place]:
@@ -237,7 +216,7 @@ def _in_stages(
         raise PlacementError(
             f"{type(stages.body).__name__} has no stages for non-local blocks: none of its "
             f"children ({', '.join(units)}) is an nn.Sequential or made of Detectron2's "
-            f"CNNBlockBase; name the module that a block comes after ({_MODULES})"
+            f"CNNBlockBase; name the module that a block comes after ({MODULES})"
         )
     places = []
     for name, indices in after_blocks.items():
@@ -248,18 +227,19 @@ def _in_stages(
                 f"{did_you_mean(name, legal)}"
             )
         stage = stages.in_order.get(name, units[name])
-        checked = _check_indices(name, stage, indices)
+        blocks = [n for n, child in stage.named_children() if not is_nonlocal_block(n, child)]
+        checked = _checked(indices, name, stage, blocks)
         if name not in stages.in_order or (checked and not _takes_in(network, stages, stage)):
-            example = "".join(f', as in ["{name}.{n}"]' for n in _residual_block_names(stage)[-1:])
+            example = f', as in ["{name}.{blocks[-1]}"]' if blocks else ""
             raise PlacementError(
                 f"{name} (a {type(stage).__name__}) would not run a block that is put into it: "
-                f"name the module that the block comes after ({_MODULES}){example}"
+                f"name the module that the block comes after ({MODULES}){example}"
             )
         for index in checked:
-            child = _residual_block_names(stage)[index]
-            after, module = f"{name}.{child}", stage.get_submodule(child)
+            after, module = f"{name}.{blocks[index]}", stage.get_submodule(blocks[index])
             channels = network.channels(module, after, trusted=stages.are_detectron2s)
-            places.append(_Place(f"{name}.nonlocal{index}", after, stage, child, stage, channels))
+            place = f"{name}.nonlocal{index}", after, stage, blocks[index], stage, channels
+            places.append(_Place(*place))
     return places
 
 
@@ -277,12 +257,15 @@ def _takes_in(network: Network, stages: Stages, stage: nn.Module) -> bool:
         delattr(stage, "nonlocal")
 
 
-def _check_indices(stage_name: str, stage: nn.Module, indices: Sequence[int]) -> list[int]:
+def _checked(
+    indices: Sequence[int], stage_name: str, stage: nn.Module, blocks: Sequence[str]
+) -> list[int]:
+    """Indices into a stage's blocks, from its start."""
     if not isinstance(indices, Sequence) or isinstance(indices, str):
         raise PlacementError(
             f"{stage_name} is given {indices!r}, but needs a list of block indices, such as [-2]"
         )
-    count = len(_residual_block_names(stage))
+    count = len(blocks)
     checked: list[int] = []
     for index in indices:
         is_integer = isinstance(index, Integral) and not isinstance(index, bool)
@@ -292,7 +275,7 @@ def _check_indices(stage_name: str, stage: nn.Module, indices: Sequence[int]) ->
                 f"must be an integer from {-count} to {count - 1}"
             )
         from_start = int(index) % count
-        block = stage.get_submodule(_residual_block_names(stage)[from_start])
+        block = stage.get_submodule(blocks[from_start])
         # TridentNet's; only the last block of such a stage gives a tensor.
         if getattr(block, "concat_output", True) is False:
             raise PlacementError(
@@ -307,7 +290,3 @@ def _check_indices(stage_name: str, stage: nn.Module, indices: Sequence[int]) ->
             )
         checked.append(from_start)
     return checked
-
-
-def _residual_block_names(stage: nn.Module) -> list[str]:
-    return [name for name, child in stage.named_children() if not is_nonlocal_block(name, child)]

@@ -23,6 +23,8 @@ from nl_detectron.surgery import (
     units_of,
 )
 
+MODULES = "MODEL.NONLOCAL.AFTER_MODULES"
+
 
 class PlacementError(ValueError):
     """A model does not have the place that a block is asked for, or the block does not fit."""
@@ -121,6 +123,25 @@ class Stages(NamedTuple):
     def are_detectron2s(self) -> bool:
         """Are they those of Detectron2's own ResNet, which tells its stages and channels?"""
         return isinstance(self.body, ResNet) and type(self.body).forward is ResNet.forward
+
+    def by_name(self, lists: Sequence[Sequence[int]]) -> dict[str, Sequence[int]]:
+        """Lists by position to lists by name; refused where the position is in doubt."""
+        if not self.in_order:
+            return {}
+        names, doubt = list(self.numbered), self.doubt
+        if not doubt and len(names) != len(lists) and (len(names) > 4 or self.first_stride > 4):
+            doubt = f"there are {len(lists)} lists for its {len(names)} stages ({', '.join(names)})"
+        if doubt:
+            raise PlacementError(
+                f"of {type(self.body).__name__} the stages cannot be numbered, as {doubt}: name "
+                f'the stage, as in {{"{[*self.in_order][-1]}": [-2]}}, or the module ({MODULES})'
+            )
+        if surplus := [n for n, indices in enumerate(lists, 1) if indices and n > len(names)]:
+            raise PlacementError(
+                f"it asks for blocks in stage number {surplus[0]}, but the backbone has "
+                f"{len(names)}: {', '.join(names)}"
+            )
+        return dict(zip(names, lists))
 
 
 def find_stages(model: nn.Module) -> dict[str, nn.Module]:

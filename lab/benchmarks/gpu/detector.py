@@ -174,10 +174,8 @@ def _picture(height: int, width: int, seed: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _calibrate(model: Any, batch: list[dict[str, Any]]) -> None:
-    """
-    Give frozen batch norms the statistics of what they see, so that random weights give features
-    of a trained backbone's size: otherwise each layer's are larger than those before.
-    """
+    """Give frozen batch norms the statistics of what they see: otherwise each layer's features are
+    larger than those before."""
     from detectron2.layers import FrozenBatchNorm2d
 
     def adopt(norm: nn.Module, inputs: tuple[torch.Tensor]) -> None:

@@ -64,11 +64,8 @@ def _seconds(function: Any, device: torch.device) -> float:
 
 @functools.cache
 def flops(case: Case) -> dict[str, dict[str, int]]:
-    """
-    By level and pass, twice the multiply-adds of the matrix products and convolutions that it
-    takes: of the N x N form (without what others compute twice in the backward pass), for the dot
-    product of ours, which needs fewer. Nothing for the concatenation, which needs no products.
-    """
+    """By level and pass, twice the multiply-adds of the N x N form, of the dot product of ours,
+    which needs fewer; nothing for the concatenation, which needs no products."""
     if case.pairwise == "concatenation":
         return {}
     name = OURS if case.pairwise == "dot_product" else TEXTBOOK
