@@ -7,6 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 import attention_on_partner
+import even_attention  # noqa: F401  its block is registered
 from lab.study.plan import load_plan
 from nl_detectron import model_zoo
 from nl_detectron.data.toy import make_long_range_match, register_long_range_match
@@ -36,10 +37,7 @@ def measure(predictor):
 
 
 def test_even_attention_has_an_even_share():
-    predictor = predictor_with("MODEL.NONLOCAL.PAIRWISE", "embedded_gaussian")
-    (block,) = nonlocal_blocks(predictor.model).values()
-    torch.nn.init.zeros_(block.theta.weight)
-    (numbers,) = measure(predictor).values()
+    (numbers,) = measure(predictor_with("MODEL.NONLOCAL.BLOCK", "EvenAttention")).values()
     assert numbers["entropy"] == pytest.approx([1])
     assert numbers["bright"] + numbers["dark"] == pytest.approx([4 / 128] * 6)
     assert numbers["even"] == pytest.approx([4 / 128] * 12)
