@@ -240,11 +240,11 @@ def _read_input(config: Mapping[str, Any], settings: Settings) -> None:
         _read(values, theirs.PREPROCESSOR, "model.data_preprocessor", settings)
         is_rgb = values.get("bgr_to_rgb", False)
     else:
-        values = config.get("img_norm_cfg")
+        values = config.get("img_norm_cfg") or {}
         _read(values, theirs.IMG_NORM, "img_norm_cfg", settings)
         is_rgb = values.get("to_rgb", True)
     settings["INPUT.FORMAT"] = "RGB" if is_rgb else "BGR"
-    for step in config.get("test_pipeline", ()):
+    for step in config.get("test_pipeline") or ():
         scale = step.get("scale") or step.get("img_scale")  # of 3.x, and of 2.x
         if scale is not None:
             settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"] = sorted(scale)
