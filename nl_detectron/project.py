@@ -30,12 +30,12 @@ def use_project(project: str) -> None:
         ValueError: it cannot be found or imported; the message says why.
     """
     try:
-        module = _import(project)
-    except ImportError as error:
-        raise ValueError(f"{project} cannot be imported: {error}") from error
-    for name, value in vars(module).items():
-        if _ADDS_KEYS.fullmatch(name) and callable(value):
-            value(defaults._C)
+        for name, value in vars(_import(project)).items():
+            if _ADDS_KEYS.fullmatch(name) and callable(value):
+                value(defaults._C)
+    except Exception as error:  # of any kind: the code is another's
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise ValueError(f"{project} cannot be imported: {kind}{error}") from error
     defaults._C.set_new_allowed(True)
 
 

@@ -143,7 +143,7 @@ def look_through(module: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> n
 def units_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Its children by name, those of an ``nn.ModuleList`` or the like in the list's place."""
     for name, child in module.named_children():
-        if type(child).forward is nn.Module.forward:
+        if type(child).forward is nn.Module.forward and "forward" not in vars(child):
             yield from units_of(child, f"{prefix}{name}.")
         else:
             yield prefix + name, child

@@ -95,12 +95,16 @@ def test_keys_that_nobody_declared(project, caplog):
         ("nothing", "nothing cannot be imported: No module named 'nothing'"),
         ("nothing.py", "nothing.py cannot be imported: the file does not exist"),
         ("broken.py", "broken.py cannot be imported: No module named 'nothing'"),
+        ("wrong.py", "wrong.py cannot be imported: SyntaxError: "),
+        ("two.py", "two.py cannot be imported: TypeError: add_config() missing 1 required"),
         ("json.py", "json.py cannot be imported: there is another module json, "),
     ],
 )
 def test_a_project_that_cannot_be_imported(name, message, project, capsys):
     (project / "broken.py").write_text("import nothing")
     (project / "json.py").write_text("")
+    (project / "wrong.py").write_text("def f(:")
+    (project / "two.py").write_text("def add_config(cfg, more): pass")
     with pytest.raises(SystemExit) as exit_:
         Parser("").parse_args(["--project", name])
     assert exit_.value.code == 2

@@ -26,7 +26,8 @@ from lab.benchmarks.comparison import (
 from lab.benchmarks.implementations import FUNCTIONS, NAMES, OURS, STAGES, SUBSAMPLE, TEXTBOOK, Case
 from lab.benchmarks.machine import describe_machine, machine_line
 from lab.benchmarks.measure import DIFFERS, MEASURED, is_out_of_memory
-from nl_detectron.engine.command_line import Parser, positive_int
+from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
+from nl_detectron.files import check_target
 
 HELP = """
 Time and peak memory of the non-local block (forward, forward + backward) and of the operation alone
@@ -125,6 +126,7 @@ def _measure_cases(
     return rows, is_complete
 
 
+@exit_on_user_error()
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked. Errors of the user end the process."""
     parser = Parser(HELP)
@@ -154,7 +156,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--markdown", action="store_true", help="print the tables as Markdown")
     add("--json", type=_file, metavar="FILE", help="write all figures to FILE")
     add("--plot", type=_picture, metavar="FILE", help="draw them, as .png, .svg, ...")
+    parser.add_overwrite()
     args = parser.parse_args(arguments)
+    for option in ("json", "plot"):
+        if path := getattr(args, option):
+            check_target(f"--{option}", path, overwrite=args.overwrite)
     if args.scaling and (args.stages or args.subsample):
         parser.error("--stages and --subsample have no meaning with --scaling")
     if args.scaling and "global_context" in (args.pairwise or ()):

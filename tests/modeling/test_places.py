@@ -427,6 +427,17 @@ def test_names_reach_through_wrappers():
     assert set(nonlocal_blocks(model)) == keys
 
 
+@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile])
+@pytest.mark.parametrize("places", [[[], [-2], []], {"res3": [-2]}], ids=str)
+@pytest.mark.parametrize("stage", ["res2", "res3"])
+def test_a_wrapped_stage_of_detectron2s_has_its_name(stage, places, wrap):
+    backbone = resnet18()
+    setattr(backbone, stage, wrap(getattr(backbone, stage)))
+    insert_nonlocal_blocks(backbone, places)
+    (name,) = (name.replace("_orig_mod.", "") for name in nonlocal_blocks(backbone))
+    assert name == "res3.nonlocal0"
+
+
 def test_a_block_in_frozen_surroundings_is_frozen(caplog):
     model = Body()
     model.layer2.requires_grad_(False)

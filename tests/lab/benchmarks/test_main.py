@@ -165,6 +165,7 @@ def test_help(capsys):
         (["--memory-limit", "nan"], "'nan' is not a positive number"),
         (["--device", "tpu"], "invalid choice: 'tpu' (choose from"),
         (["--json", "no/such/folder.json"], "there is no folder no/such"),
+        (["--json", __file__], "which exists: name another one, or add --overwrite"),
         (["--plot", "figure.xyz"], "has to end in one of"),
         (["--scaling", "--stages", "res2"], "have no meaning with --scaling"),
         (["--scaling", "--pairwise", "global_context"], "no operation of its own for --scaling"),
