@@ -29,8 +29,7 @@ from nl_detectron.data import TrainLoader
 from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer, launch
 from nl_detectron.engine.arguments import add_training_options, check_machines
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.engine.hook_list import hooks_of_run
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.hooks import BlockWeightsHook, hooks_of_run
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.run_config import keep_values_of_checkpoint, values_to_keep
 from nl_detectron.engine.setup import check_weights_exist, device_here, set_up_logging
