@@ -33,7 +33,6 @@ from nl_detectron.engine.hooks import BlockWeightsHook, hooks_of_run
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.run_config import keep_values_of_checkpoint, values_to_keep
 from nl_detectron.engine.setup import check_weights_exist, device_here, set_up_logging
-from nl_detectron.project import use_project
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -107,8 +106,6 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     with contextlib.ExitStack() as run:
         # Errors of the user show up until all is built and loaded; later ones are the program's.
         with exit_on_user_error(traceback=args.traceback):
-            for project in args.project:  # in the processes that launch has spawned
-                use_project(project)
             cfg = build_config(args)
             if not args.eval_only:
                 run.enter_context(sole_run(cfg.train.output_dir))

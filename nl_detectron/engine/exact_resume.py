@@ -77,6 +77,8 @@ class ExactResume(HookBase):
 
     def before_train(self) -> None:
         start = self.trainer.start_iter
+        # Why a run that was to be resumed starts at 0; Detectron2's own checkpointer has none.
+        note = "" if start else getattr(self.checkpointer, "note", "")
         if self._is_drawn:
             logger.info(f"SEED is negative: {self.seed} was drawn")
         loader = self.trainer.data_loader
@@ -87,9 +89,9 @@ class ExactResume(HookBase):
                 f"The loader is a {type(loader).__name__}, no TrainLoader: a resumed run will not "
                 "go on exactly"
             )
-        if not start and self._note:
-            logger.warning(self._note)
-        self._restore_metrics(start)
+        if note:
+            logger.warning(note)
+        self._restore_metrics(start, is_new=bool(note))
         if start:
             self.trainer.iter = self.trainer.storage.iter = start - 1
             self._save_final(start)
@@ -112,11 +114,6 @@ class ExactResume(HookBase):
         done = self.trainer.iter // period if period > 0 else 0
         loader.seed, loader.start_iteration = self.seed, done * num_iter
         yield from loader
-
-    @property
-    def _note(self) -> str:
-        """Why a run that was to be resumed is not, if it starts at 0."""
-        return getattr(self.checkpointer, "note", "")  # Detectron2's own has none
 
     def _save_final(self, start: int) -> None:
         """Save what a run that was killed after its last iteration had no time for."""
@@ -143,14 +140,14 @@ class ExactResume(HookBase):
         metrics = {"metrics_size": self._metrics.size, "metrics_written": self._metrics.written}
         return {"seed": self.seed, **metrics, "scalars": scalars, **self._run}
 
-    def _restore_metrics(self, start: int) -> None:
+    def _restore_metrics(self, start: int, *, is_new: bool) -> None:
         storage, metrics = self.trainer.storage, self._metrics
         for name, scalar in self._resumed.get("scalars", {}).items():
             for value, storage.iter in scalar["values"]:
                 storage.put_scalar(name, value, smoothing_hint=scalar["smoothing_hint"])
         storage.iter = start
         if comm.is_main_process():
-            if not start and self._note:
+            if is_new:
                 metrics.set_aside()
             elif "metrics_size" in self._resumed:
                 written = self._resumed.get("metrics_written", -1)

@@ -28,12 +28,10 @@ from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_no
 
 logger = logging.getLogger(__name__)
 
+# With a mean of |gamma| below it, a block adds less than a hundredth of a normalised activation.
 NEARLY_ZERO_GAMMA = 0.01
-"""Below this mean of |gamma|, a block adds less than a hundredth of a normalised activation."""
-
+# In fewer at the full learning rate gamma gets to about a hundredth at most: docs/STUDY.md.
 FULL_RATE_ITERATIONS = 500
-"""In fewer at the full learning rate gamma gets to about a hundredth at most: docs/STUDY.md."""
-
 _MEASURES = {"out_weight_norm": out_weight_norm, "mean_abs_gamma": mean_abs_gamma}
 
 
@@ -162,14 +160,6 @@ class SamplingByImageHook(HookBase):
         return match_and_seed
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give all ranks the buffers of rank 0, such as batch norm's statistics, which it saves."""
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, 0)
-
-
 def hooks_of_run(
     interruption: Interruption,
     exact_resume: ExactResume,
@@ -195,7 +185,10 @@ def hooks_of_run(
     images_per_rank = batch_size // comm.get_world_size()
 
     def evaluate_as_saved() -> dict[str, Any]:
-        share_buffers(model)
+        if comm.get_world_size() > 1:
+            for buffer in model.buffers():  # such as batch norm's statistics, of which each has own
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
         return evaluate()
 
     hooks = [

@@ -24,17 +24,13 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException
 
+from nl_detectron.project import use_project
+
 Main = Callable[[argparse.Namespace], Any]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What tells a run to stop."""
-
-TIMEOUT_MINUTES = 10.0
-"""More than rank 0 needs for an evaluation, in which the others wait for it."""
-
-SECONDS_WITHOUT_PARENT = 10.0
-"""For the step and the checkpoint of a process whose parent is gone."""
-
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what tells a run to stop
+TIMEOUT_MINUTES = 10.0  # more than rank 0 needs for an evaluation, in which the others wait for it
+SECONDS_WITHOUT_PARENT = 10.0  # for the last step and the checkpoint when the parent is gone
 _SECONDS_OF_POLL = 0.5
 _SECONDS_TO_BE_ENDED = 5.0  # torchrun needs far less to see an end, and to end the others
 _TIMEOUT = "NL_DETECTRON_TIMEOUT"  # in the environment: minutes that processes wait for each other
@@ -136,7 +132,9 @@ def _spawn(main: Main, args: argparse.Namespace) -> None:
 
 
 def _run_spawned(main: Main, args: argparse.Namespace) -> None:
-    """``main(args)`` as one process of Detectron2's."""
+    """``main(args)`` as one process of Detectron2's, which has to import projects again."""
+    for project in getattr(args, "project", ()):
+        use_project(project)
     _let_parameters_be_unused()
     main(args)
 

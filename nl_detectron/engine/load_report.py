@@ -49,7 +49,9 @@ class LoadReport:
         blocks = nonlocal_blocks(model)
         self._fresh_blocks = [name for name in blocks if not _below([name], tensors - self.fresh)]
         in_blocks = _below(self._fresh_blocks, self.fresh)
-        body = _classifier_parts(model)
+        has_fpn = hasattr(getattr(model, "backbone", None), "bottom_up")
+        # What a classifier's weights can fill: C4 models have its last stage in their RoI heads.
+        body = ["backbone.bottom_up" if has_fpn else "backbone", "roi_heads.res5"]
         is_classifier = bool(self.loaded) and self.loaded == _below(body, self.loaded)
         around = self.fresh - _below(body, self.fresh) - in_blocks
         self._fresh_detector = around if is_classifier else set()
@@ -158,13 +160,6 @@ def _below(modules: Iterable[str], keys: Iterable[str]) -> set[str]:
     """Those keys that belong to one of the modules."""
     prefixes = tuple(f"{name}." for name in modules)
     return {key for key in keys if key.startswith(prefixes)}
-
-
-def _classifier_parts(model: nn.Module) -> list[str]:
-    """The modules of a detector that weights trained for image classification can fill."""
-    has_fpn = hasattr(getattr(model, "backbone", None), "bottom_up")
-    # The C4 models have the backbone's last stage in their RoI heads.
-    return ["backbone.bottom_up" if has_fpn else "backbone", "roi_heads.res5"]
 
 
 def _largest_module(name: str, others: set[str]) -> str:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_ITERATIONS = 2**40
 
+# The keys whose new value takes effect in a resumed run; of all others the old one goes on.
 MAY_CHANGE = (
     *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK"),
     *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.NONLOCAL.USE_ACT_CHECKPOINT"),
@@ -27,7 +28,6 @@ MAY_CHANGE = (
     *("train.*_period", "train.checkpointer.*", "lr_multiplier.*", "*.num_workers"),
     *("dataloader.test.*", "dataloader.evaluator.*"),
 )
-"""The keys whose new value takes effect in a resumed run; of all others the old one goes on."""
 
 
 class FoundCheckpoint(NamedTuple):
