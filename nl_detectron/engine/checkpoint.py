@@ -219,8 +219,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
                 f"None of the {len(report.shapes)} tensors in {self._source}{first}, fits the "
                 f"model. {_OTHERS}"
             )
-        problems = report.strict_problems if self.strict else []
-        if problems:
+        if self.strict and (problems := report.strict_problems):
             raise CheckpointError(
                 f"Strict loading: {self._source} and the model differ in more than non-local "
                 "blocks that start fresh:" + "\n    ".join(["", *problems])

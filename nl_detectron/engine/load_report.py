@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -56,11 +57,7 @@ class LoadReport:
         around = self.fresh - _below(body, self.fresh) - in_blocks
         self._fresh_detector = around if is_classifier else set()
         self._not_in_blocks = self.fresh - in_blocks
-
-    @property
-    def _forgotten(self) -> set[str]:
-        """The fresh tensors that are meant to be loaded."""
-        return self._not_in_blocks - self._fresh_detector
+        self._forgotten = self._not_in_blocks - self._fresh_detector
 
     @property
     def summary(self) -> str:
@@ -164,9 +161,7 @@ def _below(modules: Iterable[str], keys: Iterable[str]) -> set[str]:
 
 def _largest_module(name: str, others: set[str]) -> str:
     """The largest module around a tensor that holds none of the others."""
-    parts = name.split(".")
-    for length in range(1, len(parts)):
-        module = ".".join(parts[:length])
+    for module in accumulate(name.split(".")[:-1], "{}.{}".format):
         if not _below([module], others):
             return f"{module}.*"
     return name

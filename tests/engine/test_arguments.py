@@ -7,7 +7,7 @@ from detectron2.engine import default_argument_parser
 
 import train_net
 from nl_detectron.data.toy import default_root, make_shapes
-from nl_detectron.engine import parse_arguments
+from nl_detectron.engine import build_config, parse_arguments
 from tests.corruption import read_corrupted
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -23,7 +23,10 @@ def _no_log(monkeypatch):
 
 
 def config(*arguments, config_file=QUICK_START):
-    return train_net.setup(parse_arguments(["--config-file", config_file, *arguments]))
+    args = parse_arguments(["--config-file", config_file, *arguments])
+    cfg = build_config(args.config_file, args.opts)
+    train_net.setup(cfg, args)
+    return cfg
 
 
 def test_config_file_then_overrides():
