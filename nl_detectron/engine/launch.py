@@ -202,8 +202,8 @@ def _run(main: Main, args: argparse.Namespace, place: ProcessPlace) -> None:
     except Exception as error:
         name = f"rank {place.rank} of {place.world_size}"
         is_of_another = _is_of_another(error)
-        what = "has lost another" if is_of_another else "failed"
-        print(f"{name} {what}: {_first_line(error)}", file=sys.stderr, flush=True)
+        what = "has lost another:" if is_of_another else "failed:"
+        print(f"{name} {what} {_first_line(error)}", file=sys.stderr, flush=True)
         if is_of_another:
             # It is the one to blame in torchrun's report: let torchrun see it first.
             time.sleep(_SECONDS_TO_BE_ENDED)
