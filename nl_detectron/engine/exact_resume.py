@@ -110,7 +110,7 @@ class ExactResume(HookBase):
         self, loader: TrainLoader, period: int, num_iter: int
     ) -> Iterator[Any]:
         """The batches that ``PreciseBN`` has in a run that was never interrupted."""
-        # Up to here when PreciseBN asks for one, at the first update after the start.
+        # This runs when PreciseBN asks for its first batch, at the first update after the start.
         done = self.trainer.iter // period if period > 0 else 0
         loader.seed, loader.start_iteration = self.seed, done * num_iter
         yield from loader

@@ -63,12 +63,7 @@ class Interruption(HookBase):
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """
-        Let signals end the run as the class says, within the ``with``, which is around ``train``.
-
-        Raises:
-            Interrupted: at the end of the ``with``, if one came.
-        """
+        """Within the ``with``, which is around ``train``, let signals end the run: Interrupted."""
         if comm.get_world_size() > 1:
             # No handler runs in the calls that meet the other ranks, so a signal ends these as
             # ever. Only the first notices at once if another rank has ended.
