@@ -37,7 +37,6 @@ from nl_detectron.engine.setup import (
     use_own_data,
     use_sync_bn_of_cpu,
 )
-from nl_detectron.project import use_project
 
 logger = logging.getLogger("nl_detectron")
 
@@ -66,8 +65,6 @@ def main(args: argparse.Namespace) -> dict | None:
     with contextlib.ExitStack() as run:
         # Errors of the user show up until all is built and loaded; later ones are the program's.
         with exit_on_user_error(traceback=args.traceback):
-            for project in args.project:  # in the processes that launch has spawned
-                use_project(project)
             cfg = build_config(args.config_file, args.opts)
             if not args.eval_only:
                 run.enter_context(sole_run(cfg.OUTPUT_DIR))

@@ -29,16 +29,8 @@ def check_target(
     name: str, path: str | Path, sources: Iterable[str | Path] = (), *, overwrite: bool = False
 ) -> None:
     """
-    Check that a file may be written, before the work for it is done.
-
-    Args:
-        name: what names the file on the command line, for the message.
-        path: the file.
-        sources: the files that are read, which are never written to.
-        overwrite: whether the user allows it to be there already.
-
-    Raises:
-        ValueError: it is a source or a folder, or it is there and ``overwrite`` is not given.
+    Check that a file may be written, before the work for it is done. ValueError: it is one of the
+    sources or a folder, or it is there and ``overwrite`` is not given.
     """
     path = Path(path)
     if path.is_dir():
@@ -52,16 +44,7 @@ def check_target(
 
 
 def make_folder(name: str, path: str | Path) -> Path:
-    """
-    Make a folder, and those above it, unless it is there.
-
-    Args:
-        name: what the folder is, for the message.
-        path: the folder.
-
-    Raises:
-        ValueError: no file can be written there.
-    """
+    """Make a folder, unless it is there; ValueError: no file can be written in it."""
     if not str(path):
         raise ValueError(f"{name} is empty, but must be a folder")
     try:
@@ -78,15 +61,9 @@ def make_folder(name: str, path: str | Path) -> Path:
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """
-    Write a file so that it appears whole or not at all, whatever happens meanwhile; until then,
-    and after any error, what was there before stays.
-
-    Args:
-        path: the file; its folder exists.
-
-    Yields:
-        A path beside it to write to. At the end of the ``with`` its content is on the disk, and it
-        takes the name.
+    Write a file so that it appears whole or not at all, whatever happens meanwhile: a path beside
+    it, which takes its name at the end of the ``with``, when the content is on the disk. Until
+    then, and after any error, what was there before stays.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.{_DRAFT}")
@@ -109,14 +86,8 @@ def remove_drafts(folder: Path) -> None:
 def sole_user(folder: Path, what: str) -> Iterator[None]:
     """
     Within the ``with``, no other process may be in a ``with`` of the same folder, even if that is
-    removed and made anew (on Linux). The lock ends with the process, however that ends.
-
-    Args:
-        folder: it exists.
-        what: what uses it, for the message, such as "study".
-
-    Raises:
-        ValueError: one is.
+    removed and made anew (on Linux): ValueError, that another ``what`` is there. The lock ends with
+    the process, however that ends.
     """
     with (folder / ".lock").open("w") as lock, socket.socket(socket.AF_UNIX) as place:
         for held in (lock, place):

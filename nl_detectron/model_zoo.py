@@ -35,11 +35,9 @@ __all__ = [
 
 def list_configs() -> list[str]:
     """
-    The names of all configs that train a model.
-
-    Returns:
-        Such as "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml", sorted. Those ending in
-        ``.py`` are Detectron2's LazyConfigs.
+    The names of all configs that train a model, sorted, such as
+    "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.yaml". Those ending in ``.py`` are
+    Detectron2's LazyConfigs.
     """
     folder = _folder()
     files = [path for suffix in ("yaml", "py") for path in folder.glob(f"**/*.{suffix}")]
@@ -49,13 +47,8 @@ def list_configs() -> list[str]:
 
 def get_config_file(name: str) -> str:
     """
-    The path of a config's file.
-
-    Args:
-        name: one of :func:`list_configs`; ``.yaml`` may be left out.
-
-    Returns:
-        The path.
+    The path of a config's file: one of :func:`list_configs`, of whose name ``.yaml`` may be left
+    out.
 
     Raises:
         ValueError: there is no such config; the message names the nearest one.
@@ -71,13 +64,7 @@ def get_config_file(name: str) -> str:
 
 def get_config(name: str) -> Any:
     """
-    A config by its name.
-
-    Args:
-        name: as for :func:`get_config_file`.
-
-    Returns:
-        The config: a ``CfgNode``, or a ``DictConfig`` if the name ends in ``.py``.
+    A config by its name: a ``CfgNode``, or a ``DictConfig`` if the name ends in ``.py``.
 
     Raises:
         ValueError: there is no such config; the message names the nearest one.
@@ -92,16 +79,13 @@ def get_config(name: str) -> Any:
 
 def get_model(name: str, weights: str | None = None, device: str | None = None) -> nn.Module:
     """
-    The model that a config describes.
+    The model that a config describes, in training mode.
 
     Args:
         name: as for :func:`get_config_file`.
         weights: a checkpoint's file or URL; "config" for what the config starts training from, for
             most of them an ImageNet classifier; None for random weights.
         device: such as "cpu"; by default the config's, or the CPU where there is no CUDA.
-
-    Returns:
-        The model, in training mode.
 
     Raises:
         ValueError: there is no such config; the message names the nearest one.

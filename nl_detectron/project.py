@@ -20,14 +20,8 @@ def use_project(project: str) -> None:
     A module adds keys by functions of one argument, the config, with a name such as ``add_config``
     or ``add_pointrend_config``: all that it has, of its own or imported, are called in their order;
     or by changing the defaults when it is imported. From then on config files may have keys that
-    nobody declared.
-
-    Args:
-        project: the name of a module, which may be in the working directory; or a file or a
-            package's folder.
-
-    Raises:
-        ValueError: it cannot be found or imported; the message says why.
+    nobody declared. It is named by its name, and may be in the working directory; or by its file or
+    a package's folder. ValueError: it cannot be found or imported; the message says why.
     """
     try:
         for name, value in vars(_import(project)).items():

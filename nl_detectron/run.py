@@ -37,18 +37,7 @@ _ARGUMENTS = "NL_DETECTRON_RUN_ARGUMENTS"
 
 @exit_on_user_error()
 def prepare(arguments: list[str]) -> Any:
-    """
-    Register everything, and let ``sys`` look as if Python had been given the script.
-
-    Args:
-        arguments: the words of the command line.
-
-    Returns:
-        The script's compiled code.
-
-    Raises:
-        SystemExit: with status 2 and one line on stderr, for an error of the user.
-    """
+    """Register everything, let ``sys`` look as if Python ran the script, and compile that."""
     parser = Parser(__doc__)
     parser.prog = "python -m nl_detectron.run"
     parser.add_argument(
@@ -66,12 +55,11 @@ def prepare(arguments: list[str]) -> Any:
         raise FileNotFoundError(f"the script {args.script} {problem}")
     nl_detectron.add_nonlocal_config(defaults._C)
     register_flop_handles()
-    register_built_in(
-        [str(args.script), *args.arguments]
-    )  # any of these words may name one, or a config with one
+    words = [str(args.script), *args.arguments]
+    register_built_in(words)  # any of them may name one, or a config with one
     for name, json_file, images in args.data:
         register_coco_json(name, json_file, images)
-    sys.argv = [str(args.script), *args.arguments]
+    sys.argv = words
     sys.path.insert(0, str(args.script.resolve().parent))
     return compile(args.script.read_bytes(), str(args.script), "exec", dont_inherit=True)
 

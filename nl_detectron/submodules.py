@@ -11,10 +11,7 @@ from typing import Any
 def submodules(package: str, homes: Mapping[str, str] | None = None) -> Callable[[str], Any]:
     """
     Make a package's ``__getattr__``, which imports the submodule of the name that is asked for.
-
-    Args:
-        package: its full name.
-        homes: other names that it has, and the modules that they are imported from.
+    ``homes`` has other names of the package, and the modules that they are imported from.
     """
     homes = homes or {}
 

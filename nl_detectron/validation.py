@@ -8,12 +8,8 @@ from collections.abc import Collection
 
 class ArgumentError(ValueError):
     """
-    An argument that is not legal. Where arguments come from a config, the error is raised again
-    with the key in the place of the argument's name.
-
-    Attributes:
-        argument: its name.
-        problem: the rest of the message, such as "is 0, but must be above 0".
+    An argument that is not legal: its name, and the rest of the message, such as "is 0, but must be
+    above 0". Where arguments come from a config, it is raised again with the key for the name.
     """
 
     def __init__(self, argument: str, problem: str) -> None:
@@ -26,17 +22,7 @@ class ArgumentError(ValueError):
 
 
 def check_choice(name: str, value: object, legal: Collection[object]) -> None:
-    """
-    Refuse a value that is not among the legal ones.
-
-    Args:
-        name: the argument's or the setting's name, as the user writes it.
-        value: the value.
-        legal: all legal ones; a bool is not an integer here.
-
-    Raises:
-        ArgumentError: ``value`` is not among ``legal``.
-    """
+    """Raise ArgumentError for a value that is not among the legal ones; a bool is no integer."""
     # "1 == True" must not let a bool through where a number is meant, nor the reverse.
     if any(value == choice and type(value) is type(choice) for choice in legal):
         return

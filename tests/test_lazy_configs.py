@@ -18,6 +18,7 @@ from torch import nn
 
 import lazy_train_net
 from nl_detectron import NonLocalBlock, model_zoo
+from nl_detectron.data import register_built_in
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x"
 KEYPOINT = "COCO-Keypoints/keypoint_rcnn_R_101_FPN_nl_head_backbone_1x"
@@ -189,6 +190,7 @@ def test_trains_resumes_and_evaluates(tmp_path):
 
 
 def register_few_shapes():
+    register_built_in(["shapes_val"])
     DatasetCatalog.register("few_shapes", lambda: DatasetCatalog.get("shapes_val")[:2])
     metadata = MetadataCatalog.get("shapes_val").as_dict()
     metadata.pop("name")

@@ -29,12 +29,10 @@ from nl_detectron.data import TrainLoader
 from nl_detectron.engine import ExactResume, Interruption, NonLocalCheckpointer, launch
 from nl_detectron.engine.arguments import add_training_options, check_machines
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
-from nl_detectron.engine.hook_list import hooks_of_run
-from nl_detectron.engine.hooks import BlockWeightsHook
+from nl_detectron.engine.hooks import BlockWeightsHook, hooks_of_run
 from nl_detectron.engine.interruption import sole_run
 from nl_detectron.engine.run_config import keep_values_of_checkpoint, values_to_keep
 from nl_detectron.engine.setup import check_weights_exist, device_here, set_up_logging
-from nl_detectron.project import use_project
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -108,8 +106,6 @@ def main(args: argparse.Namespace) -> dict[str, Any] | None:
     with contextlib.ExitStack() as run:
         # Errors of the user show up until all is built and loaded; later ones are the program's.
         with exit_on_user_error(traceback=args.traceback):
-            for project in args.project:  # in the processes that launch has spawned
-                use_project(project)
             cfg = build_config(args)
             if not args.eval_only:
                 run.enter_context(sole_run(cfg.train.output_dir))

@@ -40,8 +40,6 @@ Your own data in COCO's format; the number of classes and keypoints is read from
         --val-json val.json --val-images val/
 """
 
-_OWN_DATA = ("train_json", "train_images", "val_json", "val_images")
-
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """
@@ -53,18 +51,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         arguments: the words of the command line; those of this process by default.
 
     Returns:
-        Detectron2's ``config_file``, ``resume``, ``eval_only``, ``num_gpus``, ``num_machines``,
-        ``machine_rank``, ``dist_url``, ``opts``; and ``train_json``, ``train_images``,
-        ``val_json``, ``val_images`` (None where not given), ``weights_report``,
-        ``strict_weights`` and ``traceback``.
+        The options by Detectron2's names, such as ``config_file`` and ``opts``; of data, None
+        where not given.
     """
     parser = Parser("Train or evaluate a Detectron2 model with non-local blocks.", EPILOG)
     add_training_options(parser)
-    own = parser.add_argument_group("your own data, in COCO's format (all four together)")
-    own.add_argument("--train-json", metavar="FILE", help="annotations to train on")
-    own.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
-    own.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
-    own.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
+    group = parser.add_argument_group("your own data, in COCO's format (all four together)")
+    group.add_argument("--train-json", metavar="FILE", help="annotations to train on")
+    group.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
+    group.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
+    group.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
     parser.add_overrides()
 
     args = parser.parse_with_overrides(arguments)
@@ -74,7 +70,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--config-file {args.config_file} is Python: use tools/lazy_train_net.py")
     if problem := missing(args.config_file):
         parser.error(f"--config-file {args.config_file} {problem}")
-    if 0 < sum(getattr(args, name) is not None for name in _OWN_DATA) < len(_OWN_DATA):
+    own_data = (args.train_json, args.train_images, args.val_json, args.val_images)
+    if None in own_data and any(path is not None for path in own_data):
         parser.error(
             "--train-json, --train-images, --val-json and --val-images are needed together"
         )
@@ -99,9 +96,8 @@ def check_machines(parser: Parser, args: argparse.Namespace) -> None:
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
     """
-    Add the options that Detectron2's ``default_argument_parser`` has, all but its overrides, which
-    take everything that comes after the first of them; and ours for errors and for loading weights,
-    which :class:`NonLocalCheckpointer` explains.
+    Add the options of Detectron2's ``default_argument_parser``, less its overrides, which take all
+    that comes after the first of them; and ours for errors, for loading weights and for launching.
     """
     parser.add_argument("--config-file", default="", metavar="FILE", help="config of the training")
     parser.add_argument(

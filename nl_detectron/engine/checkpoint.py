@@ -15,10 +15,10 @@ import numpy as np
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from nl_detectron.engine.found_checkpoint import find_checkpoint
 from nl_detectron.engine.load_report import LoadReport
-from nl_detectron.engine.wrappers import plain_modules, without_wrapper
+from nl_detectron.engine.run_config import find_checkpoint
 from nl_detectron.files import whole_file
 from nl_detectron.weights.checkpoint_io import (
     CheckpointError,
@@ -32,6 +32,8 @@ from nl_detectron.weights.checkpoint_io import (
 logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
+# Of torch.compile and of checkpoint_wrapper: the attribute that is the module itself.
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 _OTHERS = "Those of other implementations have to be converted: tools/convert_weights.py"
 
 
@@ -43,7 +45,6 @@ class NonLocalCheckpointer(DetectionCheckpointer):
     written whole or not at all, and their checksums are compared when they are read.
 
     Attributes:
-        keep_last: how many checkpoints to keep beside ``model_final.pth``; 0 keeps all.
         resumed: did :meth:`resume_or_load` go on from a checkpoint, trainer and all?
         resumed_from: the file that it went on from; else empty.
         note: what :meth:`resume_or_load` found amiss, in one line; else empty.
@@ -62,7 +63,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
     ) -> None:
         """
         Args:
-            model: the model to load into and to save.
+            model: a wrapped one is loaded and saved under the names that it has unwrapped.
             save_dir: the folder that checkpoints are saved in.
             strict: nothing but non-local blocks may start fresh, and nothing be left over.
             report: log a table of all tensors and of what became of them.
@@ -82,14 +83,8 @@ class NonLocalCheckpointer(DetectionCheckpointer):
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
-        Load weights, and what else the checkpoint holds, as ``DetectionCheckpointer.load`` does.
-
-        Args:
-            path: a file, or a URL; may be empty.
-            *args, **kwargs: as ``DetectionCheckpointer.load`` takes them.
-
-        Returns:
-            What the file holds that was not used.
+        Load weights from a file or URL, and what else it holds, as ``DetectionCheckpointer.load``
+        does, and return what was not used of it. An empty ``path`` loads nothing.
 
         Raises:
             CheckpointError: the file is no checkpoint; it has non-local blocks that the model lacks
@@ -113,11 +108,8 @@ class NonLocalCheckpointer(DetectionCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         """
-        Save, then remove what is older than ``keep_last`` checkpoints.
-
-        Args:
-            name: the file's, without ".pth".
-            **kwargs: what to save beside the model and the trainer, such as ``iteration``.
+        Save the model, the trainer and ``kwargs``, such as ``iteration``, as ``name``.pth; then
+        remove what is older than ``keep_last`` checkpoints.
 
         Raises:
             OSError: the disk is full, for one; all that was saved before is still there.
@@ -134,12 +126,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
                 Path(self.save_dir, file).unlink()
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """
-        Say in ``last_checkpoint`` what to go on from, unless it has weights alone.
-
-        Args:
-            last_filename_basename: the name of the file that was saved.
-        """
+        """Say in ``last_checkpoint`` what to go on from, unless it has weights alone."""
         if self.checkpointables:
             super().tag_last_checkpoint(last_filename_basename)
 
@@ -147,17 +134,8 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         """
         With ``resume``, go on from the checkpoint that ``last_checkpoint`` names, or if that is
         missing or damaged, from the newest sound one in the folder; if there is none, or without
-        ``resume``, load ``path``. ``resumed`` and ``note`` tell afterwards.
-
-        Args:
-            path: weights, a file or URL; may be empty.
-            resume: whether to look for a checkpoint.
-
-        Returns:
-            What the file holds that was not used.
-
-        Raises:
-            CheckpointError: see :meth:`load`.
+        ``resume``, load the weights ``path``. It returns and raises what :meth:`load` does;
+        ``resumed`` and ``note`` tell the rest.
         """
         found, self.resumed, self.note = "", False, ""
         if resume:  # the main process decides for all
@@ -173,8 +151,10 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         found = find_checkpoint(self.save_dir)
         note = found.note
         if found.path and not found.trainer and self.checkpointables:
-            note = f"{found.path} has weights alone, no state of a trainer: training starts at 0"
-            note += " with them"
+            note = (
+                f"{found.path} has weights alone, no state of a trainer: training starts at 0 with "
+                "them"
+            )
         return found.path, bool(found.trainer and self.checkpointables), note
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -228,10 +208,10 @@ class NonLocalCheckpointer(DetectionCheckpointer):
         shapes = {name: tuple(tensor.shape) for name, tensor in self._state_dict.items()}
         shapes.update({name: shape for name, shape, _ in incompatible.incorrect_shapes})
         del self._state_dict
-        report = LoadReport.of(self.model, self._source, shapes, incompatible)
+        report = LoadReport(self.model, self._source, shapes, incompatible)
         if self.report:
-            logger.info(f"Weights from {self._source}:\n{report.table(self.model)}")
-        if problem := report.block_problem(self.model):
+            logger.info(f"Weights from {self._source}:\n{report.table}")
+        if problem := report.block_problem:
             raise CheckpointError(problem)
         if not report.loaded:
             first = f", such as {next(iter(report.shapes))}" if report.shapes else ""
@@ -239,8 +219,7 @@ class NonLocalCheckpointer(DetectionCheckpointer):
                 f"None of the {len(report.shapes)} tensors in {self._source}{first}, fits the "
                 f"model. {_OTHERS}"
             )
-        problems = report.strict_problems() if self.strict else []
-        if problems:
+        if self.strict and (problems := report.strict_problems):
             raise CheckpointError(
                 f"Strict loading: {self._source} and the model differ in more than non-local "
                 "blocks that start fresh:" + "\n    ".join(["", *problems])
@@ -262,16 +241,14 @@ class _WholeFiles:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._path_manager, name)
 
-    def open(self, path: str, mode: str = "r", **options: Any) -> Any:
-        if "w" not in mode or "://" in path:
-            return self._path_manager.open(path, mode, **options)
-        return _open_whole(path, mode, **options)
-
-
-@contextlib.contextmanager
-def _open_whole(path: str, mode: str, **options: Any) -> Iterator[Any]:
-    with whole_file(path) as draft, draft.open(mode, **options) as file:
-        yield file
+    @contextlib.contextmanager
+    def open(self, path: str, mode: str = "r", **options: Any) -> Iterator[Any]:
+        if "w" in mode and "://" not in path:
+            with whole_file(path) as draft, draft.open(mode, **options) as file:
+                yield file
+        else:
+            with self._path_manager.open(path, mode, **options) as file:
+                yield file
 
 
 def _without(weights: Any, suffix: str) -> Any:
@@ -279,3 +256,33 @@ def _without(weights: Any, suffix: str) -> Any:
     if not isinstance(weights, dict):
         return weights
     return {name: value for name, value in weights.items() if not str(name).endswith(suffix)}
+
+
+def without_wrapper(module: nn.Module) -> nn.Module:
+    """The module itself, if it is one that wraps another; data-parallel ones included."""
+    while True:
+        children = dict(module.named_children())
+        inner = next((children[name] for name in _INNER if name in children), None)
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+@contextlib.contextmanager
+def plain_modules(model: nn.Module) -> Iterator[None]:
+    """Within the ``with``, modules below ``model`` have the names that they have unwrapped."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if name not in _INNER and without_wrapper(child) is not child
+    ]
+    try:
+        for parent, name, child in wrapped:
+            setattr(parent, name, without_wrapper(child))
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)

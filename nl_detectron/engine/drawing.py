@@ -27,15 +27,17 @@ def draw_predictions(
     image: np.ndarray, instances: Instances, metadata: Metadata, scale: float = 1
 ) -> np.ndarray:
     """:func:`draw_annotations` of what a model predicts for the image, on the CPU."""
-    found: list[dict[str, Any]] = []
-    for i, box in enumerate(instances.pred_boxes.tensor.tolist()):
-        found.append({"bbox": box, "bbox_mode": BoxMode.XYXY_ABS})
-        found[i] |= {"category_id": int(instances.pred_classes[i])}
-        found[i] |= {"score": float(instances.scores[i])}
+    values = (instances.pred_boxes.tensor, instances.pred_classes, instances.scores)
+    found: list[dict[str, Any]] = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": category, "score": score}
+        for box, category, score in zip(*(value.tolist() for value in values))
+    ]
+    for i, prediction in enumerate(found):
         if instances.has("pred_masks"):
-            found[i]["segmentation"] = instances.pred_masks[i].numpy().astype(np.uint8)
+            prediction["segmentation"] = instances.pred_masks[i].numpy().astype(np.uint8)
         if instances.has("pred_keypoints"):  # all of them, wherever they are
-            found[i]["keypoints"] = np.insert(instances.pred_keypoints[i, :, :2].numpy(), 2, 1, 1)
+            points = instances.pred_keypoints[i, :, :2].numpy()
+            prediction["keypoints"] = np.insert(points, 2, 1, 1)
     return draw_annotations(image, found, metadata, scale)
 
 
@@ -47,18 +49,10 @@ def draw_annotations(
     parts: Collection[str] = ("segmentation", "keypoints"),
 ) -> np.ndarray:
     """
-    Draw objects with Detectron2's ``Visualizer``, in the colours of their classes.
-
-    Args:
-        image: (H, W, 3), uint8.
-        annotations: in Detectron2's format; a prediction has a "score", too.
-        metadata: names and colours, where known
-            (:func:`nl_detectron.engine.predictor.dataset_metadata`).
-        scale: size of the picture over that of the image, which is enlarged before it is drawn in.
-        parts: what is drawn beside the boxes, where there is any.
-
-    Returns:
-        (scale H, scale W, 3), uint8.
+    Draw objects with Detectron2's ``Visualizer``, in the colours of their classes, as far as these
+    are known: boxes, and those ``parts`` that they have. The image, (H, W, 3), is scaled before, so
+    that the picture is (scale H, scale W, 3). Annotations are in Detectron2's format; a prediction
+    has a "score", too.
     """
     height, width = image.shape[:2]
     size = round(width * scale), round(height * scale)

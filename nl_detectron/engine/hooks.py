@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer
+from detectron2.engine.hooks import (
+    BestCheckpointer,
+    EvalHook,
+    IterationTimer,
+    LRScheduler,
+    PeriodicCheckpointer,
+    PeriodicWriter,
+)
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventWriter, get_event_storage
 from torch import nn
 
 from nl_detectron.data.seeding import seed_generators
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
+from nl_detectron.engine.exact_resume import ExactResume
+from nl_detectron.engine.interruption import Interruption
 from nl_detectron.modeling import mean_abs_gamma, nonlocal_blocks, out_weight_norm
 
 logger = logging.getLogger(__name__)
 
+# With a mean of |gamma| below it, a block adds less than a hundredth of a normalised activation.
 NEARLY_ZERO_GAMMA = 0.01
-"""Below this mean of |gamma|, a block adds less than a hundredth of a normalised activation."""
-
-
+# In fewer at the full learning rate gamma gets to about a hundredth at most: docs/STUDY.md.
 FULL_RATE_ITERATIONS = 500
-"""In fewer at the full learning rate gamma gets to about a hundredth at most: docs/STUDY.md."""
+_MEASURES = {"out_weight_norm": out_weight_norm, "mean_abs_gamma": mean_abs_gamma}
 
 
 class BlockWeightsHook(HookBase):
@@ -33,7 +41,7 @@ class BlockWeightsHook(HookBase):
     Detectron2's writers take them to TensorBoard and metrics.json, as
     ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``.
     Warns once, after a tenth of the schedule and long enough after the warm-up, of blocks that are
-    still nearly the identity.
+    still nearly the identity, and advises a factor that is not raised already.
     """
 
     def __init__(
@@ -45,14 +53,6 @@ class BlockWeightsHook(HookBase):
         gamma_lr_factor: float = 1.0,
         lr_factor: float = 1.0,
     ) -> None:
-        """
-        Args:
-            model: what is trained, not wrapped for distributed training.
-            period: put them every so many iterations, and at the last; 20 is the writers' period.
-            warmup_iters: of the schedule.
-            gamma_lr_factor, lr_factor: as they are now, so that nobody is advised to raise what is
-                raised.
-        """
         self._blocks = nonlocal_blocks(model)
         self._period = period
         self._first_warning = warmup_iters + FULL_RATE_ITERATIONS
@@ -69,12 +69,8 @@ class BlockWeightsHook(HookBase):
             return
         storage = get_event_storage()
         for name, block in self._blocks.items():
-            scalars = {
-                "out_weight_norm": out_weight_norm(block),
-                "mean_abs_gamma": mean_abs_gamma(block),
-            }
-            for key, value in scalars.items():
-                if value is not None:
+            for key, measure in _MEASURES.items():
+                if (value := measure(block)) is not None:
                     storage.put_scalar(f"nonlocal/{name}/{key}", value, smoothing_hint=False)
 
     def _warn_of_identities(self) -> None:
@@ -102,13 +98,6 @@ class BestCheckpointHook(BestCheckpointer):
     """
 
     def __init__(self, eval_period: int, model: nn.Module, output_dir: str, metric: str) -> None:
-        """
-        Args:
-            eval_period: that of the ``EvalHook``.
-            model: what is trained, not wrapped for distributed training.
-            output_dir: the folder of the run.
-            metric: what is highest in the best evaluation, such as "bbox/AP".
-        """
         super().__init__(eval_period, NonLocalCheckpointer(model, output_dir), metric)
         self._saved: dict[str, Any] = {}
 
@@ -117,7 +106,6 @@ class BestCheckpointHook(BestCheckpointer):
         return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned in the run to go on with."""
         self._saved = state
         self.best_metric, self.best_iter = state["best_metric"], state["best_iter"]
 
@@ -140,7 +128,7 @@ class SamplingByImageHook(HookBase):
     """
     Which anchors and region proposals of an image are sampled is drawn from a seed of its own, by
     the run's seed, the iteration and the image's place in the batch of all ranks: the same for any
-    number of ranks. It belongs behind what sets the run's seed.
+    number of ranks. It belongs behind what sets the run's seed, and asks for it in the steps.
 
     Detectron2 draws from the global generator, for one image after the other, right after it has
     matched what it samples from: so the matchers of a model are wrapped, to seed behind them.
@@ -150,12 +138,6 @@ class SamplingByImageHook(HookBase):
     _DRAWN_BEHIND = {"anchor_matcher": "_subsample_labels", "proposal_matcher": "_sample_proposals"}
 
     def __init__(self, model: nn.Module, seed: Callable[[], int], images_per_rank: int) -> None:
-        """
-        Args:
-            model: one of Detectron2's.
-            seed: gives the run's seed once training has begun.
-            images_per_rank: how many images each rank has in an iteration.
-        """
         self._seed = seed
         self._first_place = comm.get_rank() * images_per_rank
         self._places: dict[str, int] = {}
@@ -178,9 +160,59 @@ class SamplingByImageHook(HookBase):
         return match_and_seed
 
 
-def share_buffers(model: nn.Module) -> None:
-    """Give all ranks the buffers of rank 0, such as batch norm's statistics, which it saves."""
-    if comm.get_world_size() > 1:
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, 0)
+def hooks_of_run(
+    interruption: Interruption,
+    exact_resume: ExactResume,
+    block_weights: BlockWeightsHook,
+    *,
+    evaluate: Callable[[], dict[str, Any]],
+    writers: Sequence[EventWriter],
+    batch_size: int,
+    checkpointing: Mapping[str, Any],
+    eval_period: int,
+    write_period: int = 20,
+    scheduler: Any = None,
+    precise_bn: HookBase | None = None,
+    after_evaluation: Sequence[HookBase] = (),
+) -> list[HookBase]:
+    """
+    The hooks of a run, for any of Detectron2's trainers, in order. Only rank 0 has ``writers``;
+    ``batch_size`` is that of all ranks together; ``checkpointing`` are the arguments of
+    ``PeriodicCheckpointer``; ``scheduler`` is the trainer's by default; ``after_evaluation`` uses
+    the results of ``evaluate``, or adds to them.
+    """
+    checkpointer, model = exact_resume.checkpointer, exact_resume.checkpointer.model
+    images_per_rank = batch_size // comm.get_world_size()
+
+    def evaluate_as_saved() -> dict[str, Any]:
+        if comm.get_world_size() > 1:
+            for buffer in model.buffers():  # such as batch norm's statistics, of which each has own
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, 0)
+        return evaluate()
+
+    hooks = [
+        # Measures the blocks; first, so that it comes before the writers.
+        block_weights,
+        # Times the step with what is above.
+        IterationTimer(),
+        # Sets the learning rate of the next step.
+        LRScheduler(scheduler=scheduler),
+        # Averages batch norm's statistics anew; changes the model, so before it is saved.
+        precise_bn,
+        # Saves the run, before what may fail or take longer than there is time.
+        PeriodicCheckpointer(checkpointer, **checkpointing) if comm.is_main_process() else None,
+        # Ends the run on a signal, saved as this step left it.
+        interruption,
+        # Seeds each step, and does what follows again on resuming.
+        exact_resume,
+        # Seeds the sampling of each image, by the run's seed that exact_resume knows.
+        SamplingByImageHook(model, lambda: exact_resume.seed, images_per_rank),
+        # Evaluates what rank 0 has saved.
+        EvalHook(eval_period, evaluate_as_saved),
+        # Keeps the best checkpoint, or evaluates once more.
+        *after_evaluation,
+        # Writes the metrics, with those of the evaluation.
+        PeriodicWriter(writers, write_period),
+    ]
+    return [hook for hook in hooks if hook is not None]

@@ -49,9 +49,6 @@ class Interruption(HookBase):
     torchrun passes it on.
 
     It belongs behind the hooks that change any state, right before :class:`ExactResume`.
-
-    Args:
-        checkpointer: saves the run.
     """
 
     def __init__(self, checkpointer: DetectionCheckpointer) -> None:
@@ -66,12 +63,7 @@ class Interruption(HookBase):
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """
-        Let signals end the run as the class says, within the ``with``, which is around ``train``.
-
-        Raises:
-            Interrupted: at the end of the ``with``, if one came.
-        """
+        """Within the ``with``, which is around ``train``, let signals end the run: Interrupted."""
         if comm.get_world_size() > 1:
             # No handler runs in the calls that meet the other ranks, so a signal ends these as
             # ever. Only the first notices at once if another rank has ended.
@@ -189,15 +181,9 @@ class Interruption(HookBase):
 def sole_run(output_dir: str, patience: float = SECONDS_WITHOUT_PARENT + 5) -> Iterator[None]:
     """
     Keep other runs out of ``output_dir`` within the ``with``. The folder is made if need be; what
-    killed runs left half-written there is removed. All ranks enter it together.
-
-    Args:
-        output_dir: the folder of the run.
-        patience: seconds that a run there has to end, as one does whose torchrun was killed.
-
-    Raises:
-        ValueError: another run is there, or no file can be written.
-        SystemExit: the same, on all ranks but the first.
+    killed runs left half-written there is removed. All ranks enter it together. ValueError (on all
+    ranks but the first, SystemExit): no file can be written there, or another run is there and does
+    not end within ``patience`` seconds, as one does whose torchrun was killed.
     """
     problem = ""
     with contextlib.ExitStack() as stack:

@@ -13,9 +13,8 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,35 +24,20 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing import ProcessExitedException
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What tells a run to stop."""
+from nl_detectron.project import use_project
 
-TIMEOUT_MINUTES = 10.0
-"""More than rank 0 needs for an evaluation, in which the others wait for it."""
+Main = Callable[[argparse.Namespace], Any]
 
-SECONDS_WITHOUT_PARENT = 10.0
-"""For the step and the checkpoint of a process whose parent is gone."""
-
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what tells a run to stop
+TIMEOUT_MINUTES = 10.0  # more than rank 0 needs for an evaluation, in which the others wait for it
+SECONDS_WITHOUT_PARENT = 10.0  # for the last step and the checkpoint when the parent is gone
 _SECONDS_OF_POLL = 0.5
-
-_SECONDS_TO_BE_ENDED = 5.0
-"""torchrun needs far less to see that a process has ended, and to end the others."""
-
-_TIMEOUT = "NL_DETECTRON_TIMEOUT"
-"""The variable of the environment with the minutes that processes wait for each other."""
+_SECONDS_TO_BE_ENDED = 5.0  # torchrun needs far less to see an end, and to end the others
+_TIMEOUT = "NL_DETECTRON_TIMEOUT"  # in the environment: minutes that processes wait for each other
 
 
-@dataclass(frozen=True)
-class ProcessPlace:
-    """
-    A process among those of its run.
-
-    Attributes:
-        rank: from 0 to world_size - 1.
-        world_size: number of processes on all machines.
-        local_rank: from 0 to local_world_size - 1.
-        local_world_size: number of processes on this machine.
-    """
+class ProcessPlace(NamedTuple):
+    """A process among those of its run, on all machines and on its own (local)."""
 
     rank: int
     world_size: int
@@ -63,19 +47,10 @@ class ProcessPlace:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ProcessPlace | None:
         """
-        Read a place from the variables that torchrun sets.
-
-        Args:
-            environment: the environment variables; torchrun sets ``RANK``, ``WORLD_SIZE``,
-                ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``.
-
-        Returns:
-            This process's place; None if one of the four is not set.
-
-        Raises:
-            ValueError: the processes are not spread evenly over the machines.
+        Read a place from the variables that torchrun sets; None if one of the four is not set.
+        ValueError: the processes are not spread evenly over the machines.
         """
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        names = [field.upper() for field in cls._fields]
         if any(name not in environment for name in names):
             return None
         place = cls(*(int(environment[name]) for name in names))
@@ -88,12 +63,7 @@ class ProcessPlace:
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    """
-    Add ``--timeout``, which :func:`launch` reads.
-
-    Args:
-        parser: the parser to add it to.
-    """
+    """Add ``--timeout``, which :func:`launch` reads."""
     parser.add_argument(
         "--timeout",
         type=float,
@@ -109,7 +79,7 @@ def waiting_time() -> timedelta:
     return timedelta(minutes=float(os.environ.get(_TIMEOUT, TIMEOUT_MINUTES)))
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def launch(main: Main, args: argparse.Namespace) -> None:
     """
     Run ``main(args)`` in every process of a run: in this one, if torchrun (or anything that sets
     its environment) has started it; in those that Detectron2 spawns, if ``args.num_gpus`` or
@@ -121,7 +91,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
 
     Args:
         main: called with ``args``.
-        args: Detectron2's command line with what :func:`add_launch_options` adds.
+        args: Detectron2's command line, and ``timeout`` in minutes.
 
     Raises:
         SystemExit: the options or this machine do not fit what torchrun was asked for; a spawned
@@ -132,7 +102,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     if place is None:
         _spawn(main, args)
         return
-    if problem := _problem(args, place, os.environ):
+    if problem := _problem(args, place):
         # Each process finds the same one.
         sys.exit(problem if place.local_rank == 0 else 1)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # the parent is torchrun; a script may end before us
@@ -140,7 +110,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     record(_run)(main, args, place)
 
 
-def _spawn(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
+def _spawn(main: Main, args: argparse.Namespace) -> None:
     """``main(args)`` in the processes that Detectron2 spawns, or in this one, if it is the only."""
     is_alone = args.num_gpus * args.num_machines == 1
     with contextlib.nullcontext() if is_alone else _signals_passed_on():
@@ -161,8 +131,10 @@ def _spawn(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
             raise SystemExit(status) from None
 
 
-def _run_spawned(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """``main(args)`` as one process of Detectron2's."""
+def _run_spawned(main: Main, args: argparse.Namespace) -> None:
+    """``main(args)`` as one process of Detectron2's, which has to import projects again."""
+    for project in getattr(args, "project", ()):
+        use_project(project)
     _let_parameters_be_unused()
     main(args)
 
@@ -197,9 +169,7 @@ def _stop_without(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _problem(
-    args: argparse.Namespace, place: ProcessPlace, environment: Mapping[str, str]
-) -> str | None:
+def _problem(args: argparse.Namespace, place: ProcessPlace) -> str | None:
     """Why there can be no such run, in a line."""
     if args.num_gpus > 1 or args.num_machines > 1:
         option = "--num-gpus" if args.num_gpus > 1 else "--num-machines"
@@ -210,7 +180,7 @@ def _problem(
             f"--nproc-per-node is {place.local_world_size}, but this machine has {num_gpus} GPUs; "
             "CUDA_VISIBLE_DEVICES= (empty) puts all processes on the CPU"
         )
-    max_restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    max_restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if max_restarts != "0" and not (args.resume or args.eval_only):
         return (
             f"--max-restarts is {max_restarts}, but a restarted run would start again from "
@@ -219,9 +189,7 @@ def _problem(
     return None
 
 
-def _run(
-    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, place: ProcessPlace
-) -> None:
+def _run(main: Main, args: argparse.Namespace, place: ProcessPlace) -> None:
     """``main(args)`` as one process of torchrun's."""
     if place.rank > 0:
         warnings.simplefilter("ignore")
@@ -233,12 +201,12 @@ def _run(
             dist.destroy_process_group()
     except Exception as error:
         name = f"rank {place.rank} of {place.world_size}"
-        if _is_of_another(error):
-            print(f"{name} has lost another: {_first_line(error)}", file=sys.stderr, flush=True)
-            # The other is the one to blame in torchrun's report: let torchrun see it first.
+        is_of_another = _is_of_another(error)
+        what = "has lost another:" if is_of_another else "failed:"
+        print(f"{name} {what} {_first_line(error)}", file=sys.stderr, flush=True)
+        if is_of_another:
+            # It is the one to blame in torchrun's report: let torchrun see it first.
             time.sleep(_SECONDS_TO_BE_ENDED)
-        else:
-            print(f"{name} failed: {_first_line(error)}", file=sys.stderr, flush=True)
         raise
 
 
@@ -262,10 +230,10 @@ def _join(place: ProcessPlace, timeout: timedelta) -> None:
         timeout=timeout,
     )
     # As main's comm.create_local_process_group, which Detectron2 0.6 has not.
-    for first in range(0, place.world_size, place.local_world_size):
-        ranks = list(range(first, first + place.local_world_size))
-        group = dist.new_group(ranks, timeout=timeout)
-        if place.rank in ranks:
+    for first in range(0, world_size, place.local_world_size):
+        ranks = range(first, first + place.local_world_size)
+        group = dist.new_group(list(ranks), timeout=timeout)
+        if rank in ranks:
             comm._LOCAL_PROCESS_GROUP = group
     comm.synchronize()
 

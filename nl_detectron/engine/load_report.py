@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,47 +14,22 @@ from torch import Tensor, nn
 from nl_detectron.engine.block_settings import Shapes, block_of, block_settings
 from nl_detectron.modeling import find_stages, nonlocal_blocks
 
-Shape = tuple[int, ...]
 
-
-@dataclass(frozen=True)
 class LoadReport:
     """
     The tensors of a checkpoint and of the model that it was loaded into, each in one place.
 
     Attributes:
-        source: the checkpoint's file or URL.
         shapes: shapes of the checkpoint's tensors, under the model's names where they match.
         loaded: the model's tensors that have their values from the checkpoint.
         fresh: those that keep their initial values because the checkpoint has nothing for them.
         mismatched: names of both with the shapes in the checkpoint and in the model; not loaded.
         unused: the checkpoint's tensors for which the model has no place.
-        fresh_blocks: the model's non-local blocks that are wholly fresh.
-        fresh_detector: the fresh tensors around a classifier's weights; none if the checkpoint
-            holds more than those.
     """
 
-    source: str
-    shapes: Shapes
-    loaded: set[str]
-    fresh: set[str]
-    mismatched: dict[str, tuple[Shape, Shape]]
-    unused: set[str]
-    fresh_blocks: list[str]
-    fresh_detector: set[str]
-
-    @classmethod
-    def of(cls, model: nn.Module, source: str, shapes: Shapes, incompatible: Any) -> LoadReport:
-        """
-        Report on what fvcore has loaded.
-
-        Args:
-            model: the model, after loading.
-            source: the checkpoint's file or URL.
-            shapes: shapes of the checkpoint's tensors, under the names they were loaded by.
-            incompatible: fvcore's record with the lists ``missing_keys``, ``unexpected_keys`` and
-                ``incorrect_shapes`` (key, shape in the checkpoint, shape in the model).
-        """
+    def __init__(self, model: nn.Module, source: str, shapes: Shapes, incompatible: Any) -> None:
+        """After loading from ``source``, with fvcore's record of what it has not loaded."""
+        self._model, self._source, self.shapes = model, source, shapes
         unused = set(incompatible.unexpected_keys)
         missing = set(incompatible.missing_keys)
         mismatched = {key: (old, new) for key, old, new in incompatible.incorrect_shapes}
@@ -68,43 +43,42 @@ class LoadReport:
         # A checkpoint may lack batch norm's counters without their being reported as missing.
         tensors = {key for key in own_shapes if not key.endswith("num_batches_tracked")}
         # Detectron2 makes up the statistics of a frozen norm that has none.
-        loaded = tensors & set(shapes) - missing - mismatched.keys()
-        fresh = missing - mismatched.keys()
+        self.loaded = tensors & set(shapes) - missing - mismatched.keys()
+        self.fresh = missing - mismatched.keys()
+        self.mismatched, self.unused = mismatched, unused
 
         blocks = nonlocal_blocks(model)
-        fresh_blocks = [name for name in blocks if not _below([name], tensors - fresh)]
-        body = _classifier_parts(model)
-        is_classifier = bool(loaded) and loaded == _below(body, loaded)
-        around = fresh - _below([*body, *fresh_blocks], fresh) if is_classifier else set()
-        return cls(source, shapes, loaded, fresh, mismatched, unused, fresh_blocks, around)
-
-    @property
-    def forgotten(self) -> set[str]:
-        """The fresh tensors that are meant to be loaded."""
-        return self.fresh - _below(self.fresh_blocks, self.fresh) - self.fresh_detector
+        self._fresh_blocks = [name for name in blocks if not _below([name], tensors - self.fresh)]
+        in_blocks = _below(self._fresh_blocks, self.fresh)
+        has_fpn = hasattr(getattr(model, "backbone", None), "bottom_up")
+        # What a classifier's weights can fill: C4 models have its last stage in their RoI heads.
+        body = ["backbone.bottom_up" if has_fpn else "backbone", "roi_heads.res5"]
+        is_classifier = bool(self.loaded) and self.loaded == _below(body, self.loaded)
+        around = self.fresh - _below(body, self.fresh) - in_blocks
+        self._fresh_detector = around if is_classifier else set()
+        self._not_in_blocks = self.fresh - in_blocks
+        self._forgotten = self._not_in_blocks - self._fresh_detector
 
     @property
     def summary(self) -> str:
         """What was loaded and what is meant to start fresh, in one line."""
-        line = f"Loaded {len(self.loaded)} tensors from {self.source}"
-        if self.fresh_blocks:
-            line += f"; non-local blocks that start fresh: {', '.join(self.fresh_blocks)}"
-        if self.fresh_detector:
-            line += (
-                f"; the {len(self.fresh_detector)} tensors of the detector around it start fresh"
-            )
-        complete = not self.forgotten and not self.mismatched
+        line = f"Loaded {len(self.loaded)} tensors from {self._source}"
+        if self._fresh_blocks:
+            line += f"; non-local blocks that start fresh: {', '.join(self._fresh_blocks)}"
+        if around := len(self._fresh_detector):
+            line += f"; the {around} tensors of the detector around it start fresh"
+        complete = not self._forgotten and not self.mismatched
         return f"{line}; nothing else is missing." if complete else f"{line}."
 
     @property
     def warnings(self) -> list[str]:
         """One for each kind of tensor that was not loaded and is not meant to start fresh."""
         warnings = []
-        if self.forgotten:
+        if self._forgotten:
             warnings.append(
-                f"NOT LOADED: {len(self.forgotten)} tensors of the model have no weights in "
-                f"{self.source} and keep their initial values. "
-                + get_missing_parameters_message(sorted(self.forgotten))
+                f"NOT LOADED: {len(self._forgotten)} tensors of the model have no weights in "
+                f"{self._source} and keep their initial values. "
+                + get_missing_parameters_message(sorted(self._forgotten))
             )
         for key, (in_checkpoint, in_model) in self.mismatched.items():
             warnings.append(
@@ -113,12 +87,13 @@ class LoadReport:
             )
         return warnings
 
-    def table(self, model: nn.Module) -> str:
+    @property
+    def table(self) -> str:
         """
         Every tensor of the model, except batch norm's counters, and what became of it, as a table.
         What was loaded is put together by modules; what starts fresh is described by its values.
         """
-        state_dict = model.state_dict()
+        state_dict = self._model.state_dict()
         others = {*self.fresh, *self.mismatched}
         modules: dict[str, list[str]] = {}
         for name in state_dict:
@@ -130,9 +105,9 @@ class LoadReport:
             is_tensor = names == [module]
             detail = f"{tuple(state_dict[module].shape)}" if is_tensor else f"{len(sizes)} tensors"
             rows.append(("loaded", module, f"{detail}, {sum(sizes):,} values"))
-        for name in [name for name in state_dict if name in self.fresh]:
-            tensor = state_dict[name]
-            rows.append(("fresh", name, f"{tuple(tensor.shape)} {_describe(tensor)}"))
+        for name, tensor in state_dict.items():
+            if name in self.fresh:
+                rows.append(("fresh", name, f"{tuple(tensor.shape)} {_describe(tensor)}"))
         for name, (in_checkpoint, in_model) in self.mismatched.items():
             detail = f"{in_checkpoint} in the checkpoint, {in_model} in the model"
             rows.append(("shape mismatch", name, detail))
@@ -140,10 +115,11 @@ class LoadReport:
             rows.append(("unused", name, f"{tuple(self.shapes[name])} in the checkpoint"))
         return tabulate(rows, headers=("", "tensor", "values"), tablefmt="pipe")
 
+    @property
     def strict_problems(self) -> list[str]:
         """Everything but fresh non-local blocks, in words."""
         kinds = {
-            "fresh": self.fresh - _below(self.fresh_blocks, self.fresh),
+            "fresh": self._not_in_blocks,
             "of another shape": set(self.mismatched),
             "unused": self.unused,
         }
@@ -153,7 +129,8 @@ class LoadReport:
             if names
         ]
 
-    def block_problem(self, model: nn.Module) -> str | None:
+    @property
+    def block_problem(self) -> str | None:
         """
         What to set, if the checkpoint has non-local blocks that the model lacks or has in another
         form; else None. Blocks that only the model has are no problem: they start fresh.
@@ -163,15 +140,15 @@ class LoadReport:
         blocks = sorted(block for block in lacking | partly if block)
         if not blocks:
             return None
-        own_shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        stages = list(find_stages(getattr(model, "backbone", model)))
+        own_shapes = {name: tensor.shape for name, tensor in self._model.state_dict().items()}
+        stages = list(find_stages(getattr(self._model, "backbone", self._model)))
         default = {"MODEL.NONLOCAL.BLOCK": "NonLocalBlock"}
         present = {**default, **block_settings(own_shapes, stages)}
         wanted = {**default, **block_settings(self.shapes, stages)}
         changes = [f"{key} {value}" for key, value in wanted.items() if present.get(key) != value]
         advice = "Set " + "\n    ".join(["", *changes]) if changes else "\n".join(self.warnings)
         return (
-            f"{self.source} has non-local blocks that this model lacks or has in another form: "
+            f"{self._source} has non-local blocks that this model lacks or has in another form: "
             f"{', '.join(blocks)}. {advice}"
         )
 
@@ -182,18 +159,9 @@ def _below(modules: Iterable[str], keys: Iterable[str]) -> set[str]:
     return {key for key in keys if key.startswith(prefixes)}
 
 
-def _classifier_parts(model: nn.Module) -> list[str]:
-    """The modules of a detector that weights trained for image classification can fill."""
-    has_fpn = hasattr(getattr(model, "backbone", None), "bottom_up")
-    # The C4 models have the backbone's last stage in their RoI heads.
-    return ["backbone.bottom_up" if has_fpn else "backbone", "roi_heads.res5"]
-
-
 def _largest_module(name: str, others: set[str]) -> str:
     """The largest module around a tensor that holds none of the others."""
-    parts = name.split(".")
-    for length in range(1, len(parts)):
-        module = ".".join(parts[:length])
+    for module in accumulate(name.split(".")[:-1], "{}.{}".format):
         if not _below([module], others):
             return f"{module}.*"
     return name

@@ -31,17 +31,9 @@ def get_optimizer_params(
     for a LazyConfig's ``optimizer.params`` or an optimizer of your own.
 
     Args:
-        model: what is trained.
         base_lr: the learning rate of all else.
-        gamma_lr_factor: as for :func:`scale_block_lr`.
-        lr_factor: as for :func:`scale_block_lr`.
+        gamma_lr_factor, lr_factor: as for :func:`scale_block_lr`, which raises for them, too.
         **options: the others of Detectron2's function.
-
-    Returns:
-        Parameter groups.
-
-    Raises:
-        ValueError: as :func:`scale_block_lr`.
     """
     groups = get_default_optimizer_params(model, base_lr, **options)
     return scale_block_lr(groups, model, gamma_lr_factor, lr_factor)
@@ -57,7 +49,6 @@ def scale_block_lr(
     Args:
         groups: parameter groups, each with ``lr`` and, or else the optimizer's default is meant,
             ``weight_decay``, such as ``optimizer.param_groups`` before the first step.
-        model: what is trained.
         gamma_lr_factor: for gamma and beta, above 0.
         lr_factor: for all other parameters of the blocks, above 0.
 

@@ -30,9 +30,8 @@ class Predictor(DefaultPredictor):
 
     def __init__(self, cfg: CfgNode) -> None:
         """
-        Args:
-            cfg: the config; ``MODEL.WEIGHTS`` is the file or URL of the trained weights. The CPU
-                stands in for CUDA where there is none.
+        Build the model and load ``MODEL.WEIGHTS``, a file or URL. The CPU stands in for CUDA where
+        there is none.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -47,16 +46,7 @@ class Predictor(DefaultPredictor):
         NonLocalCheckpointer(self.model, strict=True).load(cfg.MODEL.WEIGHTS)
 
     def draw(self, image: np.ndarray, scale: float = 1) -> np.ndarray:
-        """
-        Predict, and draw it.
-
-        Args:
-            image: (H, W, 3), uint8, blue, green, red.
-            scale: size of the picture over that of the image.
-
-        Returns:
-            (scale H, scale W, 3), uint8: see :func:`draw_predictions`.
-        """
+        """Draw what is predicted for an image, (H, W, 3) to (scale H, scale W, 3), uint8."""
         instances = self(image)["instances"].to("cpu")
         return draw_predictions(image, instances, self.metadata, scale)
 
@@ -65,13 +55,12 @@ def trained_config(
     config_file: str, weights: str | None = None, overrides: Sequence[str] = ()
 ) -> CfgNode:
     """
+    The config for a :class:`Predictor`.
+
     Args:
         config_file: a YAML file; that which training wrote beside the weights fits them best.
         weights: file or URL for ``MODEL.WEIGHTS``; by default the config's.
         overrides: config keys and their values, in turns.
-
-    Returns:
-        The config for :class:`Predictor`.
 
     Raises:
         FileNotFoundError: the config, or the file of weights, does not exist.
@@ -91,12 +80,6 @@ def image_mapper(cfg: CfgNode) -> DatasetMapper:
     """
     What makes a model's input of the record of an image, as evaluation does. Unlike
     ``DatasetMapper(cfg)``, it asks for no dataset of the config.
-
-    Args:
-        cfg: the config.
-
-    Returns:
-        The mapper.
     """
     return DatasetMapper(
         is_train=False,
@@ -107,12 +90,8 @@ def image_mapper(cfg: CfgNode) -> DatasetMapper:
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:
     """
-    Args:
-        cfg: the config.
-
-    Returns:
-        What is registered of its first test dataset, if that has as many classes, and keypoints if
-        any, as its model, as far as that is known; else nothing.
+    What is registered of a config's first test dataset, if that has as many classes, and keypoints
+    if any, as its model, as far as that is known; else nothing.
     """
     model, known = cfg.MODEL, num_classes_of(cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()

@@ -1,18 +1,23 @@
-"""Whose value a resumed run takes where its config and that of its checkpoint differ."""
+"""What a run can go on from, and whose value it takes where that has another config."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from detectron2.utils import comm
 
-from nl_detectron.engine.found_checkpoint import find_checkpoint
+from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint
 
 logger = logging.getLogger(__name__)
 
+_MOST_ITERATIONS = 2**40
+
+# The keys whose new value takes effect in a resumed run; of all others the old one goes on.
 MAY_CHANGE = (
     *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK"),
     *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.NONLOCAL.USE_ACT_CHECKPOINT"),
@@ -23,7 +28,51 @@ MAY_CHANGE = (
     *("train.*_period", "train.checkpointer.*", "lr_multiplier.*", "*.num_workers"),
     *("dataloader.test.*", "dataloader.evaluator.*"),
 )
-"""The keys whose new value takes effect in a resumed run; of all others the old one goes on."""
+
+
+class FoundCheckpoint(NamedTuple):
+    """What a run can go on from."""
+
+    path: str  # empty if there is none
+    trainer: dict[str, Any]  # its state; empty if the file has weights alone
+    note: str  # what is amiss, in one line; else empty
+
+
+def find_checkpoint(folder: str | Path) -> FoundCheckpoint:
+    """
+    Find what ``last_checkpoint`` names in a folder, or if that is missing or damaged, the sound
+    checkpoint of the highest iteration.
+    """
+    tag = Path(folder, "last_checkpoint")
+    try:
+        if not (name := tag.read_text(encoding="utf-8").strip()):
+            raise ValueError(f"{tag} is empty")
+        return FoundCheckpoint(str(tag.with_name(name)), _trainer_state(tag.with_name(name)), "")
+    except (OSError, ValueError) as error:  # a CheckpointError is one, too
+        problem = f"{tag} is missing" if not tag.exists() else str(error)
+    sound = []
+    for path in Path(folder).glob("*.pth"):
+        with contextlib.suppress(OSError, CheckpointError):
+            if state := _trainer_state(path):
+                sound.append((state["iteration"], str(path), state))
+    if not sound:
+        where = f"There is no checkpoint in {folder} to go on from"
+        return FoundCheckpoint("", {}, f"{where} ({problem}): training starts afresh")
+    _, newest, state = max(sound, key=lambda found: found[:2])
+    note = f"{problem}: going on from {newest}, the newest sound checkpoint"
+    return FoundCheckpoint(newest, state, note)
+
+
+def _trainer_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint's trainer; empty if it has weights alone."""
+    state = load_checkpoint(path).get("trainer", {})
+    iteration = state.get("iteration", 0) if isinstance(state, dict) else None
+    if type(iteration) is not int or not 0 <= iteration < _MOST_ITERATIONS:
+        raise CheckpointError(
+            f"{path} has no sound state of a trainer: its iteration is {iteration!r:.50}, but "
+            f"must be an integer from 0 to {_MOST_ITERATIONS - 1}"
+        )
+    return state if "iteration" in state else {}
 
 
 def values_to_keep(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,14 +86,9 @@ def values_to_keep(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 def keep_values_of_checkpoint(cfg: Any, output_dir: str) -> None:
     """
-    Set, in place, what a resumed run has to go on with, and say so in one line.
-
-    Args:
-        cfg: Detectron2's config, of either kind, of which nothing is built yet.
-        output_dir: where the run has its checkpoints.
-
-    Raises:
-        ValueError: the config is scaled by the number of processes, and that is another one.
+    Set, in place, what a resumed run has to go on with, and say so in one line. Nothing is built
+    yet of the config, of either kind of Detectron2's. ValueError: it is scaled by the number of
+    processes, and that is another one.
     """
     mine = _state_in(output_dir) if comm.is_main_process() else {}
     state = comm.all_gather(mine)[0]

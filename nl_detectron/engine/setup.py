@@ -26,7 +26,6 @@ from nl_detectron.validation import check_choice, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-
 _AUGMENTED = ("GeneralizedRCNN",)  # by Detectron2's test-time augmentation
 _HEADS_OF = {  # MODEL.META_ARCHITECTURE to the node with its number of classes
     "GeneralizedRCNN": "ROI_HEADS",
@@ -55,35 +54,25 @@ def set_up_logging(output_dir: str) -> None:
     """
     Log to the screen and to ``log.txt``; what Detectron2 logs of the environment, the config and
     the model goes to ``log.txt`` alone, and what PyTorch tells the authors of Detectron2 nowhere.
-
-    Args:
-        output_dir: the folder of ``log.txt``.
     """
     # It warns where there is no CUDA, when Detectron2 looks at the environment.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category, module=r"(detectron2|fvcore)\.")
-    warnings.filterwarnings("ignore", "Creating a tensor from a list of numpy", UserWarning)
+    for message in _OF_DETECTRON2:
+        warnings.filterwarnings("ignore", message, UserWarning)
     rank = comm.get_rank()
     setup_logger(output_dir, name="nl_detectron", distributed_rank=rank)
     # As default_setup calls it, which then finds it done.
     for handler in setup_logger(output_dir, distributed_rank=rank).handlers:
         if getattr(handler, "stream", None) is sys.stdout:
             handler.addFilter(lambda record: record.funcName not in _NOT_FOR_THE_SCREEN)
-    for of_torch in _OF_DETECTRON2:
-        warnings.filterwarnings("ignore", of_torch, UserWarning)
 
 
 def check_weights_exist(key: str, weights: str) -> None:
     """
-    Refuse weights that are not there; those at a URL are downloaded, if they are not kept already.
-
-    Args:
-        key: the config's key for weights, for the message.
-        weights: its value: a file or a URL; or empty, for none.
-
-    Raises:
-        FileNotFoundError: it is a file that does not exist, or a folder, or cannot be downloaded.
+    Refuse weights that are not there, by a FileNotFoundError that names their ``key``; those at a
+    URL are downloaded, if they are not kept already.
     """
     if "://" in weights:
         logger.info(f"{key}: {weights} is downloaded, if it was not before")
@@ -103,18 +92,7 @@ def check_weights_exist(key: str, weights: str) -> None:
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """
-    Check that the datasets of a config are there and fit its model; register built-in ones.
-
-    Args:
-        cfg: the config.
-        eval_only: only ``DATASETS.TEST`` is used.
-
-    Raises:
-        FileNotFoundError: a dataset of Detectron2's is not where ``$DETECTRON2_DATASETS`` says.
-        ValueError: one of ``DATASETS.TRAIN`` or ``DATASETS.TEST`` is not registered, or has another
-            number of classes than the model.
-    """
+    """Check that the datasets of a config are there and fit its model; register built-in ones."""
     keys = ("TEST",) if eval_only else ("TRAIN", "TEST")
     register_built_in(name for key in keys for name in cfg.DATASETS[key])
     for key in keys:
@@ -130,15 +108,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """
-    Args:
-        cfg: the config.
-        eval_only: no checkpoints are written.
-
-    Raises:
-        ValueError: ``TEST.AUG`` is not for such a model, or ``TEST.BEST_CHECKPOINT_METRIC`` is
-            nothing that evaluations while training tell.
-    """
+    """Check that ``TEST.AUG`` is for such a model, and evaluations in training tell the metric."""
     model = cfg.MODEL
     if cfg.TEST.AUG.ENABLED:
         check_choice(
@@ -156,11 +126,8 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
         )
     datasets = cfg.DATASETS.TEST
     heads = {"bbox": True, "segm": model.MASK_ON, "keypoints": model.KEYPOINT_ON}
-    tasks = [
-        f"{prefix}{task}"
-        for prefix in ([""] if len(datasets) == 1 else [f"{name}/" for name in datasets])
-        for task in (task for task, is_on in heads.items() if is_on)
-    ]
+    prefixes = [""] if len(datasets) == 1 else [f"{name}/" for name in datasets]
+    tasks = [f"{prefix}{task}" for prefix in prefixes for task, is_on in heads.items() if is_on]
     classes = {c for name in datasets for c in MetadataCatalog.get(name).get("thing_classes", ())}
     if metric not in {f"{task}/AP-{name}" for task in tasks for name in classes}:
         aps = [f"{task}/AP{of}" for task in tasks for of in ("", "50", "75", "s", "m", "l")]
@@ -170,20 +137,15 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 def missing_download(name: str) -> str | None:
     """
-    Args:
-        name: a registered dataset.
-
-    Returns:
-        Which file or folder of it is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)"; None for
-        none. What is elsewhere is not looked at: built-in datasets are made on first use.
+    Which file or folder of a dataset is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)"; None
+    for none. What is elsewhere is not looked at: built-in datasets are made on first use.
     """
-    root = os.getenv("DETECTRON2_DATASETS", "datasets")
+    root = os.getenv("DETECTRON2_DATASETS")
+    folder = Path(root or "datasets").expanduser()
     metadata = MetadataCatalog.get(name)
     for path in (metadata.get("json_file"), metadata.get("image_root")):
-        if path and Path(path).is_relative_to(Path(root).expanduser()) and not Path(path).exists():
-            return (
-                f"no {path} (DETECTRON2_DATASETS is {os.getenv('DETECTRON2_DATASETS', 'not set')})"
-            )
+        if path and Path(path).is_relative_to(folder) and not Path(path).exists():
+            return f"no {path} (DETECTRON2_DATASETS is {root or 'not set'})"
     return None
 
 
@@ -196,13 +158,8 @@ def num_classes_of(cfg: CfgNode) -> tuple[str, int] | None:
 @contextmanager
 def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
     """
-    Where building a model fails because of a value in the config, name its key.
-
-    Args:
-        cfg: the config of the model.
-
-    Raises:
-        ValueError: in the place of Detectron2's KeyError and AssertionError.
+    Within the ``with``, name the key of the value because of which building a model fails, in a
+    ValueError in the place of Detectron2's KeyError and AssertionError.
     """
     try:
         yield
@@ -213,19 +170,19 @@ def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
         for key, registry in _REGISTRIES.items():
             if repr(values[key]) in str(error) and values[key] not in registry:
                 check_choice(key, values[key], sorted(name for name, _ in registry))
-        missing_feature = error.args[0] if error.args else None
-        features = {
+        feature = error.args[0] if error.args else None
+        lists = {
             key: value
             for key, value in values.items()
             if key.endswith("_FEATURES") and isinstance(value, (list, tuple))
         }
-        keys = [key for key, names in features.items() if missing_feature in names]
+        keys = [key for key, names in lists.items() if feature in names]
         if not keys:
             raise
-        others = [name for key, names in features.items() if key not in keys for name in names]
+        others = [name for key, names in lists.items() if key not in keys for name in names]
         raise ValueError(
-            f"{', '.join(keys)} has {missing_feature!r}, which the model does not have"
-            f"{did_you_mean(missing_feature, others)}"
+            f"{', '.join(keys)} has {feature!r}, which the model does not have"
+            f"{did_you_mean(feature, others)}"
         ) from error
 
 
@@ -242,18 +199,6 @@ def use_own_data(
     Register a user's data as "train" and "val", and fit a config to them, in place: see
     :func:`register_coco_json` and :func:`configure_for_dataset`. The headers of all pictures are
     read, so that none ends the run, or is read as something else, after hours of training.
-
-    Args:
-        cfg: the config.
-        train_json: annotations to train on, in COCO's format.
-        train_images: the folder of the images in it.
-        val_json: annotations to evaluate on.
-        val_images: the folder of the images in it.
-        eval_only: nothing is trained.
-
-    Raises:
-        FileNotFoundError: one of the files, folders or images does not exist.
-        ValueError: a file is not in COCO's format, or they do not fit each other or the model.
     """
     looks = "present" if eval_only else "header"
     register_coco_json(
@@ -284,9 +229,6 @@ def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
     With many processes on CPUs, make ``NORM: SyncBN`` "naiveSyncBN_N", in place, anywhere in the
     config: PyTorch's own needs CUDA. Detectron2's does the same (without RoIs, too), more slowly;
     the names of its weights are the same. Its running variance is the biased one.
-
-    Args:
-        cfg: the config.
     """
     if comm.get_world_size() == 1 or not cfg.MODEL.DEVICE.startswith("cpu"):
         return

@@ -22,8 +22,7 @@ from nl_detectron.config import keys_for_arguments, nonlocal_node
 from nl_detectron.data import CompletingCOCOEvaluator, TrainLoader, build_train_loader
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
-from nl_detectron.engine.hook_list import hooks_of_run
-from nl_detectron.engine.hooks import BestCheckpointHook, BlockWeightsHook
+from nl_detectron.engine.hooks import BestCheckpointHook, BlockWeightsHook, hooks_of_run
 from nl_detectron.engine.interruption import Interruption
 from nl_detectron.engine.optimizer import scale_block_lr
 from nl_detectron.engine.run_config import values_to_keep
@@ -42,17 +41,13 @@ class Trainer(DefaultTrainer):
     checkpointer: NonLocalCheckpointer
 
     def __init__(self, cfg: CfgNode) -> None:
-        """
-        Args:
-            cfg: the config.
-        """
         self._kept_values = values_to_keep(cfg)  # before they are scaled to the processes
         self._results: dict[str, Any] | None = None
         super().__init__(cfg)
 
     def build_hooks(self) -> list[HookBase]:
         """Those of :func:`hooks_of_run`, as the config has them."""
-        cfg = self.cfg
+        cfg, node = self.cfg, nonlocal_node(self.cfg)
         # In the place of that which the parent's __init__ cannot do without.
         self.checkpointer = NonLocalCheckpointer(
             self.checkpointer.model,
@@ -65,7 +60,12 @@ class Trainer(DefaultTrainer):
         return hooks_of_run(
             self._interruption,
             exact_resume,
-            self._build_block_weights(),
+            BlockWeightsHook(
+                self.checkpointer.model,
+                warmup_iters=cfg.SOLVER.WARMUP_ITERS,
+                gamma_lr_factor=node.GAMMA_LR_FACTOR,
+                lr_factor=node.LR_FACTOR,
+            ),
             evaluate=self._evaluate,
             writers=self.build_writers() if comm.is_main_process() else [],
             batch_size=cfg.SOLVER.IMS_PER_BATCH,
@@ -73,15 +73,6 @@ class Trainer(DefaultTrainer):
             eval_period=cfg.TEST.EVAL_PERIOD,
             precise_bn=self._build_precise_bn(exact_resume),
             after_evaluation=self._build_after_evaluation(),
-        )
-
-    def _build_block_weights(self) -> BlockWeightsHook:
-        node = nonlocal_node(self.cfg)
-        return BlockWeightsHook(
-            self.checkpointer.model,
-            warmup_iters=self.cfg.SOLVER.WARMUP_ITERS,
-            gamma_lr_factor=node.GAMMA_LR_FACTOR,
-            lr_factor=node.LR_FACTOR,
         )
 
     def _build_precise_bn(self, exact_resume: ExactResume) -> PreciseBN | None:
@@ -110,11 +101,8 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume: bool = True) -> None:
         """
-        Load what training starts with.
-
-        Args:
-            resume: go on from the last sound checkpoint in ``cfg.OUTPUT_DIR``. Without one, or
-                without ``resume``, ``cfg.MODEL.WEIGHTS`` is loaded and training starts at 0.
+        With ``resume``, go on from the last sound checkpoint in ``cfg.OUTPUT_DIR``; without one, or
+        without ``resume``, load ``cfg.MODEL.WEIGHTS`` and start at 0.
         """
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         # A checkpoint holds the iteration that was just finished.
@@ -122,10 +110,8 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> dict[str, Any] | None:
         """
-        Train, as ``DefaultTrainer.train`` does, until the end or a signal.
-
-        Returns:
-            The results of the last evaluation, if ``cfg.TEST.EXPECTED_RESULTS`` are met.
+        Train, as ``DefaultTrainer.train`` does, until the end or a signal; return the results of
+        the last evaluation, if ``cfg.TEST.EXPECTED_RESULTS`` are met.
         """
         with self._interruption.watch():
             TrainerBase.train(self, self.start_iter, self.max_iter)
@@ -139,13 +125,7 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Take the state of a trainer.
-
-        Args:
-            state_dict: what :meth:`state_dict`, or Detectron2's, returned. Without the optimizer's
-                state the optimizer starts afresh, with a warning.
-        """
+        """Take a trainer's state; without its optimizer's, start that afresh, with a warning."""
         if "_trainer" not in state_dict:
             logger.warning("The checkpoint has no optimizer state, as Detectron2 0.6 forgets it.")
             state_dict = {**state_dict, "_trainer": self._trainer.state_dict()}
@@ -155,13 +135,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """
-        Build the model that a config describes.
-
-        Args:
-            cfg: the config.
-
-        Returns:
-            The model, on its device.
+        Build the model that a config describes, on its device.
 
         Raises:
             ValueError: a value in the config is not legal; the message names the key.
@@ -172,14 +146,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
         """
-        Build the optimizer that a config describes.
-
-        Args:
-            cfg: the config.
-            model: what is trained.
-
-        Returns:
-            Detectron2's optimizer, with the learning rates of ``MODEL.NONLOCAL`` for the blocks.
+        Build Detectron2's optimizer, with the learning rates of ``MODEL.NONLOCAL`` for the blocks.
 
         Raises:
             ValueError: a factor for these is not legal; the message names the key.
@@ -194,15 +161,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """
-        Build the loader of the training batches.
-
-        Args:
-            cfg: the config.
-
-        Returns:
-            Detectron2's images, mapper and batch size, in an order that a resumed run keeps.
-        """
+        """Detectron2's images, mapper and batch size, in an order that a resumed run keeps."""
         return build_train_loader(cfg)
 
     @classmethod
@@ -210,16 +169,8 @@ class Trainer(DefaultTrainer):
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> CompletingCOCOEvaluator:
         """
-        Build what computes COCO's box, mask and keypoint AP, for what the model predicts.
-
-        Args:
-            cfg: the config.
-            dataset_name: a registered dataset in COCO's format.
-            output_folder: gets the predictions, in COCO's format; by default ``inference`` in
-                ``cfg.OUTPUT_DIR``.
-
-        Returns:
-            The evaluator.
+        Build what computes COCO's box, mask and keypoint AP, for what the model predicts; the
+        predictions go to ``output_folder``, by default ``inference`` in ``cfg.OUTPUT_DIR``.
         """
         return CompletingCOCOEvaluator(
             dataset_name,
@@ -232,15 +183,9 @@ class Trainer(DefaultTrainer):
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """
-        Evaluate with test-time augmentation, ``cfg.TEST.AUG``, as Detectron2's projects do.
-
-        Args:
-            cfg: the config, without keypoints, which Detectron2 does not augment.
-            model: a ``GeneralizedRCNN``.
-
-        Returns:
-            What ``test`` returns, each name with "_TTA" behind it. Predictions are in
-            ``inference_TTA`` in ``cfg.OUTPUT_DIR``.
+        Evaluate a ``GeneralizedRCNN`` without keypoints with test-time augmentation: what ``test``
+        returns, each name with "_TTA" behind it. Predictions are in ``inference_TTA`` in
+        ``cfg.OUTPUT_DIR``.
         """
         logger.info("Evaluating with test-time augmentation ...")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")

@@ -51,7 +51,7 @@ def export_detector(
     Args:
         model: Detectron2's ``GeneralizedRCNN`` (Faster, Mask, Keypoint, Cascade R-CNN), on the CPU.
         image: (C, H, W), float32, as the model takes it; the model finds something in it.
-        file: where to write; its folder exists.
+        file: in a folder that exists.
         format: one of :data:`FORMATS`.
 
     Raises:
@@ -101,9 +101,9 @@ def _check_onnx(model: GeneralizedRCNN) -> None:
 
 
 def _write(model: GeneralizedRCNN, image: Tensor, file: Path, format: str) -> None:
-    export = {"traced": _export_traced, "onnx": _export_onnx}[format]
     try:
-        export(model, image, file)
+        traceable = _Traceable(model, image).eval()
+        (_export_onnx if format == "onnx" else _export_traced)(traceable, image, file)
     except Exception as error:  # PyTorch's exporters raise any
         reason = f"{type(error).__name__}: {error}".split("\n\n")[0].replace("\n", " ")
         raise ExportError(f"PyTorch can't export the model as {format}: {reason}") from error
@@ -128,14 +128,12 @@ class _Traceable(nn.Module):
         return dict(zip(self.names, self.adapter(image)))
 
 
-def _export_traced(model: GeneralizedRCNN, image: Tensor, file: Path) -> None:
-    traceable = _Traceable(model, image).eval()
+def _export_traced(traceable: _Traceable, image: Tensor, file: Path) -> None:
     traced = torch.jit.trace(traceable, image, strict=False, check_trace=False)
     torch.jit.save(traced, file)
 
 
-def _export_onnx(model: GeneralizedRCNN, image: Tensor, file: Path) -> None:
-    traceable = _Traceable(model, image).eval()
+def _export_onnx(traceable: _Traceable, image: Tensor, file: Path) -> None:
     # torch.export, which the newer exporter (dynamo) builds on, does not take Detectron2's models.
     torch.onnx.export(
         traceable.adapter,

@@ -7,7 +7,7 @@ from detectron2.engine import default_argument_parser
 
 import train_net
 from nl_detectron.data.toy import default_root, make_shapes
-from nl_detectron.engine import parse_arguments
+from nl_detectron.engine import build_config, parse_arguments
 from tests.corruption import read_corrupted
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -17,13 +17,17 @@ MASK = str(CONFIGS / "COCO-InstanceSegmentation" / "mask_rcnn_R_50_FPN_nl_1x.yam
 
 @pytest.fixture(autouse=True)
 def _no_log(monkeypatch):
-    """Nothing is written, nor is the environment looked at, which takes seconds."""
+    """Nothing is written or downloaded, nor the environment looked at, which takes seconds."""
     for name in ("set_up_logging", "default_setup"):
         monkeypatch.setattr(train_net, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr("nl_detectron.engine.setup.PathManager.get_local_path", lambda path: path)
 
 
 def config(*arguments, config_file=QUICK_START):
-    return train_net.setup(parse_arguments(["--config-file", config_file, *arguments]))
+    args = parse_arguments(["--config-file", config_file, *arguments])
+    cfg = build_config(args.config_file, args.opts)
+    train_net.setup(cfg, args)
+    return cfg
 
 
 def test_config_file_then_overrides():
@@ -60,7 +64,7 @@ def test_options_are_detectron2s():
     ours = vars(parse_arguments(["--config-file", QUICK_START]))
     assert theirs.items() <= ours.items()
     data = {"train_json", "train_images", "val_json", "val_images"}
-    own = data | {"weights_report", "strict_weights", "traceback", "timeout"}
+    own = data | {"weights_report", "strict_weights", "traceback", "timeout", "project"}
     assert ours.keys() - theirs.keys() == own
 
 

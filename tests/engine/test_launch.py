@@ -149,6 +149,21 @@ def test_spawned_processes_end_the_run_with_their_status(main, status, message, 
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def need_theirs(args):
+    sys.exit(0 if "theirs" in sys.modules else 1)
+
+
+def test_spawned_processes_import_the_projects(monkeypatch, tmp_path):
+    (tmp_path / "theirs.py").touch()
+    monkeypatch.setattr(
+        importlib.import_module("nl_detectron.engine.launch"), "launch_spawned", spawn
+    )
+    args = {**vars(parse_arguments(QUICK_START)), "num_gpus": 2}
+    launch(need_theirs, argparse.Namespace(**{**args, "project": [str(tmp_path / "theirs.py")]}))
+    with pytest.raises(SystemExit):
+        launch(need_theirs, argparse.Namespace(**args))
+
+
 def test_timeout():
     assert parse_arguments(QUICK_START).timeout == 10
     args = parse_arguments([*QUICK_START, "--timeout", "0.5"])

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from nl_detectron.config import build_config
+from nl_detectron.data import register_built_in
 from nl_detectron.engine.drawing import draw_predictions
 from nl_detectron.engine.predictor import Predictor, dataset_metadata
 from nl_detectron.weights.checkpoint_io import CheckpointError
@@ -53,4 +54,5 @@ def test_predictor_runs_without_cuda(tmp_path):
 )
 def test_names_are_known_if_they_fit_the_model(overrides, is_known):
     cfg = build_config(QUICK_START, overrides)
+    register_built_in(cfg.DATASETS.TEST)
     assert bool(dataset_metadata(cfg).get("thing_classes")) == is_known
