@@ -142,18 +142,28 @@ def _run_spawned(main: Main, args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _signals_passed_on() -> Iterator[None]:
     """Within the ``with``, signals go on to the child processes, and this one awaits their end."""
-    received = []
+    received: list[int] = []
+    told: set[int | None] = set()
 
     def pass_on(number: int, frame: Any) -> None:
         received.append(number)
-        for child in multiprocessing.active_children():
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.kill(child.pid or 0, number)
+        told.clear()
+        tell()
+        signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)  # for a child that is just being started
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    def tell(*_: Any) -> None:
+        for child in multiprocessing.active_children():
+            if child.pid not in told:
+                told.add(child.pid)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(child.pid or 0, received[-1])
+
+    handlers = {**dict.fromkeys(SIGNALS, pass_on), signal.SIGALRM: tell}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
     if received:  # before training, torch takes SIGINT for no error
