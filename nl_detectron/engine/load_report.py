@@ -80,11 +80,12 @@ class LoadReport:
                 f"{self._source} and keep their initial values. "
                 + get_missing_parameters_message(sorted(self._forgotten))
             )
-        for key, (in_checkpoint, in_model) in self.mismatched.items():
-            warnings.append(
-                f"NOT LOADED: {key} has shape {in_checkpoint} in the checkpoint and {in_model} "
-                "in the model."
-            )
+        shapes = [
+            f"{key} has shape {in_checkpoint} in the checkpoint and {in_model} in the model"
+            for key, (in_checkpoint, in_model) in self.mismatched.items()
+        ]
+        if shapes:
+            warnings.append(f"NOT LOADED: {'; '.join(shapes)}. What does not fit starts fresh.")
         return warnings
 
     @property

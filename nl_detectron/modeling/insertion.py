@@ -98,6 +98,11 @@ def put_blocks(
     module: nn.Module, places: Places, make_block: Callable[[int], nn.Module]
 ) -> list[Inserted]:
     """:func:`insert_blocks`, for the caller to announce."""
+    if isinstance(make_block, nn.Module):
+        raise PlacementError(
+            f"make_block is a {type(make_block).__name__}, but must make one of a number of "
+            "channels, as its class or a function does: each place has a block of its own"
+        )
     if any(isinstance(inner, DistributedDataParallel) for inner in module.modules()):
         raise PlacementError("put blocks in before DistributedDataParallel, which would miss them")
     planned = [

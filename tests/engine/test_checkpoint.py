@@ -132,6 +132,7 @@ def test_warns_of_a_missing_backbone_tensor(kind, request, caplog):
 def test_warns_of_another_shape(detector, caplog):
     text = load(build("MODEL.ROI_HEADS.NUM_CLASSES", 3), detector, caplog)
     assert "cls_score.weight has shape (81, 16) in the checkpoint and (4, 16)" in text["WARNING"]
+    assert text["WARNING"].count("NOT LOADED") == 1  # one line names all of them
 
 
 def test_own_checkpoint_loads_whole(tmp_path, caplog):

@@ -230,3 +230,9 @@ def test_blocks_take_dtype_device_and_mode_of_their_stage():
 def test_blocks_are_detectron2_blocks():
     backbone = insert_nonlocal_blocks(resnet(), {"res4": [0]})
     assert all(isinstance(block, CNNBlockBase) for block in backbone.res4)
+
+
+def test_refuses_one_block_for_every_place():
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 1))
+    with pytest.raises(ValueError, match="make_block is a NonLocalBlock, but must make one of"):
+        insert_blocks(backbone, ["0"], NonLocalBlock(8))
