@@ -7,7 +7,12 @@ from detectron2.layers import CNNBlockBase, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
 from torch import nn
 
-from nl_detectron import NonLocalBlock, add_nonlocal_config, insert_nonlocal_blocks
+from nl_detectron import (
+    NonLocalBlock,
+    add_nonlocal_config,
+    insert_blocks,
+    insert_nonlocal_blocks,
+)
 
 
 def build(name="build_resnet_backbone", *overrides):
