@@ -28,8 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine")]
 
-from commands import Command, Commands  # noqa: E402
-from small_runs import CONFIG, OVERRIDES  # noqa: E402
+from commands import CONFIG, OVERRIDES, Command, Commands  # noqa: E402
 
 TRAIN_NET, PLAIN = ROOT / "train_net.py", ROOT / "tests" / "engine" / "plain_training.py"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

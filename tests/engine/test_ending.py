@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from tests.engine.commands import ROOT, Commands
-from tests.engine.small_runs import CONFIG, OVERRIDES
+from tests.engine.commands import CONFIG, OVERRIDES, ROOT, Commands
 
 pytestmark = pytest.mark.slow
 

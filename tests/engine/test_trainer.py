@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, BoxMode, Instances, polygons_to_bitmask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import nl_detectron.data.toy  # noqa: F401  its datasets
 import train_net
 from nl_detectron import NonLocalBlock
 from nl_detectron.config import build_config
