@@ -7,6 +7,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.visualizer import Visualizer
 
+import nl_detectron.data.toy  # noqa: F401  its datasets
 from nl_detectron.engine.drawing import draw_annotations, draw_predictions, side_by_side
 
 SIZE = (60, 80)

@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 
 import even_attention  # noqa: F401  the project of even_attention.yaml
+import nl_detectron.data.toy  # noqa: F401  its datasets
 from lab.study.plan import load_plan
 
 ROOT = Path(__file__).resolve().parents[3]
