@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
 from nl_detectron import __version__
+
+os.environ["NO_COLOR"] = "1"  # the tutorial is printed in pieces, which cut colour codes in two
 
 project = "nl_detectron"
 release = __version__

@@ -29,7 +29,7 @@ class BalancedPyramid(nn.Module):
     def forward(self, levels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
         Args:
-            levels: by name, (B, C, *, *) each.
+            levels: by name, (B, C, H, W) each, H and W their own.
 
         Returns:
             The same names and shapes.
