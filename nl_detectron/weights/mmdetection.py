@@ -11,7 +11,7 @@ error that names it, so that nothing is dropped or made up.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def convert_detector(
     if settings["MODEL.ROI_HEADS.NUM_CLASSES"] != 80:
         settings["DATASETS.TRAIN"] = settings["DATASETS.TEST"] = []
         result.notes.append(f"The classes are {', '.join(map(str, classes)) or 'not in the file'}.")
-    result.settings = _nested(settings)
+    result.settings = nested(settings)
     expected = _expected_shapes(result.settings)
     for name, tensor in tensors.items():
         _convert_tensor(name, tensor, expected, changes.get(name, ""), result)
@@ -149,7 +149,7 @@ def _read(values: Any, table: Mapping[str, Any], path: str, settings: Settings) 
     if not isinstance(values, dict):
         raise ConversionError(f"{path} is {_short(values)}, but must be a dict(...)")
     # The type comes first in every table: it says best what is not converted.
-    for key in [*table, *values]:
+    for key in dict.fromkeys([*table, *values]):
         rule = table.get(key)
         if rule is None:
             raise ConversionError(f"{path}.{key} is {_short(values[key])}, which is not converted")
@@ -194,16 +194,12 @@ def _read_backbone(values: Mapping[str, Any], settings: Settings) -> None:
         stages = block.get("stages", [True] * 4)
         settings["MODEL.NONLOCAL.BLOCK"] = "GlobalContextBlock"
         settings["MODEL.NONLOCAL.REDUCTION"] = round(1 / block["cfg"]["ratio"])
-        _add_blocks(
-            [f"bottom_up.res{i}.*.conv3" for i, has in enumerate(stages, 2) if has], settings
-        )
-
-
-def _add_blocks(places: Sequence[str], settings: Settings) -> None:
-    settings["MODEL.NONLOCAL.BACKBONE"] = settings["MODEL.BACKBONE.NAME"]
-    settings["MODEL.BACKBONE.NAME"] = "build_nonlocal_backbone"
-    settings["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"] = [[], [], [], []]
-    settings["MODEL.NONLOCAL.AFTER_MODULES"] = list(places)
+        settings["MODEL.NONLOCAL.BACKBONE"] = settings["MODEL.BACKBONE.NAME"]
+        settings["MODEL.BACKBONE.NAME"] = "build_nonlocal_backbone"
+        settings["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"] = [[], [], [], []]
+        settings["MODEL.NONLOCAL.AFTER_MODULES"] = [
+            f"bottom_up.res{number}.*.conv3" for number, has in enumerate(stages, 2) if has
+        ]
 
 
 def _read_neck(values: Any, settings: Settings) -> None:
@@ -275,7 +271,8 @@ def _convert_tensor(
         result.add(name, ours, tensor, change)
 
 
-def _nested(settings: Settings) -> dict[str, Any]:
+def nested(settings: Settings) -> dict[str, Any]:
+    """The settings as a config file has them: a dict in a dict for each dot in a key."""
     nodes: dict[str, Any] = {}
     for key, value in settings.items():
         *path, last = key.split(".")

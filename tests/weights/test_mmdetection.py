@@ -10,7 +10,7 @@ from detectron2.structures import Boxes
 
 from nl_detectron import model_zoo
 from nl_detectron.weights import ConversionError, convert
-from nl_detectron.weights.mmdetection import config_of, read_detector
+from nl_detectron.weights.mmdetection import config_of, nested, read_detector
 from nl_detectron.weights.python_config import Unread, read_python_config
 from tests.weights.mmdet_peer import Detector, is_installed, read_config
 
@@ -139,14 +139,6 @@ def test_every_trained_detector_can_be_read(name):
         "build_nonlocal_backbone": f"global context, r = {cfg.MODEL.NONLOCAL.REDUCTION}",
     }
     assert row.get("block") == block[cfg.MODEL.BACKBONE.NAME]
-
-
-def nested(settings):
-    nodes = {}
-    for key, value in settings.items():
-        *path, last = key.split(".")
-        functools.reduce(lambda node, word: node.setdefault(word, {}), path, nodes)[last] = value
-    return nodes
 
 
 REFUSED = {
