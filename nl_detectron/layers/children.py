@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +41,51 @@ def _float_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def matrix_and_bias(
-    module: nn.Module, channels: int, dims: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
+class Affine(NamedTuple):
+    """x (N, channels) to x @ matrix + bias."""
+
+    matrix: Tensor  # (channels, out)
+    bias: Tensor  # (out,)
+
+
+def is_plain(module: nn.Module) -> bool:
     """
-    (channels, out) and (out,), by which a 1x1 convolution, or an affine module in its place,
-    multiplies and what it adds, in the dtype of ``like``: what it makes of unit vectors and of 0.
+    Is it a 1x1 convolution as PyTorch makes it, of which weight and bias tell all? What is pruned,
+    parametrised, sharded or adapted has another class or a hook. fvcore's hooks only count.
+    """
+    hooks = chain(
+        *(module._forward_pre_hooks.values(), module._forward_hooks.values()),
+        *(module._backward_pre_hooks.values(), module._backward_hooks.values()),
+    )
+    return (
+        type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        and module.get_parameter("weight")[0, 0].numel() == 1
+        and vars(module)["groups"] == 1
+        and "forward" not in vars(module)
+        and all(type(hook).__module__.startswith("fvcore.") for hook in hooks)
+    )
+
+
+def weight_and_bias(module: nn.Module, like: Tensor) -> Affine:
+    """Of a plain convolution, in the dtype of ``like``."""
+    weight = module.get_parameter("weight").flatten(1).t()
+    bias = (
+        weight[0].new_zeros(weight.shape[1])
+        if module.bias is None
+        else module.get_parameter("bias")
+    )
+    return Affine(weight.to(like.dtype), bias.to(like.dtype))
+
+
+def matrix_and_bias(module: nn.Module, channels: int, dims: int, like: Tensor) -> Affine:
+    """
+    A 1x1 convolution, or an affine module in its place, in the dtype of ``like``: from what it
+    makes of unit vectors and of 0.
     """
     vectors = torch.eye(channels + 1, channels, dtype=like.dtype, device=like.device)
     rows = in_full_precision(module, vectors.view(*vectors.shape, *[1] * dims)).flatten(1)
     rows = rows.to(like.dtype)
-    return rows[:-1] - rows[-1], rows[-1]
+    return Affine(rows[:-1] - rows[-1], rows[-1])
 
 
 def float_dtype(module: nn.Module) -> torch.dtype | None:

@@ -8,23 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nl_detectron.layers import children, folding
 from nl_detectron.layers.attention_block import CONV, AttentionBlock, flat_index, flat_positions
-from nl_detectron.layers.children import (
-    evaluating,
-    float_dtype,
-    in_full_precision,
-    matrix_and_bias,
-)
-from nl_detectron.layers.norm import (
-    ZERO_INIT_LAYERS,
-    Norm,
-    build_norm,
-    make_identity,
-    scaled,
-)
-from nl_detectron.layers.numerics import accumulable, is_half, no_autocast, saturated
+from nl_detectron.layers.children import evaluating, float_dtype, in_full_precision
+from nl_detectron.layers.norm import ZERO_INIT_LAYERS, Norm, build_norm, make_identity, scaled
+from nl_detectron.layers.numerics import accumulable, is_half, no_autocast, ranged, saturated
 from nl_detectron.layers.pairwise import PAIRWISE, whitened
-from nl_detectron.layers.subsampling import SUBSAMPLE, max_pool, pyramid_pool
+from nl_detectron.layers.subsampling import SUBSAMPLE, Pool, keys_and_pool, max_pool
 from nl_detectron.validation import ArgumentError, check_choice
 
 
@@ -38,7 +28,8 @@ class NonLocalBlock(AttentionBlock):
     concatenation ``concat`` (w_f, whose first half belongs to theta), for "disentangled" ``unary``
     (m, to one channel), ``out`` (W_z) and ``norm``.
     Convolutions start at N(0, 0.01^2) with zero bias, as in the released code; w_f has no bias.
-    All children are called as modules, ``concat`` on unit vectors, from which w_f is read off.
+    Children are called as modules, ``concat`` on unit vectors, from which w_f is read off. Only
+    where all are plain convolutions their weights are read, if that is cheaper: see folding.py.
     """
 
     def __init__(
@@ -104,6 +95,7 @@ class NonLocalBlock(AttentionBlock):
         self.use_act_checkpoint = use_act_checkpoint
 
         conv, inner_channels = CONV[dims], in_channels // reduction
+        self.inner_channels = inner_channels
         self.theta: nn.Module | None = None
         self.phi: nn.Module | None = None
         if has_embeddings := PAIRWISE[pairwise].has_embeddings:
@@ -176,13 +168,20 @@ class NonLocalBlock(AttentionBlock):
         """
         self._check_input(x)
         index = flat_index(positions, x)
-        embedded, key_grid = self._embed(x, self._pool_input(x))
-        queries, *keys = map(accumulable, embedded)
+        keys, pool = keys_and_pool(x, self.subsample, self._is_plain())
+        key_grid = pool(keys[:, :1]).shape[2:]
+        queries, by_key, *m = map(accumulable, self._embed(x, keys, pool))
         with no_autocast(x):
             if self.unary is not None:
                 queries = whitened(queries)
-            weights = PAIRWISE[self.pairwise].weights(queries[:, index], *keys, *self._factors())
-        return weights.unflatten(2, key_grid)
+            queries = queries[:, index]
+            if self.concat is None:
+                pairs = queries @ by_key.mT
+            else:
+                pairs = queries.unsqueeze(2) + by_key.unsqueeze(1)
+            weights = PAIRWISE[self.pairwise].weights(pairs, *m, *self._factors())
+        weights = weights.unflatten(2, key_grid)
+        return weights.squeeze(-1) if self.subsample == "pyramid" else weights
 
     def values(self, x: Tensor) -> Tensor:
         """
@@ -204,7 +203,7 @@ class NonLocalBlock(AttentionBlock):
         """
         self._check_input(x)
         with evaluating(self):
-            g = self.g(self._pool_input(x))
+            g = self.g(max_pool(x) if self.subsample == "input" else x)
             g = accumulable(max_pool(g) if self.subsample == "embeddings" else g)
             zero = g.new_zeros(1, g.shape[1], *[1] * self.dims)
             z = in_full_precision(self.out, g) - in_full_precision(self.out, zero)
@@ -219,59 +218,79 @@ class NonLocalBlock(AttentionBlock):
         return self._project(x)
 
     def _project(self, x: Tensor) -> Tensor:
-        y = self._average(x)
-        if is_half(y):
-            return self.out(y)
-        # What is kept in float32 (see pairwise.py) may not fit float16, nor may W_z y.
-        z = in_full_precision(self.out, y)
+        keys, pool = keys_and_pool(x, self.subsample, self._is_plain())
+        g, function = pool(self.g(keys)), PAIRWISE[self.pairwise]
+        fold = None
+        if self._is_plain():
+            has_fixed_keys = self.subsample == "pyramid" and self.dims < 3
+            fold = folding.choose_fold(function, x.flatten(2), g.flatten(2), has_fixed_keys)
+        if fold == folding.KEYS:
+            z = self._sum_over_keys(x, keys, pool, g)
+        else:
+            embedded = self._embed(x, keys, pool)
+            g = flat_positions(g)
+            with no_autocast(x):  # the operation chooses its precision itself
+                if fold == folding.CONTEXT:
+                    z = folding.sum_by_context(
+                        embedded, g, children.weight_and_bias(self.out, accumulable(g))
+                    )
+                else:
+                    z = function.average(*embedded, g, *self._factors()).transpose(1, 2)
+        z = z.unflatten(2, x.shape[2:])
+        if fold is None:
+            # What is kept in float32 (see pairwise.py) may not fit float16, nor may W_z y.
+            z = self.out(z) if is_half(z) else in_full_precision(self.out, z)
         return saturated(z, torch.float16) if float_dtype(self.out) == torch.float16 else z
 
-    def _average(self, x: Tensor) -> Tensor:
-        """y, (B, c, *grid)."""
-        keys = self._pool_input(x)
-        g = flat_positions(self._subsample(self.g(keys)))
-        embedded, _ = self._embed(x, keys)
-        with no_autocast(x):  # the operation chooses its precision itself
-            y = PAIRWISE[self.pairwise].average(*embedded, g, *self._factors())
-        return y.transpose(1, 2).unflatten(2, x.shape[2:])
-
-    def _embed(self, x: Tensor, keys: Tensor) -> tuple[tuple[Tensor, ...], torch.Size]:
-        """
-        What the pairwise function compares, and the grid of the keys: theta (B, N_q, d) and phi
-        (B, N_k, d); of "disentangled" m (B, N_k), too; of the concatenation a and b.
-        """
-        theta = flat_positions(x if self.theta is None else self.theta(x))
-        phi = self._subsample(keys if self.phi is None else self.phi(keys))
-        key_grid, phi = phi.shape[2:], flat_positions(phi)
+    def _sum_over_keys(self, x: Tensor, keys: Tensor, pool: Pool, g: Tensor) -> Tensor:
+        """W_z y, (B, C, N_q), from few keys: see :func:`sum_over_keys`."""
+        function, g = PAIRWISE[self.pairwise], ranged(flat_positions(g))
         if self.concat is not None:
-            return self._concat_terms(theta, phi, self.concat), key_grid
-        if self.unary is not None:
-            return (theta, phi, self._subsample(self.unary(keys)).flatten(1)), key_grid
-        return (theta, phi), key_grid
+            embedded, theta = self._embed(x, keys, pool), None
+        else:
+            embedded = self._compared(keys, pool)
+            theta = None if self.theta is None else children.weight_and_bias(self.theta, g)
+        out = children.weight_and_bias(self.out, g)
+        with no_autocast(x):
+            embedded = tuple(ranged(t) for t in embedded)
+            x = x.flatten(2).to(g.dtype)
+            return folding.sum_over_keys(function, x, embedded, g, theta, out, self._factors())
 
-    def _concat_terms(self, theta: Tensor, phi: Tensor, concat: nn.Module) -> tuple[Tensor, Tensor]:
+    def _is_plain(self) -> bool:
+        """Is all that is known of the convolutions in their weights?"""
+        return all(children.is_plain(child) for child in self.children() if child is not self.norm)
+
+    def _compared(self, keys: Tensor, pool: Pool) -> tuple[Tensor, ...]:
+        """phi (B, N_k, d), of "disentangled" m (B, N_k), too."""
+        phi = flat_positions(pool(keys if self.phi is None else self.phi(keys)))
+        return (phi,) if self.unary is None else (phi, pool(self.unary(keys)).flatten(1))
+
+    def _embed(self, x: Tensor, keys: Tensor, pool: Pool) -> tuple[Tensor, ...]:
+        """
+        What the pairwise function compares: theta (B, N_q, d) and phi (B, N_k, d); of
+        "disentangled" m (B, N_k), too; of the concatenation a and b.
+        """
+        if self.concat is not None:
+            return self._concat_terms(x, keys, pool)
+        theta = flat_positions(x if self.theta is None else self.theta(x))
+        return theta, *self._compared(keys, pool)
+
+    def _concat_terms(self, x: Tensor, keys: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
         """w_theta^T theta_i, (B, N_q), and w_phi^T phi_j, (B, N_k); float32 for half precision."""
-        theta, phi = accumulable(theta), accumulable(phi)
-        matrix, bias = matrix_and_bias(concat, 2 * theta.shape[2], self.dims, theta)
-        w_theta, w_phi = matrix.chunk(2)
-        with no_autocast(theta):
-            return (theta @ w_theta).squeeze(2) + bias, (phi @ w_phi).squeeze(2)
+        theta, phi, concat = map(self.get_submodule, ("theta", "phi", "concat"))
+        w_f, bias = children.matrix_and_bias(
+            concat, 2 * self.inner_channels, self.dims, accumulable(x)
+        )
+
+        w_theta, w_phi = w_f.chunk(2)
+        a = folding.linear_term(theta, x, w_theta, nn.Identity(), self._is_plain())
+        return a + bias, folding.linear_term(phi, keys, w_phi, pool, self._is_plain())
 
     def _factors(self) -> tuple[float, ...]:
         """What the pairwise function takes besides tensors: by what its logits are multiplied."""
         if not PAIRWISE[self.pairwise].is_scaled:
             return ()
         return (self.logit_scale / (1.0 if self.unary is None else self.temperature),)
-
-    def _pool_input(self, x: Tensor) -> Tensor:
-        """What phi, m and g are given."""
-        return max_pool(x) if self.subsample == "input" else x
-
-    def _subsample(self, x: Tensor) -> Tensor:
-        """What is done after phi, m and g."""
-        if self.subsample == "embeddings":
-            return max_pool(x)
-        return pyramid_pool(x) if self.subsample == "pyramid" else x
 
     def _normalize(self, z: Tensor) -> Tensor:
         if self.norm is None:

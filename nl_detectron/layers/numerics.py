@@ -22,6 +22,11 @@ def accumulable(x: Tensor) -> Tensor:
     return x.float() if is_half(x) else x
 
 
+def ranged(x: Tensor) -> Tensor:
+    """x, in float32 if it is float16, whose range products of embeddings leave."""
+    return x.float() if x.dtype == torch.float16 else x
+
+
 def saturated(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in a floating point dtype; what is too large for float16 is its largest number there."""
     if dtype == torch.float16 and x.dtype != dtype:

@@ -72,22 +72,32 @@ def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     return y.to(_sum_dtype(theta.dtype))
 
 
-def dot_product_weights(theta: Tensor, phi: Tensor) -> Tensor:
-    """The weights f / C of :func:`dot_product_pairwise`, (B, N_q, N_k): for a few queries."""
-    return theta @ phi.mT / phi.shape[1]
+def dot_product_weights(pairs: Tensor) -> Tensor:
+    """The weights f / C of :func:`dot_product_pairwise` from all theta_i^T phi_j, (B, N_q, N_k)."""
+    return pairs / pairs.shape[2]
 
 
 def _triple_product(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     queries, d = theta.shape[1], theta.shape[2]
     keys, c = g.shape[1], g.shape[2]
-    if is_recorded():  # for other sizes, too
-        return theta @ (phi.transpose(1, 2) @ (g / keys))
     pairs_first, channels_first = queries * keys * (d + c), (queries + keys) * d * c
-    if pairs_first < channels_first:
+    if not is_recorded() and pairs_first < channels_first:  # else for other sizes, too
         return (theta @ phi.mT / keys) @ g
-    context = sum_of_products(phi.mT, g / keys)
+    return products_of_queries(theta, dot_product_context(phi, g)).transpose(1, 2)
+
+
+def dot_product_context(phi: Tensor, g: Tensor) -> Tensor:
+    """phi^T g / N_k, (B, d, c)."""
+    g = g / g.shape[1]
+    return phi.transpose(1, 2) @ g if is_recorded() else sum_of_products(phi.transpose(1, 2), g)
+
+
+def products_of_queries(theta: Tensor, context: Tensor) -> Tensor:
+    """The transpose of theta (B, N_q, d) times context (B, d, c): (B, c, N_q), contiguous."""
     # In chunks for the sake of the backward pass, which sums over the queries.
-    return torch.cat([part @ context for part in theta.split(MAX_SUMMED, 1)], 1)
+    parts = (theta,) if is_recorded() else theta.split(MAX_SUMMED, 1)
+    products = [torch.bmm(context.transpose(1, 2), part.transpose(1, 2)) for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products, 2)
 
 
 def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
@@ -111,9 +121,9 @@ def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     return (y / b.shape[1]).to(_sum_dtype(g.dtype))
 
 
-def concatenation_weights(a: Tensor, b: Tensor) -> Tensor:
-    """The weights f / C of :func:`concatenation_pairwise`, (B, N_q, N_k): for a few queries."""
-    return (a.unsqueeze(2) + b.unsqueeze(1)).relu() / b.shape[1]
+def concatenation_weights(pairs: Tensor) -> Tensor:
+    """The weights f / C of :func:`concatenation_pairwise` from all a_i + b_j, (B, N_q, N_k)."""
+    return pairs.relu() / pairs.shape[2]
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -145,12 +155,12 @@ def disentangled_pairwise(theta: Tensor, phi: Tensor, m: Tensor, g: Tensor, scal
     return saturated(y, g.dtype)
 
 
-def disentangled_weights(theta: Tensor, phi: Tensor, m: Tensor, scale: float) -> Tensor:
+def disentangled_weights(pairs: Tensor, m: Tensor, scale: float) -> Tensor:
     """
-    The weights of :func:`disentangled_pairwise`, (B, N_q, N_k): for a few queries, of the
-    :func:`whitened` theta. They sum to 2 over the keys.
+    The weights of :func:`disentangled_pairwise`, (B, N_q, N_k), from the products of the
+    :func:`whitened` theta with phi. They sum to 2 over the keys.
     """
-    return softmax_weights(theta, phi, scale) + m.softmax(1).unsqueeze(1)
+    return softmax_weights(pairs, scale) + m.softmax(1).unsqueeze(1)
 
 
 def whitened(theta: Tensor) -> Tensor:
@@ -166,7 +176,8 @@ class PairwiseFunction(NamedTuple):
     Attributes:
         average: y, of what is compared (theta and phi, or what is made of them), g and, if
             ``is_scaled``, what multiplies the logits.
-        weights: f / C, of the same without g.
+        weights: f / C of all pairs (B, N_q, N_k), for few queries or keys: of theta_i^T phi_j, of
+            the concatenation a_i + b_j; m, if there is one; what multiplies the logits.
         has_embeddings: f is a function of theta and phi, and not of x itself.
         is_scaled: f has logits that can be scaled.
         weight_sum: what the weights of a query, all positive, sum to; None if they have any sum.

@@ -88,9 +88,9 @@ def softmax_pairwise(
     return _TiledSoftmax.apply(theta, phi, g, scale, plan)
 
 
-def softmax_weights(theta: Tensor, phi: Tensor, scale: float = 1.0) -> Tensor:
-    """The weights f / C of :func:`softmax_pairwise`, (B, N_q, N_k): for a few queries."""
-    return (scale * theta @ phi.mT).softmax(2)
+def softmax_weights(pairs: Tensor, scale: float = 1.0) -> Tensor:
+    """The weights f / C of :func:`softmax_pairwise` from all theta_i^T phi_j, (B, N_q, N_k)."""
+    return (scale * pairs).softmax(2)
 
 
 def _fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tensor:
@@ -101,7 +101,7 @@ def _fused_softmax(theta: Tensor, phi: Tensor, g: Tensor, scale: float) -> Tenso
     width = max(theta.shape[2], g.shape[2])
     if theta.is_cuda:
         width += -width % 8  # the kernels that hold no N_q x N_k weights read 16 bytes at a time
-    (keys, _), (values, common) = _centred(phi.to(g.dtype)), _centred(g)
+    (keys, _), (values, common) = centred(phi.to(g.dtype)), centred(g)
     y = functional.scaled_dot_product_attention(
         _widened(theta.to(g.dtype), width),
         _widened(keys, width),
@@ -134,7 +134,7 @@ class _TiledSoftmax(torch.autograd.Function):
         ctx: Any, theta: Tensor, phi: Tensor, g: Tensor, scale: float, plan: SoftmaxPlan
     ) -> Tensor:
         with no_autocast(theta):
-            (keys, _), (values, common) = _centred(accumulable(phi)), _centred(accumulable(g))
+            (keys, _), (values, common) = centred(accumulable(phi)), centred(accumulable(g))
             y = values.new_empty(*theta.shape[:2], g.shape[2])
             total = values.new_empty(*theta.shape[:2], 1)
             whole = (*theta.shape[:2], phi.shape[1])
@@ -177,7 +177,7 @@ def _softmax(theta: Tensor, keys: Tensor, *, out: Tensor) -> None:
     torch.softmax(out, 2, out=out)
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x less what the keys have in common, and that (B, 1, channels): what lies between 0 and each of
     the means of 16 groups of keys. The softmax does not see a constant in phi, and one in g passes

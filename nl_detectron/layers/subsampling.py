@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from nl_detectron.layers.recorded import is_compiling
+
+Pool = Callable[[Tensor], Tensor]
 
 SUBSAMPLE = ("none", "embeddings", "input", "pyramid")
 """What ``NonLocalBlock`` may do to its keys."""
@@ -41,6 +43,18 @@ def pyramid_pool(x: Tensor) -> Tensor:
     levels = [average_pool(images, 1 if x.dim() == 3 else bins, bins) for bins in PYRAMID]
     pooled = torch.cat([level.flatten(2) for level in levels], 2)
     return pooled.unflatten(1, x.shape[1:3]) if x.dim() == 5 else pooled
+
+
+def keys_and_pool(x: Tensor, subsample: str, commutes: bool) -> tuple[Tensor, Pool]:
+    """What phi, m and g are given, and what pools what they make of it: means before, if legal."""
+    if subsample == "embeddings":
+        return x, max_pool
+    if subsample == "pyramid" and not commutes:
+        return x, pyramid_pool
+    if subsample == "pyramid":
+        pooled = pyramid_pool(x)
+        return (pooled if x.dim() == 3 else pooled.unsqueeze(-1)), nn.Identity()
+    return max_pool(x) if subsample == "input" else x, nn.Identity()
 
 
 def spread_over_bins(weights: Tensor, grid: Sequence[int]) -> Tensor:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis as DetectorFlopCountAnalysis
 from fvcore.nn import FlopCountAnalysis, parameter_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from nl_detectron import GlobalContextBlock, NonLocalBlock
 from nl_detectron.analysis.flops import flop_handles, register_flop_handles
@@ -31,43 +32,47 @@ def analyse(block, x, analysis=FlopCountAnalysis):
     return analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
 
 
-def block_flops(pairwise, subsample, queries, channels, inner, pooling):
-    """Multiply-adds by the paper's formulas, for one of the batch."""
-    keys = queries if subsample == "none" else queries // pooling
-    if subsample == "pyramid":
-        keys = pooling
-    embedded = keys if subsample == "input" else queries  # positions that phi and g are made of
-    products = channels * inner
-    if pairwise == "gaussian":  # theta is x, phi pooled x: only g is a convolution
-        return embedded * products + queries * keys * (channels + inner) + queries * products
-    convolutions = queries * products + 2 * embedded * products + queries * products
-    operation = {
-        "embedded_gaussian": queries * keys * 2 * inner,
-        "dot_product": (queries + keys) * inner * inner,  # theta (phi^T g)
-        "concatenation": (queries + keys) * inner,  # w_f^T theta and w_f^T phi
-        # Two softmaxes, and m.
-        "disentangled": queries * keys * 2 * inner + keys * inner + embedded * channels,
-    }
-    return convolutions + operation[pairwise]
-
-
 @pytest.mark.parametrize("subsample", SUBSAMPLE)
 @pytest.mark.parametrize("pairwise", PAIRWISE)
 @pytest.mark.usefixtures("registered")
-def test_block_is_counted_by_the_formula(pairwise, subsample):
-    for dims, grid, pooling in ((1, (12,), 2), (2, (6, 10), 4), (3, (3, 4, 6), 4)):
+def test_block_is_counted_as_it_is_done(pairwise, subsample):
+    """As PyTorch counts in eager mode; on small and large grids, of which some are folded."""
+    for dims, grid in ((1, (40,)), (2, (6, 10)), (2, (26, 30)), (3, (3, 8, 6))):
         options = {"dims": dims, "pairwise": pairwise, "subsample": subsample}
         block = NonLocalBlock(C, **options, norm="").eval()
-        analysis = analyse(block, torch.randn(B, C, *grid))
-        if subsample == "pyramid":
-            pooling = {1: 18, 2: 110, 3: 3 * 110}[dims]
-        queries = torch.Size(grid).numel()
-        expected = B * block_flops(pairwise, subsample, queries, C, C // 2, pooling)
-        if pairwise == "concatenation":  # w_f is read off what concat makes of unit vectors
-            expected += C * (C + 1)
+        x = torch.randn(B, C, *grid)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            block(x)
+        analysis = analyse(block, x)
         # fvcore counts average pooling, one for each element, but not max-pooling.
-        assert analysis.total() - analysis.by_operator()["adaptive_avg_pool2d"] == expected
+        macs = analysis.total() - analysis.by_operator()["adaptive_avg_pool2d"]
+        assert macs == counter.get_total_flops() // 2
         assert not analysis.unsupported_ops()
+
+
+@pytest.mark.parametrize(
+    ("stage", "subsample"), [((256, 40, 40), "pyramid"), ((256, 10, 10), "embeddings")]
+)
+@pytest.mark.usefixtures("registered")
+def test_few_keys_are_counted_by_the_formula(stage, subsample):
+    """Forward, and forward and backward, for one image."""
+    (channels, *grid), inner = stage, stage[0] // 2
+    queries = prod(grid)
+    keys = 110 if subsample == "pyramid" else queries // 4
+    made_of = queries if subsample == "embeddings" else keys  # positions that phi and g are made of
+    block = NonLocalBlock(channels, subsample=subsample, norm="")
+    x = torch.randn(1, channels, *grid, requires_grad=True)
+    macs = 2 * made_of * inner * channels  # phi and g
+    macs += 2 * keys * inner * channels + 2 * queries * keys * channels  # folded, and the pairs
+    macs += keys * inner + inner * channels  # the bias of theta, and what all g have in common
+    with FlopCounterMode(display=False) as counter:
+        z = block(x)
+        forward = counter.get_total_flops() // 2
+        z.sum().backward()
+    assert forward == macs
+    assert 2.9 * macs < counter.get_total_flops() // 2 <= 3 * macs
+    analysis = analyse(block.eval(), x)
+    assert analysis.total() - analysis.by_operator()["adaptive_avg_pool2d"] == macs
 
 
 @pytest.mark.parametrize(

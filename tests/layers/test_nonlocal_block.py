@@ -327,6 +327,27 @@ def test_memory_layouts(pairwise, layout):
     torch.testing.assert_close(grad_other, grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("pairwise", PAIRWISE)
+@pytest.mark.parametrize("subsample", SUBSAMPLE)
+def test_single_precision_has_the_gradients_of_double(pairwise, subsample):
+    """
+    Of one large image, on which weights are folded. PyTorch's batch norm has wrong gradients for a
+    batch of one whose memory does not lie as it expects.
+    """
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        block = make_block(32, pairwise=pairwise, subsample=subsample).to(dtype).eval()
+        for parameter in block.parameters():
+            parameter.data *= 0.3
+        x = make_input(batch=1, channels=32, grid=(20, 24)).to(dtype).requires_grad_()
+        z = block(x)
+        grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        results.append([z, *torch.autograd.grad(z, [x, *block.parameters()], grad)])
+    least = 1e-3 * max(e.norm() for e in results[0])
+    for expected, actual in zip(*results):
+        assert (actual - expected).norm() < 2e-4 * expected.norm().clamp(min=least)
+
+
 def test_does_not_change_its_input():
     x = make_input()
     before = x.clone()
