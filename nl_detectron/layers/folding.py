@@ -13,6 +13,7 @@ from nl_detectron.layers.pairwise import (
     PairwiseFunction,
     dot_product_context,
     products_of_queries,
+    sum_dtype,
     whitened,
 )
 from nl_detectron.layers.recorded import is_compiling
@@ -68,7 +69,8 @@ def sum_by_context(embedded: Sequence[Tensor], g: Tensor, out: Affine) -> Tensor
     """W_z y of the dot product, (B, C, N_q), from theta (B, N_q, d), phi (B, N_k, d) and g."""
     theta, phi = embedded
     context = dot_product_context(accumulable(phi), accumulable(g)) @ out.matrix
-    return products_of_queries(accumulable(theta), context) + out.bias.unsqueeze(1)
+    z = products_of_queries(accumulable(theta), context) + out.bias.unsqueeze(1)
+    return z.to(sum_dtype(g.dtype))
 
 
 def sum_over_keys(

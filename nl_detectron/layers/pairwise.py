@@ -69,7 +69,7 @@ def dot_product_pairwise(theta: Tensor, phi: Tensor, g: Tensor) -> Tensor:
     """
     with no_autocast(theta):
         y = _triple_product(accumulable(theta), accumulable(phi), accumulable(g))
-    return y.to(_sum_dtype(theta.dtype))
+    return y.to(sum_dtype(theta.dtype))
 
 
 def dot_product_weights(pairs: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def concatenation_pairwise(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     """
     with no_autocast(g):
         y = ramp_sum(accumulable(a), accumulable(b), accumulable(g))
-    return (y / b.shape[1]).to(_sum_dtype(g.dtype))
+    return (y / b.shape[1]).to(sum_dtype(g.dtype))
 
 
 def concatenation_weights(pairs: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def concatenation_weights(pairs: Tensor) -> Tensor:
     return pairs.relu() / pairs.shape[2]
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of a product of three embeddings: bfloat16 has the range for it, float16 not."""
     return torch.float32 if dtype == torch.float16 else dtype
 
