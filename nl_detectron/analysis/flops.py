@@ -7,7 +7,7 @@ nothing. For a ``FlopCountAnalysis`` of your own call :func:`register_flop_handl
 :func:`flop_handles`. Work on single elements (the softmax, the sorting and the prefix sums of the
 concatenation) is left out, as it is for all that fvcore knows.
 
-fvcore counts what it records. Of weights that are folded (layers/folding.py) that is what is done at
+fvcore counts what it records. Of folded weights (layers/folding.py) that is what is done at
 the size of the input; but the dot product always multiplies phi^T g first, and for a small grid the
 block itself takes the cheaper order, and needs less than is counted.
 """
