@@ -7,11 +7,13 @@ from detectron2.data import DatasetCatalog
 
 from nl_detectron.data.coco_json import configure_for_dataset, register_coco_json
 from nl_detectron.data.coco_records import CompletingCOCOEvaluator
+from nl_detectron.data.fast_evaluation import FastCOCOEvaluator
 from nl_detectron.data.stream import TrainLoader, build_train_loader
 from nl_detectron.submodules import submodules
 
 __all__ = [
     "CompletingCOCOEvaluator",
+    "FastCOCOEvaluator",
     "TrainLoader",
     "build_train_loader",
     "configure_for_dataset",
