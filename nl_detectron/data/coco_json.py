@@ -9,9 +9,8 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from nl_detectron.data.coco_checks import Problem, check_coco, in_one_line
+from nl_detectron.data.coco_checks import MISSING_PICTURE, check_coco, in_one_line
 from nl_detectron.data.coco_format import Record, no_garbage, read_coco
-from nl_detectron.data.coco_images import MISSING_PICTURE
 from nl_detectron.data.coco_records import contiguous_ids, fill_in, to_records
 from nl_detectron.data.keypoints import keypoint_metadata
 
@@ -65,7 +64,12 @@ def register_coco_json(
             cannot live with; the message is one line.
     """
     coco = read_coco(Path(json_file))
-    _report(check_coco(coco, Path(image_root), pictures), json_file)
+    problems = check_coco(coco, Path(image_root), pictures)
+    if errors := [problem for problem in problems if problem.is_error]:
+        error_type = FileNotFoundError if errors[0].kind == MISSING_PICTURE else ValueError
+        raise error_type(f"{json_file}: {in_one_line(errors)}")
+    if problems:
+        logger.warning(f"{json_file}: {in_one_line(problems)}")
     if missing := fill_in(coco, areas=False):
         logger.info(f"{json_file} lacks {', '.join(missing)}: filled in where it is loaded")
     records = to_records(coco, image_root)
@@ -79,14 +83,13 @@ def register_coco_json(
         fill_in(coco, areas=False)
         return to_records(coco, image_root)
 
-    DatasetCatalog.pop(name, None)
-    DatasetCatalog.register(name, load)
-    MetadataCatalog.pop(name, None)
-    categories = sorted(coco["categories"], key=lambda category: category["id"])
-    keypoints = keypoint_metadata(coco["categories"])
-    if keypoints:
+    if keypoints := keypoint_metadata(coco["categories"]):
         pairs = ", ".join(" - ".join(pair) for pair in keypoints["keypoint_flip_map"])
         logger.info(f"{json_file}: keypoints that swap places in a flip: {pairs or 'none'}")
+    categories = sorted(coco["categories"], key=lambda category: category["id"])
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop(name, None)
+    DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
         thing_classes=[category["name"] for category in categories],
         thing_dataset_id_to_contiguous_id=contiguous_ids(coco),
@@ -96,17 +99,6 @@ def register_coco_json(
         evaluator_type="coco",
         annotation_facts=_facts(records),
     )
-
-
-def _report(problems: list[Problem], json_file: str | Path) -> None:
-    """Raise the errors, in one line; or else log the warnings, in one line."""
-    errors = [problem for problem in problems if problem.is_error]
-    if not errors:
-        if problems:
-            logger.warning(f"{json_file}: {in_one_line(problems)}")
-        return
-    error_type = FileNotFoundError if errors[0].kind == MISSING_PICTURE else ValueError
-    raise error_type(f"{json_file}: {in_one_line(errors)}")
 
 
 def configure_for_dataset(
