@@ -11,7 +11,6 @@ import even_attention  # noqa: F401  its block is registered
 from lab.study.plan import load_plan
 from nl_detectron import model_zoo
 from nl_detectron.data.toy import make_long_range_match, register_long_range_match
-from nl_detectron.data.toy.long_range_match import default_long_range_match_root
 from nl_detectron.modeling import nonlocal_blocks
 
 
@@ -21,7 +20,7 @@ def data(tmp_path_factory):
     make_long_range_match(root / "far", "far", num_train=1, num_val=3)
     register_long_range_match(root)
     yield
-    register_long_range_match(default_long_range_match_root())
+    register_long_range_match()
 
 
 def predictor_with(*overrides):
