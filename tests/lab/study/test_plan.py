@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 import even_attention  # noqa: F401  the project of even_attention.yaml
 import nl_detectron.data.toy  # noqa: F401  its datasets
 from lab.study.plan import load_plan
+from lab.study.runner import start_command
 
 ROOT = Path(__file__).resolve().parents[3]
 STUDIES = sorted((ROOT / "lab" / "studies").glob("*.yaml"))
@@ -19,6 +20,8 @@ PLAN = {
     "settings": {"nl": None, "dot-product": {"MODEL.NONLOCAL.PAIRWISE": "dot_product"}},
     "groups": {"Pairwise functions": ["nl", "dot-product"]},
 }
+
+DATA = dict.fromkeys(("train_json", "train_images", "val_json", "val_images"), "a")
 
 
 @pytest.fixture
@@ -70,6 +73,22 @@ def test_a_setting_may_have_a_config_and_a_papers_figures(load, tmp_path):
     assert of_plan.MAX_ITER != 7
 
 
+def test_data_are_below_detectron2s_folder(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "elsewhere")
+    files = ("train_json", "train_images", "val_json", "val_images")
+    plan = load(data={**{key: key[:3] for key in files}, "sha256": {"val_json": "08da"}})
+    for run in plan.part(["nl"]).runs(tmp_path):
+        command = start_command(run, ["train"])
+        assert command[2:10:2] == [f"--{key.replace('_', '-')}" for key in files]
+        assert command[3:10:2] == [
+            "elsewhere/tra",
+            "elsewhere/tra",
+            "elsewhere/val",
+            "elsewhere/val",
+        ]
+        assert run.data.sha256 == {"val_json": "08da"}
+
+
 def test_overrides_of_the_command_line_come_last(load, tmp_path):
     plan = load(settings={"nl": {"SOLVER.MAX_ITER": 7}}, groups={"All": ["nl"]})
     for run in plan.runs(tmp_path, ["SOLVER.MAX_ITER", "8"]):
@@ -113,6 +132,13 @@ def test_groups_that_compare_no_more_than_another_are_left_out(load, chosen, tit
         ({"settings": {"nl": {"paper": {"bbox/AP": "38"}}}}, "nl: paper: bbox/AP is '38', not a"),
         ({"seed": [1]}, "a key is 'seed', .*did you mean 'seeds'"),
         ({"groups": None}, "it has no groups"),
+        ({"data": ["mine.json"]}, r"data is \['mine.json'\], not a mapping"),
+        ({"data": {"train_jsn": "a"}}, "data: a key is 'train_jsn', .*did you mean 'train_json'"),
+        ({"data": {"source": "a"}}, "data: train_json is None, not a path"),
+        ({"data": {**DATA, "val_json": 3}}, "data: val_json is 3, not a path"),
+        ({"data": {**DATA, "sha256": {"json": "0"}}}, "data: sha256: a file is 'json'"),
+        ({"compare": {"metric": "segm/AP"}}, "compare is .*, not a mapping with a metric and"),
+        ({"compare": {"metric": "a", "to": "nll"}}, "compare: to is 'nll', .*did you mean 'nl'"),
         ({"config": 3}, "config is 3"),
         ({"config": "none.yaml"}, "there is no file .*none.yaml"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),

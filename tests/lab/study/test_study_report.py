@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from lab.study.runner import prepare_runs
-from lab.study.study_report import draw_group, group_table, paper_table, write_report
+from lab.study.study_report import (
+    difference_table,
+    draw_group,
+    group_table,
+    paper_table,
+    write_report,
+)
 
 
 def finish(run, **aps):
@@ -51,6 +57,23 @@ def test_ours_beside_the_papers(runs):
         ["`baseline`", "box AP", "50.0", "50.0", "+0.0", "1", "±0.8"],
     ]
     assert paper_table(runs, {"nl": {"Kinetics top-1": 72.7}}) == ""
+
+
+def test_the_comparison_that_counts(study, runs):
+    pytest.importorskip("scipy")
+    _, _, row = cells(difference_table(runs, "bbox/AP", "baseline"))
+    assert row == ["`nl`", "+41.50", "", "2, 1"]  # a single run has no deviation
+    finish(study.runs[3], **{"bbox/AP": 52.0})
+    runs["baseline"].append(study.runs[3])
+    _, _, row = cells(difference_table(runs, "bbox/AP", "baseline"))
+    # Variances 4.5 and 2, so 1.803 for the difference of the means, with 1.742 degrees of freedom.
+    low, high = map(float, row[2].split(" to "))
+    assert (float(row[1]), (low + high) / 2) == pytest.approx((40.5, 40.5), abs=0.01)
+    assert (high - low) / 2 == pytest.approx(1.803 * 4.974, abs=0.01)
+    assert difference_table(runs, "bbox/AP", "none") == ""
+    compare = {"metric": "bbox/AP", "to": "baseline"}
+    report = write_report({}, study.runs, study.output, "Study", compare=compare)
+    assert "box AP less that of `baseline`, with Welch's interval:" in report.read_text()
 
 
 def test_a_papers_other_metrics_are_in_the_table(runs):
