@@ -65,7 +65,8 @@ def write_report(
             is_compared = True
     if is_compared:
         parts.append(_NOISE)
-    if compare and (table := difference_table(finished, compare["metric"], compare["to"])):
+    table = difference_table(finished, **compare) if compare else ""
+    if compare and table:
         what = (
             f"{_header(compare['metric'])} less that of `{compare['to']}`, with Welch's interval:"
         )
