@@ -16,8 +16,7 @@ Sizes = dict[Any, tuple[float, float]]  # image id to width, height
 def check_annotations(
     annotations: Entries, known: dict[str, set[Any]], sizes: Sizes, num_keypoints: int
 ) -> Iterator[Finding]:
-    """
-    Find what is wrong with annotations in the right format.
+    """Find what is wrong with annotations in the right format.
 
     ``known`` are the ids of images and categories, ``sizes`` are of images with nothing wrong.
     """

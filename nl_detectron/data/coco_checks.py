@@ -39,8 +39,7 @@ class Problem(NamedTuple):
 
 
 def check_coco(coco: Record, image_root: Path, pictures: str = "present") -> list[Problem]:
-    """
-    Find all that is wrong with a dataset, what is of a wrong kind first and then compared no more.
+    """Find all that is wrong with a dataset; what is of a wrong kind comes first, and alone.
 
     ``pictures`` is as for :func:`register_coco_json`. FileNotFoundError: there is no folder
     ``image_root``.
@@ -93,10 +92,8 @@ def counts_of_kinds(problems: Iterable[Problem]) -> str:
 
 
 def without_bad(coco: Record, problems: Iterable[Problem]) -> Record:
-    """
-    Leave out images and annotations that have an error or are of no use in training, and the
-    annotations of images that are left out. Problems of categories stay.
-    """
+    """Leave out images and annotations that have an error or are of no use in training, and the
+    annotations of images that are left out. Problems of categories stay."""
     bad = {(p.section, p.place) for p in problems if p.is_error or p.kind in _UNTRAINABLE}
     images = [image for i, image in enumerate(coco["images"]) if ("images", i) not in bad]
     ids = {image["id"] for image in images}

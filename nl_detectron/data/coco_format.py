@@ -30,10 +30,8 @@ _LARGEST = 1e300  # so that sums stay finite
 
 @contextmanager
 def no_garbage() -> Iterator[None]:
-    """
-    Keep Python from looking for garbage, in a ``with`` or a decorated function: of millions of new
-    objects none is garbage, and the search takes a third of the time.
-    """
+    """Keep Python from looking for garbage, in a ``with`` or a decorated function: of millions of
+    new objects none is garbage, and the search takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -44,8 +42,7 @@ def no_garbage() -> Iterator[None]:
 
 
 def read_coco(json_file: Path) -> Record:
-    """
-    Read a file; whether its entries are sound says :func:`check_coco`. Its lists of images and
+    """Read a file; whether its entries are sound says :func:`check_coco`. Its lists of images and
     categories are not empty; a test set's list of annotations may be.
 
     Raises:
@@ -74,10 +71,9 @@ def read_coco(json_file: Path) -> Record:
 
 
 def format_problems(section: str, entries: list[Any]) -> Iterator[tuple[int, str, str]]:
-    """
-    Find each value of a section that has a meaning in COCO's format and is of a wrong kind, whether
-    or not values agree with each other: the entry's index, the kind of problem, what is wrong.
-    """
+    """Find each value of a section that has a meaning in COCO's format and is of a wrong kind,
+    whether or not values agree with each other: the entry's index, the kind of problem, what is
+    wrong."""
     required = REQUIRED_KEYS[section]
     records = {}
     for i, entry in enumerate(entries):
@@ -114,8 +110,7 @@ def repeated(entries: Entries, key: str, is_error: bool) -> Iterator[Finding]:
 
 
 def rle_counts(counts: str) -> list[int]:
-    """
-    The lengths of the runs of a compressed RLE, any of which may be negative if it is broken.
+    """The lengths of the runs of a compressed RLE, any of which may be negative if it is broken.
 
     COCO's ``rleToString`` writes numbers in groups of 5 bits, from "0" on, with a sixth bit where
     the number goes on; from the fourth on each is the difference from the last but one. ValueError:

@@ -17,10 +17,8 @@ _Side = tuple[str, str, str]  # of a name: left or right, what is before it, wha
 
 
 def keypoint_metadata(categories: list[Record]) -> dict[str, Any]:
-    """
-    ``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules`` of Detectron2's
-    metadata; nothing if no category has keypoints, or if categories have different ones.
-    """
+    """``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules`` of Detectron2's
+    metadata; nothing if no category has keypoints, or if categories have different ones."""
     with_keypoints = _with_keypoints(categories)
     names = with_keypoints[0]["keypoints"] if with_keypoints else []
     if not names or any(category["keypoints"] != names for category in with_keypoints):
@@ -61,8 +59,7 @@ def keypoint_warnings(categories: list[Record]) -> Iterator[tuple[str, str]]:
 
 
 def mirror_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """
-    The pairs of names that differ in their side alone: (left, right), in the order of the left
+    """The pairs of names that differ in their side alone: (left, right), in the order of the left
     ones.
 
     A side is "left" or "right" anywhere in a name, in small or capital letters; or the letter "l"

@@ -37,8 +37,7 @@ def picture_problems(looks: Sequence[Look], *, decode: bool) -> Iterator[str | N
 def picture_problem(
     path: str, width: float | None, height: float | None, *, decode: bool
 ) -> str | None:
-    """
-    What is wrong with a picture for Detectron2, which turns it as its EXIF data say and reads 8
+    """What is wrong with a picture for Detectron2, which turns it as its EXIF data say and reads 8
     bits a value: one line without a subject, such as "is empty (0 bytes)", or None.
 
     Without ``decode`` the header is read, and all of it only where it does not end as its format's

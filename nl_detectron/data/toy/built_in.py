@@ -27,8 +27,7 @@ Draw = Callable[[np.random.Generator, str], tuple[Image.Image, list[Record]]]
 def make_dataset(
     root: str | Path, name: str, draw: Draw, categories: list[Record], num_images: dict[str, int]
 ) -> Path:
-    """
-    Draw a dataset, ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``, and return
+    """Draw a dataset, ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``, and return
     ``root``. Picture i of a split is the same on every machine.
 
     Everything is made in a folder beside ``root`` that takes its name when complete; a complete
@@ -101,9 +100,8 @@ def register_dataset(
     annotation_keys: Sequence[str] = (),
     **metadata: Any,
 ) -> None:
-    """
-    Register ``{name}_train`` and ``_val``, anew if need be, to be made by ``make(root)`` on first
-    use.
+    """Register ``{name}_train`` and ``_val``, anew if need be, to be made by ``make(root)`` on
+    first use.
 
     ``annotation_keys`` are what annotations have beside COCO's keys; ``metadata`` is for
     Detectron2's ``MetadataCatalog`` and has ``thing_classes``.
