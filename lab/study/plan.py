@@ -13,24 +13,21 @@ import yaml
 from nl_detectron.config import build_config
 from nl_detectron.validation import check_choice
 
+_FILE = (str, "the path of a file")
+_SEEDS = "a list of different integers from 0"
 _KEYS = {
-    "config": (str, "the path of a file"),
-    "seeds": (list, "a list of different integers from 0"),
+    "config": _FILE,
+    "seeds": (list, _SEEDS),
     "settings": (dict, "a mapping of names to overrides"),
     "groups": (dict, "a mapping of titles to settings"),
+    "data": (dict, "a mapping of files to their paths"),
+    "compare": (dict, "a mapping with a metric and 'to'"),
 }
-# What a plan may have beside these.
-_MORE_KEYS = {
-    "data": (dict, "a mapping with paths"),
-    "compare": (dict, "a mapping with a metric and a setting"),
-}
+_REQUIRED_KEYS = ("config", "seeds", "settings", "groups")
 _DATA_FILES = ("train_json", "train_images", "val_json", "val_images")  # options of train_net.py
 _OWN_KEYS = {"SEED", "OUTPUT_DIR"}  # set for each run
 # What a setting may have beside its overrides.
-_SETTING_KEYS = {
-    "config": (str, "the path of a file"),
-    "paper": (dict, "a mapping of metrics to numbers"),
-}
+_SETTING_KEYS = {"config": _FILE, "paper": (dict, "a mapping of metrics to numbers")}
 
 
 @dataclass(frozen=True)
@@ -199,58 +196,62 @@ def _study_data(source: str = "", sha256: dict[str, str] | None = None, **files:
 def _check(content: Any) -> None:
     """ValueError: the content of a plan is not as :func:`load_plan` shows it."""
     if not isinstance(content, dict):
-        raise ValueError(f"a plan is a mapping with the keys {', '.join(_KEYS)}")
-    keys = {**_KEYS, **_MORE_KEYS}
-    for key in content:
-        check_choice("a key", key, keys)
-    for key, (kind, legal) in keys.items():
+        raise ValueError(f"a plan is a mapping with the keys {', '.join(_REQUIRED_KEYS)}")
+    for key, value in content.items():
+        check_choice("a key", key, _KEYS)
+        if value:
+            _expect(key, value, *_KEYS[key])
+    for key in _REQUIRED_KEYS:
         if not content.get(key):
-            if key in _KEYS:
-                raise ValueError(f"it has no {key}")
-        elif not isinstance(content[key], kind):
-            raise ValueError(f"{key} is {content[key]!r}, not {legal}")
+            raise ValueError(f"it has no {key}")
+    _checked_seeds(content["seeds"])
+    for name, overrides in content["settings"].items():
+        _check_setting(name, {} if overrides is None else overrides)
+    names = list(content["settings"])
+    for title, group in content["groups"].items():
+        if not isinstance(group, list) or not group:
+            raise ValueError(f"groups: {title} is {group!r}, not a list of settings")
+        for name in group:
+            check_choice(f"groups: {title}: a setting", name, names)
     _check_data(content.get("data") or {})
     if compare := content.get("compare"):
         if compare.keys() != {"metric", "to"}:
-            raise ValueError(f"compare is {compare!r}, not a mapping with a metric and 'to'")
-        check_choice("compare: to", compare["to"], list(content["settings"]))
-    _checked_seeds(content["seeds"])
-    for name, overrides in content["settings"].items():
-        # It becomes the name of a folder.
-        if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
-            raise ValueError(
-                f"settings: {name!r} is no name: letters, digits, - and _, not a digit first"
-            )
-        if not isinstance(overrides, (dict, type(None))):
-            raise ValueError(f"settings: {name} is {overrides!r}, not a mapping of config keys")
-        for key in _OWN_KEYS.intersection(overrides or {}):
-            raise ValueError(f"settings: {name}: {key} is for the study itself to set")
-        for key, (kind, legal) in _SETTING_KEYS.items():
-            value = (overrides or {}).get(key)
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(f"settings: {name}: {key} is {value!r}, not {legal}")
-        for metric, value in ((overrides or {}).get("paper") or {}).items():
-            if type(value) not in (int, float):
-                raise ValueError(f"settings: {name}: paper: {metric} is {value!r}, not a number")
-    for title, names in content["groups"].items():
-        if not isinstance(names, list) or not names:
-            raise ValueError(f"groups: {title} is {names!r}, not a list of settings")
-        for name in names:
-            check_choice(f"groups: {title}: a setting", name, list(content["settings"]))
+            raise ValueError(f"compare is {compare!r}, not {_KEYS['compare'][1]}")
+        check_choice("compare: to", compare["to"], names)
+
+
+def _check_setting(name: Any, overrides: Any) -> None:
+    # It becomes the name of a folder.
+    if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
+        raise ValueError(
+            f"settings: {name!r} is no name: letters, digits, - and _, not a digit first"
+        )
+    _expect(f"settings: {name}", overrides, dict, "a mapping of config keys")
+    for key in _OWN_KEYS.intersection(overrides):
+        raise ValueError(f"settings: {name}: {key} is for the study itself to set")
+    for key, (kind, legal) in _SETTING_KEYS.items():
+        if overrides.get(key) is not None:
+            _expect(f"settings: {name}: {key}", overrides[key], kind, legal)
+    for metric, value in (overrides.get("paper") or {}).items():
+        _expect(f"settings: {name}: paper: {metric}", value, (int, float), "a number")
 
 
 def _check_data(data: dict[str, Any]) -> None:
     for key in data:
         check_choice("data: a key", key, (*_DATA_FILES, "source", "sha256"))
     for key in _DATA_FILES if data else ():
-        if not isinstance(data.get(key), str):
-            raise ValueError(f"data: {key} is {data.get(key)!r}, not a path")
+        _expect(f"data: {key}", data.get(key), str, "a path")
     for key in data.get("sha256") or ():
         check_choice("data: sha256: a file", key, _DATA_FILES[::2])
+
+
+def _expect(name: str, value: Any, kind: type | tuple[type, ...], legal: str) -> None:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, not {legal}")
 
 
 def _checked_seeds(seeds: list[Any]) -> list[int]:
     # Detectron2 takes a negative seed for "a random one".
     if not all(type(seed) is int and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds is {seeds!r}, not {_KEYS['seeds'][1]}")
+        raise ValueError(f"seeds is {seeds!r}, not {_SEEDS}")
     return seeds

@@ -34,16 +34,14 @@ def load(tmp_path):
     return load
 
 
-def test_every_setting_with_the_first_seed_comes_first(load, tmp_path):
+def test_runs_and_their_configs(load, tmp_path):
+    """Every setting with the first seed comes first."""
     runs = load().runs(tmp_path)
     order = [("nl", 3), ("dot-product", 3), ("nl", 1), ("dot-product", 1)]
     assert [(run.setting, run.seed) for run in runs] == order
     assert runs[3].folder == tmp_path / "dot-product" / "seed_1"
     assert len({run.folder for run in runs}) == 4
-
-
-def test_configs_have_the_overrides_and_the_seed(load, tmp_path):
-    configs = [CfgNode.load_cfg(run.config) for run in load().runs(tmp_path)]
+    configs = [CfgNode.load_cfg(run.config) for run in runs]
     assert [cfg.SEED for cfg in configs] == [3, 3, 1, 1]
     pairwise = [cfg.MODEL.NONLOCAL.PAIRWISE for cfg in configs]
     assert pairwise == ["embedded_gaussian", "dot_product"] * 2
@@ -57,20 +55,16 @@ def test_weights_of_the_same_seed(load, tmp_path):
     assert found == ["base/seed_3/model_final.pth", "base/seed_10/model_final.pth"]
 
 
-def test_config_is_relative_to_the_plan(load, tmp_path):
-    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
-    run = load(config="own.yaml").runs(tmp_path)[0]
-    assert CfgNode.load_cfg(run.config).SOLVER.MAX_ITER == 7
-
-
-def test_a_setting_may_have_a_config_and_a_papers_figures(load, tmp_path):
-    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
+def test_configs_are_relative_to_the_plan_and_a_setting_may_have_its_own(load, tmp_path):
+    for name, iterations in (("all", 7), ("own", 9)):
+        (tmp_path / f"{name}.yaml").write_text(f"SOLVER: {{MAX_ITER: {iterations}}}\nVERSION: 2\n")
     own = {"config": "own.yaml", "paper": {"bbox/AP": 38}, "SOLVER.BASE_LR": 0.5}
-    plan = load(settings={"nl": None, "own": own}, groups={"All": ["nl", "own"]})
+    settings = {"nl": None, "own": own}
+    plan = load(config="all.yaml", settings=settings, groups={"All": ["nl", "own"]})
     assert plan.paper == {"own": {"bbox/AP": 38}}
     of_plan, of_setting = (CfgNode.load_cfg(r.config).SOLVER for r in plan.runs(tmp_path)[:2])
-    assert (of_setting.MAX_ITER, of_setting.BASE_LR) == (7, 0.5)
-    assert of_plan.MAX_ITER != 7
+    assert (of_setting.MAX_ITER, of_setting.BASE_LR) == (9, 0.5)
+    assert (of_plan.MAX_ITER, of_plan.BASE_LR) == (7, 0.001)
 
 
 def test_data_are_below_detectron2s_folder(load, tmp_path, monkeypatch):
@@ -107,21 +101,18 @@ def test_a_part_of_a_plan(load, tmp_path):
         plan.part(seeds=[-1])
 
 
-@pytest.mark.parametrize(
-    ("chosen", "titles"),
-    [
-        (["a"], ["First"]),
-        (["a", "b"], ["Second"]),
-        (["b", "c"], ["Second", "Third"]),
-        (["a", "b", "c"], ["Second", "Third"]),
-        (["d"], []),
-        (None, ["First", "Second", "Again", "Third"]),
-    ],
-)
-def test_groups_that_compare_no_more_than_another_are_left_out(load, chosen, titles):
+def test_groups_that_compare_no_more_than_another_are_left_out(load):
     groups = {"First": ["a"], "Second": ["a", "b"], "Again": ["b", "a"], "Third": ["a", "c"]}
     plan = load(settings=dict.fromkeys("abcd"), groups=groups)
-    assert list(plan.part(chosen).groups) == titles
+    for chosen, titles in {
+        "a": ["First"],
+        "ab": ["Second"],
+        "bc": ["Second", "Third"],
+        "abc": ["Second", "Third"],
+        "d": [],
+    }.items():
+        assert list(plan.part([*chosen]).groups) == titles
+    assert list(plan.part().groups) == list(groups)
 
 
 @pytest.mark.parametrize(
@@ -159,12 +150,12 @@ def test_bad_plans_are_refused(load, changes, message):
         load(**changes)
 
 
-@pytest.mark.parametrize("text", ["settings: [", "- nl", ""])
-def test_other_files_are_named(tmp_path, text):
+def test_other_files_are_named(tmp_path):
     path = tmp_path / "plan.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"plan\.yaml"):
-        load_plan(path)
+    for text in ("settings: [", "- nl", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"plan\.yaml"):
+            load_plan(path)
 
 
 @pytest.mark.parametrize(
