@@ -228,7 +228,13 @@ WARNINGS = {
     "a mask of no polygon": (annotation(segmentation=[]), "no mask"),
     "mask null": (annotation(segmentation=None), "no mask"),
     "all crowds": (all_of(iscrowd=1), "all crowds"),
-    "no annotations": (lambda coco: coco["annotations"].clear(), "no annotations"),
+    "no annotations, so none of the root category either": (
+        lambda coco: (
+            coco["annotations"].clear(),
+            one_more_category(id=2, name="dog", supercategory="cat")(coco),
+        ),
+        "no annotations",
+    ),
     "a root category that nothing has": (
         lambda coco: (
             one_more_category(id=0, name="animals", supercategory="none")(coco),
@@ -241,7 +247,9 @@ FINE = {
     "sound": lambda coco: None,
     "a box a pixel outside on all sides": annotation(bbox=[-1, -1, 66, 50]),
     "a category as its own supercategory": category(supercategory="cat"),
-    "a category that nothing has": one_more_category(id=2, name="dog"),
+    "a category that nothing has": one_more_category(id=2, name="dog", supercategory="dog"),
+    "the same area of the same boxes": all_of(bbox=[5, 5, 20, 20], area=400),
+    "no num_keypoints": without("annotations", "num_keypoints"),
     "a skeleton": category(skeleton=[[1, 2]]),
     "no skeleton": category(skeleton=None),
     "whole sizes as floats": image(width=64.0, height=48.0),

@@ -56,7 +56,10 @@ def hand_made_coco():
                 "image_id": 0,
                 "category_id": 3,
                 "bbox": [40, 5, 10, 30],
-                "segmentation": [[40, 5, 50, 5, 50, 35, 40, 35]],
+                "segmentation": [
+                    [40, 5, 50, 5, 50, 20, 40, 20],
+                    [40, 20, 50, 20, 50, 35, 40, 35],
+                ],
             },
             {
                 "id": 2,
@@ -227,6 +230,7 @@ def test_odd_values_are_evaluated_as_they_are_meant(register, evaluate_ground_tr
     assert [a["area"] for a in annotations] == pytest.approx([200, 300, 200], abs=15)
     records = DatasetCatalog.get("mine")
     assert {type(r[side]) for r in records for side in ("height", "width")} == {int}
+    assert [r["image_id"] for r in records] == sorted(image["id"] for image in coco["images"])
     assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
 
 
@@ -268,7 +272,9 @@ def test_kept_records_are_handed_over_once(write, forget, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr("nl_detectron.data.coco_json.read_coco", None)  # the file is not read again
         first = DatasetCatalog.get("mine")
-    assert DatasetCatalog.get("mine") == first
+    again = DatasetCatalog.get("mine")
+    assert again == first
+    assert again is not first
 
 
 @pytest.mark.parametrize("with_keypoints", [True, False])
@@ -498,6 +504,14 @@ def test_configure_explains_what_the_model_lacks(register, cfg, spoil, message):
         configure_for_dataset(cfg, "mine", "mine")
     cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
     configure_for_dataset(cfg, "mine", "mine")
+
+
+def test_evaluation_needs_nothing_of_the_training_set(register, cfg):
+    coco = hand_made_coco()
+    coco["annotations"][1]["segmentation"] = []
+    register(coco)
+    register(hand_made_coco(), "mine_val")
+    configure_for_dataset(cfg, "mine", "mine_val", eval_only=True)
 
 
 @pytest.mark.parametrize(
