@@ -55,7 +55,7 @@ def check_coco(coco: Record, image_root: Path, pictures: str = "present") -> lis
             text = f"{section}[{i}] {text}{_ids_of(coco[section][i])}"
             problems.append(Problem(True, kind, section, i, text))
     categories, images, annotations = sound.values()
-    num_keypoints = len(keypoint_metadata([*categories.values()]).get("keypoint_names", ()))
+    num_keypoints = len(keypoint_metadata(categories.values()).get("keypoint_names", ()))
     known = {key: _ids(coco[key]) for key in ("images", "categories")}
     sizes = {image["id"]: (image["width"], image["height"]) for image in images.values()}
     used = {annotation["category_id"] for annotation in annotations.values()}
@@ -130,7 +130,7 @@ def _check_categories(categories: Entries, used: set[Any]) -> Iterator[Finding]:
         if used and category["id"] not in used and category["name"] in groups:
             text = f"{category['name']!r} is the group of others and has no annotation of its own"
             yield False, "unused root category", i, f"{text}, but the model gets a class for it"
-    for kind, text in keypoint_warnings([*categories.values()]):
+    for kind, text in keypoint_warnings(categories.values()):
         yield False, kind, None, text
 
 
