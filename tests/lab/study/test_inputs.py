@@ -29,13 +29,10 @@ def test_everything_that_is_missing_has_a_line(tmp_path):
     assert "none.pth" in weights
 
 
-def test_data_and_weights_that_are_there(tmp_path):
+def test_what_is_there_and_data_that_need_not_be_made_yet(tmp_path):
     weights = tmp_path / "model.pth"
     weights.touch()
     check_inputs([run_with(tmp_path, str(weights), "shapes_val"), run_with(tmp_path, "")])
-
-
-def test_built_in_data_need_not_be_made_yet(tmp_path):
     register_dataset("made_later", tmp_path / "none", lambda root: root, thing_classes=("a",))
     check_inputs([run_with(tmp_path, "", "made_later_train", "made_later_val")])
 

@@ -17,19 +17,15 @@ def environments(study):
     return [json.loads(line)[1:] for lines in study.starts().values() for line in lines]
 
 
-def test_runs_all_and_keeps_the_last_aps(study):
+def test_runs_what_is_not_finished_and_keeps_the_last_aps(study):
     assert prepare_runs(study.runs) == study.runs
-    assert run_all(study.runs, study.train, workers=2) == []
+    run_all(study.runs[:1], study.train, workers=1)
+    assert prepare_runs(study.runs) == study.runs[1:]
+    assert run_all(study.runs[1:], study.train, workers=2) == []
     for run in study.runs:
         result = read_result(run)
         assert result.pop("seconds") > 0
         assert result == {"bbox/AP": 59.0 + run.seed, "bbox/AP50": 118.0 + 2 * run.seed}
-
-
-def test_finished_runs_are_not_run_again(study):
-    prepare_runs(study.runs)
-    run_all(study.runs[:1], study.train, workers=1)
-    assert prepare_runs(study.runs) == study.runs[1:]
 
 
 def test_the_bar_counts_iterations(study, monkeypatch, capsys):
