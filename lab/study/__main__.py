@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             with sole_user(output, "study"):
                 failed = start(todo, output, args)
         title = f"Study {args.plan.stem}"
-        report = write_report(plan.groups, runs, output, title, plan.paper)
+        report = write_report(plan.groups, runs, output, title, plan.paper, plan.compare)
     except (KeyboardInterrupt, asyncio.CancelledError):
         parser.exit(130, f"{parser.prog}: stopped; the same command goes on\n")
     print(f"\n{report.read_text(encoding='utf-8')}\n{report}")
