@@ -1,95 +1,15 @@
-"""The built-in sets of squares: what long_range* and long_range_match* share, then each."""
+"""What is in the pictures of long_range* and long_range_match*: of both, then of each."""
 
-import importlib
-from collections.abc import Callable
 from colorsys import rgb_to_hsv
-from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from PIL import Image
-from pycocotools.coco import COCO
 
-import nl_detectron.data.toy
-from nl_detectron.data.toy import (
-    make_long_range,
-    make_long_range_match,
-    register_long_range,
-    register_long_range_match,
-)
-from nl_detectron.data.toy.long_range import CUES, MIN_GAP, WIDTH
+from nl_detectron.data.toy.long_range import MIN_GAP, WIDTH
 from nl_detectron.data.toy.long_range_match import DISCS, PARTNERS, TRAIN_COUNTS
+from tests.data.toy.conftest import FAMILIES
 
-
-class Family(NamedTuple):
-    make: Callable
-    register: Callable
-    argument: str
-    kinds: tuple
-    classes: list
-    counts: dict
-
-
-FAMILIES = {
-    "long_range": Family(
-        make_long_range,
-        register_long_range,
-        "cue",
-        CUES,
-        ["red", "blue"],
-        {"train": 3, "val": 60},
-    ),
-    "long_range_match": Family(
-        make_long_range_match,
-        register_long_range_match,
-        "partner",
-        PARTNERS,
-        ["bright", "dark"],
-        {"train": 60, "val": 60},
-    ),
-}
-KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.kinds]
-
-
-@pytest.fixture(scope="module")
-def roots(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("squares")
-    for name, kind in KINDS:
-        counts = {f"num_{split}": count for split, count in FAMILIES[name].counts.items()}
-        FAMILIES[name].make(folder / name / kind, kind, **counts)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def examples(roots):
-    """Of each picture its pixels, its annotations, and the masks of the squares."""
-
-    @cache
-    def examples(name, kind, split="val"):
-        coco = COCO(roots / name / kind / f"{split}.json")
-        found = []
-        for image_id, image in coco.imgs.items():
-            file = roots / name / kind / split / image["file_name"]
-            annotations = coco.imgToAnns[image_id]
-            masks = [coco.annToMask(a).astype(bool) for a in annotations]
-            found.append((np.asarray(Image.open(file)).astype(int), annotations, masks))
-        return found
-
-    return examples
-
-
-@pytest.fixture(params=FAMILIES)
-def name(request):
-    return request.param
-
-
-@pytest.fixture
-def registered(name, roots):
-    FAMILIES[name].register(roots / name)
-    yield
-    importlib.reload(nl_detectron.data.toy)
+KINDS = [(name, kind) for name, family in FAMILIES.items() for kind in family.kinds if kind]
 
 
 def columns(mask):
@@ -109,57 +29,10 @@ def color(pixels, x, y):
     return rgb_to_hsv(*patch.mean((0, 1)) / 255)
 
 
-def test_registered_with_metadata(registered, name):
-    family = FAMILIES[name]
-    for kind in family.kinds:
-        for split, count in family.counts.items():
-            full_name = f"{name}{'' if kind == 'far' else f'_{kind}'}_{split}"
-            records = DatasetCatalog.get(full_name)
-            assert len(records) == count
-            assert all(f"/{kind}/{split}/" in record["file_name"] for record in records)
-            metadata = MetadataCatalog.get(full_name)
-            assert (metadata.thing_classes, metadata.keypoint_names) == (family.classes, ["side"])
-
-
-def test_registered_in_detectron2s_cache(name, tmp_path):
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("FVCORE_CACHE", str(tmp_path))
-        importlib.reload(nl_detectron.data.toy)
-        assert list(tmp_path.rglob("*.png")) == []  # importing makes nothing
-        root = tmp_path / "nl_detectron" / f"{name}-v1"
-        FAMILIES[name].make(root / "near", "near", num_train=2, num_val=3)
-        assert len(DatasetCatalog.get(f"{name}_near_val")) == 3
-    importlib.reload(nl_detectron.data.toy)
-
-
-def test_ground_truth_scores_one(registered, name, evaluate_ground_truth):
-    results = evaluate_ground_truth(f"{name}_val", kpt_oks_sigmas=[0.1])
-    assert {task: results[task]["AP"] for task in results} == pytest.approx(
-        {"bbox": 100, "segm": 100, "keypoints": 100}
-    )
-
-
-def test_unknown_kind_is_named(name, tmp_path):
-    message = rf"{FAMILIES[name].argument} is 'fra', but must be .*did you mean 'far'"
-    with pytest.raises(ValueError, match=message):
-        FAMILIES[name].make(tmp_path / "x", "fra")
-
-
+@pytest.mark.parametrize("name", ["long_range", "long_range_match"])
 def test_all_sets_of_a_family_have_the_same_squares(roots, name):
     files = [roots / name / kind / "val.json" for kind in FAMILIES[name].kinds]
     assert len({file.read_text().split('"images"')[1] for file in files}) == 1
-
-
-def test_pictures_differ_and_are_the_same_again(roots, name, tmp_path):
-    FAMILIES[name].make(tmp_path / "far", "far", num_train=3, num_val=2)
-    root = roots / name
-    pictures = [path.read_bytes() for path in sorted((root / "far").glob("*/*.png"))]
-    assert len(set(pictures)) == len(pictures) == sum(FAMILIES[name].counts.values())
-    again = sorted((tmp_path / "far").glob("*/*.png"))
-    assert len(again) == 5
-    for path in again:
-        first = np.asarray(Image.open(root / path.relative_to(tmp_path)))
-        assert np.array_equal(np.asarray(Image.open(path)), first)
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
