@@ -3,7 +3,7 @@
 
 For each image NAME.png is written to --output, with arrows from the points to the places that count
 most for them, and NAME.html, a page that shows it for whatever is under the pointer (of about 8 MB
-at most, mostly far less). Colours are multiples of the mean of all places.
+at most, mostly far less). The colours say how many times the mean each place counts.
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ def make_parser() -> Parser:
         "--arrows", type=count, default=5, metavar="K", help="at most, per point (%(default)s)"
     )
     parser.add_argument(
+        "--plain", action="store_true", help="nothing but the image, the points and the arrows"
+    )
+    parser.add_argument(
         "--flip", action="store_true", help="mirror what the model sees, as test-time augmentation"
     )
     parser.add_overrides("but not right behind --input, --points or --block")
@@ -149,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         write_attention_page(args.output / f"{path.stem}.html", record, title=path.name)
         if points := args.points or choose_points(record, args.at):
-            figure = draw_attention(record.maps(points, args.show), arrows=args.arrows)
+            figure = draw_attention(
+                record.maps(points, args.show), arrows=args.arrows, plain=args.plain
+            )
             figure.savefig(args.output / f"{path.stem}.png", bbox_inches="tight")
         else:
             tqdm.write(

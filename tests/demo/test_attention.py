@@ -36,9 +36,9 @@ def drawn_maps(monkeypatch):
     drawn = []
     draw = attention.draw_attention
 
-    def spy(maps, *, arrows):
+    def spy(maps, *, arrows, plain):
         drawn.append((maps, arrows))
-        return draw(maps, arrows=arrows)
+        return draw(maps, arrows=arrows, plain=plain)
 
     monkeypatch.setattr(attention, "draw_attention", spy)
     return drawn
