@@ -228,6 +228,8 @@ def test_odd_values_are_evaluated_as_they_are_meant(register, evaluate_ground_tr
     assert [a["id"] for a in annotations] == [1, 2, 3]
     assert [a["num_keypoints"] for a in annotations] == [3, 0, 0]
     assert [a["area"] for a in annotations] == pytest.approx([200, 300, 200], abs=15)
+    masks = [a["segmentation"] for a in annotations if isinstance(a["segmentation"], dict)]
+    assert all(type(side) is int for mask in masks for side in mask["size"])
     records = DatasetCatalog.get("mine")
     assert {type(r[side]) for r in records for side in ("height", "width")} == {int}
     assert [r["image_id"] for r in records] == sorted(image["id"] for image in coco["images"])

@@ -101,7 +101,7 @@ def square_categories(names: Iterable[str]) -> list[Record]:
     ]
 
 
-def register_long_range(root: Path | None = None) -> None:
+def register_long_range(root: str | Path | None = None) -> None:
     """Register ``long_range``, ``long_range_near`` and ``long_range_none``, each ``_train`` and
     ``_val``, anew if need be, to be made in folders of ``root``, by default in Detectron2's cache.
     """
@@ -111,7 +111,7 @@ def register_long_range(root: Path | None = None) -> None:
 
 def register_square_sets(
     name: str,
-    root: Path | None,
+    root: str | Path | None,
     makers: Mapping[str, Callable[[Path], Path]],
     classes: Mapping[str, Color],
     annotation_keys: Sequence[str] = (),
@@ -123,7 +123,7 @@ def register_square_sets(
     for kind, make in makers.items():
         register_dataset(
             name if kind == "far" else f"{name}_{kind}",
-            (root or cache_folder(f"{name}-v1")) / kind,
+            Path(root or cache_folder(f"{name}-v1")) / kind,
             make,
             annotation_keys,
             thing_classes=list(classes),

@@ -106,7 +106,7 @@ def make_long_range_match(
     return make_dataset(root, name, draw, square_categories(VALUES), counts)
 
 
-def register_long_range_match(root: Path | None = None) -> None:
+def register_long_range_match(root: str | Path | None = None) -> None:
     """Register ``long_range_match`` and ``long_range_match_near``, each ``_train`` and ``_val``,
     anew if need be, to be made in folders of ``root``, by default in Detectron2's cache."""
     makers = {partner: partial(make_long_range_match, partner=partner) for partner in PARTNERS}

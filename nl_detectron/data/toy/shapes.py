@@ -95,12 +95,12 @@ def make_shapes(root: str | Path, num_train: int = 600, num_val: int = 100) -> P
     return make_dataset(root, "shapes", _draw, categories, {"train": num_train, "val": num_val})
 
 
-def register_shapes(root: Path | None = None) -> None:
+def register_shapes(root: str | Path | None = None) -> None:
     """Register ``shapes_train`` and ``shapes_val``, anew if need be, to be made in ``root``, by
     default in Detectron2's cache."""
     register_dataset(
         "shapes",
-        root or cache_folder("shapes-v1"),
+        Path(root or cache_folder("shapes-v1")),
         make_shapes,
         thing_classes=list(SHAPES),
         thing_colors=CLASS_COLORS,

@@ -92,6 +92,6 @@ def name(request):
 
 @pytest.fixture
 def registered(name, roots):
-    FAMILIES[name].register(roots / name)
+    FAMILIES[name].register(str(roots / name))
     yield
     importlib.reload(toy)
