@@ -361,6 +361,42 @@ def test_names_and_patterns():
         insert_nonlocal_blocks(model, ["fpn_output4"])
 
 
+def resnet50():
+    cfg = cfg_of("build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 50)
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.WIDTH_PER_GROUP = CHANNELS
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.FPN.OUT_CHANNELS = 4 * CHANNELS, CHANNELS
+    return build_backbone(cfg, ShapeSpec(channels=3))
+
+
+@torch.no_grad()
+def test_a_block_before_the_last_relu_of_a_bottleneck():
+    model = resnet50().eval()
+    x, keys, before = torch.randn(1, 3, 64, 96), list(model.state_dict()), str(model)
+    expected = model(x)
+    for places in (["bottom_up.res4.*.sum", "no.sum"], ["bottom_up.res4.6.sum"]):
+        with pytest.raises(ValueError, match=r"no module '(no\.sum|bottom_up\.res4\.6\.sum)'"):
+            insert_nonlocal_blocks(model, places)
+    with pytest.raises(ValueError, match="must keep shape"):
+        insert_blocks(model, ["bottom_up.res4.4.sum"], lambda channels: nn.Flatten())
+    assert str(model) == before
+    insert_nonlocal_blocks(model, ["bottom_up.res4.4.sum", "bottom_up.res4.4"])
+    blocks = nonlocal_blocks(model)
+    assert set(blocks) == {f"bottom_up.res4.4{n}.nonlocal" for n in ("", ".sum")}
+    assert [key for key in model.state_dict() if ".nonlocal." not in key] == keys
+    actual = model(x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"a block after bottom_up.res4.4.sum already"):
+        insert_nonlocal_blocks(model, ["bottom_up.res4.4.sum"])
+
+    block, unit = blocks["bottom_up.res4.4.sum.nonlocal"], model.bottom_up.res4[4]
+    nn.init.ones_(block.norm.weight)
+    y = torch.randn(1, unit.in_channels, 4, 6)
+    total = unit.conv3(unit.conv2(unit.conv1(y).relu()).relu()) + y
+    for other in (unit, copy.deepcopy(unit), pickle.loads(pickle.dumps(unit))):
+        assert torch.equal(other(y), block(total).relu())
+    assert not torch.equal(unit(y), total.relu())
+
+
 def learnt(model):
     for block in nonlocal_blocks(model).values():
         nn.init.ones_(block.norm.weight)
