@@ -201,17 +201,25 @@ def _doubt(units: dict[str, nn.Module], names: Sequence[str], why: str) -> str:
 
 
 def _find_body(model: nn.Module) -> Any:
-    """In the innermost backbone, the first network, by breadth, with children that run in order."""
-    level = [body := _innermost_backbone(model)]
+    """The network with stages in the only innermost backbone that has one."""
     backbones = [module for module in model.modules() if isinstance(module, Backbone)]
-    if not all(body in backbone.modules() for backbone in backbones):
+    innermost = [b for b in backbones if _innermost_backbone(b) is b] or [model]
+    # Others, such as the layers of a BiFPN, are backbones without stages.
+    bodies = [body for backbone in innermost if _in_order(body := _first_in_order(backbone))]
+    if len(bodies) > 1:
         raise PlacementError(f"{type(model).__name__} has several backbones: give one of them")
+    return bodies[0] if bodies else innermost[0]
+
+
+def _first_in_order(backbone: nn.Module) -> nn.Module:
+    """The first network in it, by breadth, with children that run in order; itself if none has."""
+    level = [backbone]
     while level:
         for module in level:
             if _in_order(module):
                 return module
         level = [child for module in level for _, child in units_of(module)]
-    return body
+    return backbone
 
 
 def _in_order(body: nn.Module) -> dict[str, nn.Module]:

@@ -158,6 +158,30 @@ class TopLevels(Backbone):
         return {**self.backbone.output_shape(), "res6": ShapeSpec(channels=CHANNELS, stride=64)}
 
 
+class Merge(Backbone):
+    """As AdelaiDet's SingleBiFPN, a backbone that runs on features and has no stages."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+
+    def forward(self, features):
+        return {name: self.outputs(x) for name, x in features.items()}
+
+
+class BiFPN(Backbone):
+    def __init__(self, layer=Merge):
+        super().__init__()
+        self.bottom_up = TopLevels()
+        self.layers = nn.ModuleList(layer() for _ in range(2))
+
+    def forward(self, x):
+        x = self.bottom_up(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def fpn(bottom_up):
     return FPN(bottom_up, ["res3", "res4", "res5"], CHANNELS)
 
@@ -238,6 +262,7 @@ def wrapped(name, wrap, **units):
         (lpf(outputs=(2, 3, 4)), "layer3.nonlocal1"),
         (fpn(Body()), "bottom_up.layer3.nonlocal1"),
         (fpn(TopLevels()), "bottom_up.backbone.layer3.nonlocal1"),
+        (BiFPN(), "bottom_up.backbone.layer3.nonlocal1"),
         (torchvision_body(), "layer3.nonlocal0"),
         (torchvision_body((2, 3, 4)), "layer3.nonlocal0"),
         (Wrapper(torchvision_body()), "held.layer3.nonlocal0"),
@@ -288,6 +313,7 @@ STEM = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, 4, 1))
         ),
         (SwinLike(), r"SwinLike has no stages.*\(patch_embed, layers.0, .*AFTER_MODULES"),
         (Body(outputs=(2, 4), layer4=sequential(stride=1)), r"layer3 .* may be none"),
+        (BiFPN(Body), "BiFPN has several backbones: give one of them"),
     ],
 )
 def test_a_list_by_position_is_refused_where_the_stages_are_in_doubt(backbone, message):

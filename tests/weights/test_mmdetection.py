@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.weights.mmdet_peer import Detector, is_installed, read_config, tiny
 mmcv = pytest.importorskip("mmcv")
 pytestmark = pytest.mark.skipif(not is_installed(), reason="mmdet is not installed")
 
+ROOT = Path(__file__).resolve().parents[2]
 MASK, LIBRA = "mask_rcnn/mask-rcnn_r50_fpn_1x_coco", "libra_rcnn/libra-faster-rcnn_r50_fpn_1x_coco"
 
 
