@@ -285,39 +285,139 @@ def test_every_trained_detector_can_be_read(name):
     assert row.get("block") == block[cfg.MODEL.BACKBONE.NAME]
 
 
+# Keys of their configs, and a value of each that Detectron2 does not compute.
 REFUSED = {
-    "type='MaskRCNN'": ("type='CascadeRCNN'", "model.type is 'CascadeRCNN'"),
-    "type='ResNet'": ("type='HRNet'", "model.backbone.type is 'HRNet'"),
-    "depth=50": ("depth=26", "model.backbone.depth is 26; 50, 101, 152 are converted"),
-    "frozen_stages=1": (
-        "frozen_stages=1, dcn=dict(type='DCN')",
-        "model.backbone.dcn is {'type': 'DCN'}",
-    ),
-    "num_stages=4": ("num_stages=3", "model.backbone.num_stages is 3"),
-    "norm_eval=True": ("norm_eval=True, new_key=1", "model.backbone.new_key is 1"),
-    "type='FPN'": ("type='PAFPN'", "model.neck.type is 'PAFPN'"),
-    "type='RPNHead'": ("type='GARPNHead'", "model.rpn_head.type is 'GARPNHead'"),
-    "type='FCNMaskHead'": ("type='GridHead'", "model.roi_head.mask_head.type is 'GridHead'"),
-    "type='RoIAlign'": ("type='RoIPool'", "roi_layer.type is 'RoIPool'"),
-    "min_bbox_size=0": ("min_bbox_size=1", "model.test_cfg.rpn.min_bbox_size is 1"),
-    "mask_thr_binary=0.5": ("mask_thr_binary=0.4", "test_cfg.rcnn.mask_thr_binary is 0.4"),
-    "type='nms'": ("type='soft_nms'", "nms.type is 'soft_nms'"),
-    "norm_cfg=dict(requires_grad=True, type='BN')": (
-        "norm_cfg=dict(requires_grad=True, type='IN')",
-        "model.backbone.norm_cfg.type is 'IN'",
-    ),
+    "model.type": "CascadeRCNN",
+    "model.backbone.type": "HRNet",
+    **{f"model.backbone.{key}": 3 for key in ("num_stages", "depth", "new_key", "dcn", "conv_cfg")},
+    **{f"model.backbone.{key}": True for key in ("deep_stem", "avg_down")},
+    "model.backbone.strides": [1, 2, 2, 1],
+    "model.backbone.dilations": [1, 1, 1, 2],
+    "model.backbone.out_indices": [1, 2, 3],
+    "model.backbone.in_channels": 4,
+    "model.backbone.norm_cfg.type": "IN",
+    "model.backbone.norm_cfg.eps": 1e-3,
+    "model.neck.type": "PAFPN",
+    "model.neck.num_outs": 6,
+    "model.neck.start_level": 1,
+    "model.neck.end_level": 2,
+    "model.neck.add_extra_convs": "on_input",
+    "model.neck.no_norm_on_lateral": True,
+    "model.neck.act_cfg": {"type": "ReLU"},
+    "model.neck.upsample_cfg": {"mode": "bilinear"},
+    "model.rpn_head.type": "GARPNHead",
+    "model.rpn_head.num_convs": 2,
+    "model.rpn_head.anchor_generator.type": "YOLOAnchorGenerator",
+    "model.rpn_head.anchor_generator.strides": [8, 16, 32, 64, 128],
+    "model.rpn_head.anchor_generator.scales": [4, 8],
+    "model.roi_head.type": "CascadeRoIHead",
+    "model.roi_head.shared_head": {"type": "ResLayer"},
+    **{
+        f"model.{head}.bbox_coder.clip_border": False for head in ("rpn_head", "roi_head.bbox_head")
+    },
+    **{f"model.{head}.bbox_coder.target_stds": [2] for head in ("rpn_head", "roi_head.bbox_head")},
+    **{f"model.{head}.bbox_coder.target_means": [2] for head in ("rpn_head", "roi_head.bbox_head")},
+    "model.roi_head.bbox_head.bbox_coder.add_ctr_clamp": True,
+    "model.roi_head.bbox_head.num_cls_fcs": 1,
+    "model.roi_head.bbox_head.with_avg_pool": True,
+    "model.roi_head.bbox_head.reg_predictor_cfg": {"type": "NormedLinear"},
+    "model.roi_head.mask_head.type": "GridHead",
+    "model.roi_head.mask_head.conv_kernel_size": 1,
+    "model.roi_head.mask_head.upsample_cfg": {"type": "nearest"},
+    **{
+        f"model.roi_head.{head}_roi_extractor.{key}": value
+        for head in ("bbox", "mask")
+        for key, value in {
+            "type": "GenericRoIExtractor",
+            "featmap_strides": [8, 16, 32],
+            "finest_scale": 28,
+            "roi_layer.type": "RoIPool",
+            "roi_layer.pool_mode": "max",
+        }.items()
+    },
+    "model.test_cfg.rpn.min_bbox_size": 1,
+    "model.test_cfg.rpn.nms.type": "soft_nms",
+    "model.test_cfg.rcnn.nms.type": "soft_nms",
+    "model.test_cfg.rcnn.mask_thr_binary": 0.4,
+    "model.data_preprocessor.pad_size_divisor": 16,
+    "model.data_preprocessor.type": "TwoStreamPreprocessor",
 }
 
 
-@pytest.mark.parametrize("old", REFUSED)
-def test_what_detectron2_does_not_compute_is_refused_by_name(old):
-    text = read_config(MASK).pretty_text
-    assert old in text
-    new, message = REFUSED[old]
-    with pytest.raises(ConversionError) as error:
-        read_detector(read_python_config(text.replace(old, new)))
-    assert message in str(error.value)
+@functools.cache
+def text_of(name):
+    return read_config(name).pretty_text
+
+
+def config_with(changes, name=MASK):
+    """A config of theirs, read as text, with other values of some keys."""
+    config = read_python_config(text_of(name))
+    for path, value in changes.items():
+        *nodes, key = path.split(".")
+        node = config
+        for name in nodes:
+            node = node[int(name) if name.isdecimal() else name]
+        node[key] = value
+    return config
+
+
+@pytest.mark.parametrize("path", REFUSED)
+def test_what_detectron2_does_not_compute_is_refused_by_name(path):
+    with pytest.raises(ConversionError, match=rf"{path}\b") as error:
+        read_detector(config_with({path: REFUSED[path]}))
     assert "\n" not in str(error.value)
+
+
+PLUGIN = {"cfg": {"type": "ContextBlock", "ratio": 1 / 4}, "position": "after_conv3"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        (MASK, {"model.backbone.plugins": [PLUGIN, PLUGIN]}, "plugins are 2; only one"),
+        (MASK, {"model.backbone.plugins": [{**PLUGIN, "position": "after_conv2"}]}, "after_conv2"),
+        *(
+            (
+                MASK,
+                {"model.backbone.plugins": [{**PLUGIN, "cfg": {**PLUGIN["cfg"], **change}}]},
+                key,
+            )
+            for key, change in {
+                "type is 'GeneralizedAttention'": {"type": "GeneralizedAttention"},
+                "pooling_type is 'avg'": {"pooling_type": "avg"},
+                r"fusion_types is \['channel_mul'\]": {"fusion_types": ["channel_mul"]},
+            }.items()
+        ),
+        (
+            LIBRA,
+            {"model.backbone.plugins": [PLUGIN]},
+            r"plugins and the BFP in model\.neck are blocks",
+        ),
+        (LIBRA, {"model.neck.1.num_levels": 4}, r"model\.neck\.num_levels is 4"),
+        (LIBRA, {"model.neck.1.refine_level": 1}, r"model\.neck\.refine_level is 1"),
+        (LIBRA, {"model.neck.1.norm_cfg": {"type": "BN"}}, r"model\.neck\.norm_cfg is"),
+    ],
+)
+def test_blocks_that_are_not_converted(name, changes, message):
+    with pytest.raises(ConversionError, match=message):
+        read_detector(config_with(changes, name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "norm", "freeze_at"),
+    [
+        ({}, "FrozenBN", 2),
+        ({"norm_eval": False}, "BN", 2),
+        ({"norm_cfg": {"type": "SyncBN"}, "norm_eval": False, "frozen_stages": -1}, "SyncBN", 0),
+        ({"norm_cfg": {"type": "BN", "requires_grad": False}, "norm_eval": False}, "FrozenBN", 2),
+    ],
+)
+def test_what_matters_to_training_only(changes, norm, freeze_at):
+    changes = {f"model.backbone.{key}": value for key, value in changes.items()}
+    settings = read_detector(config_with(changes))
+    assert settings["MODEL.RESNETS.NORM"] == norm
+    assert settings["MODEL.BACKBONE.FREEZE_AT"] == freeze_at
+    assert (settings["INPUT.MIN_SIZE_TEST"], settings["INPUT.MAX_SIZE_TEST"]) == (800, 1333)
 
 
 def test_every_tensor_is_used_or_named():
