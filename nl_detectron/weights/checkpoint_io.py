@@ -223,7 +223,8 @@ def _check_weights(content: Any) -> None:
 def _write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
     arrays = {name: _as_array(tensor) for name, tensor in tensors.items()}
     content = {"model": arrays, "__author__": "nl_detectron", "matching_heuristics": True}
-    path.write_bytes(pickle.dumps(content, protocol=4))
+    with path.open("wb") as file:
+        pickle.dump(content, file, protocol=4)
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:
