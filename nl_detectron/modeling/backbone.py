@@ -50,7 +50,8 @@ def build_balanced_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
     """
     Build ``cfg.MODEL.NONLOCAL.BACKBONE``, an FPN, and balance its levels, as Libra R-CNN does, with
     the block that ``cfg.MODEL.NONLOCAL`` describes: the child ``nonlocal``, applied to what the FPN
-    returns. Its places for other blocks are not read.
+    returns. Its places for other blocks are not read. ``IdentityBlock`` and ``ConvReLUBlock`` are
+    Libra R-CNN's other refinements.
 
     Raises:
         ValueError: a value in ``MODEL.NONLOCAL`` is not legal, or the levels have different numbers

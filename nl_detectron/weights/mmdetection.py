@@ -51,11 +51,15 @@ def convert_detector(
     meta = meta if isinstance(meta, Mapping) else {}
     config = read_config(config_text or meta.get("cfg") or meta.get("config"))
     changes: Mapping[str, str] = {}
-    if is_1x(tensors):
-        tensors, changes = modern_tensors(tensors, config)
-        config = modern_config(config)
-        result.notes.append(NOTE)
-    settings = read_detector(config)
+    try:
+        if is_1x(tensors):
+            tensors, changes = modern_tensors(tensors, config)
+            config = modern_config(config)
+            result.notes.append(NOTE)
+        settings = read_detector(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConversionError(f"the config is not as mmdetection has it ({reason})") from error
     classes = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("CLASSES") or ()
     if settings["MODEL.ROI_HEADS.NUM_CLASSES"] != 80:
         settings["DATASETS.TRAIN"] = settings["DATASETS.TEST"] = []

@@ -470,6 +470,19 @@ def test_what_is_not_converted_of_1x(change, message):
         convert({**checkpoint, "meta": {"config": text}})
 
 
+@pytest.mark.parametrize("name", ["dnl_none", "mask_rcnn"])
+@pytest.mark.parametrize("key", ["neck", "rpn_head", "backbone", "bbox_head"])
+@pytest.mark.parametrize("value", ["5", "None"])
+def test_configs_of_another_form_are_refused_in_one_line(name, key, value):
+    checkpoint = checkpoint_of(name, theirs_and_ours(name)[0])
+    text = checkpoint["meta"].get("config") or checkpoint["meta"]["cfg"]
+    assert f" {key}=dict(" in text
+    text = text.replace(f" {key}=dict(", f" {key}={value}, other=dict(")
+    with pytest.raises(ConversionError) as error:
+        convert({**checkpoint, "meta": {"config": text}})
+    assert "\n" not in str(error.value)
+
+
 def test_what_1x_rounds_is_said():
     _, conversion, *_ = theirs_and_ours("gcnet_1x")
     assert any("1.x rounds its anchors" in note for note in conversion.notes)
