@@ -50,7 +50,8 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # comes; negatives count from the end, so -2 is "right before the last residual block".
     node.AFTER_BLOCKS_PER_STAGE = [[], [], [-2], []]
     # Names, or patterns as in fnmatch, of modules in the backbone after which a block comes, too,
-    # such as "fpn_output*" or "bottom_up.res4.*.conv3".
+    # such as "fpn_output*" or "bottom_up.res4.*.conv3"; "bottom_up.res4.4.sum" is a bottleneck's
+    # sum, before its last ReLU.
     node.AFTER_MODULES = []
 
     # The kind of block, in NONLOCAL_BLOCK_REGISTRY: NonLocalBlock, GlobalContextBlock (GCNet; see
