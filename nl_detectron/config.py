@@ -24,7 +24,7 @@ OUR_BACKBONES = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
     """
-    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO,
+    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, ``DATASETS.OWN``,
     ``SOLVER.CHECKPOINT_KEEP_LAST`` and ``TEST.BEST_CHECKPOINT_METRIC``. What is there is kept.
 
     Args:
@@ -38,6 +38,12 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # Keep the weights of the best evaluation (each TEST.EVAL_PERIOD) in model_best.pth: by what is
     # highest then, such as "bbox/AP" (with several test datasets "NAME/bbox/AP"); "" keeps none.
     _add_missing(cfg.TEST, {"BEST_CHECKPOINT_METRIC": ""})
+    # Data of one's own in COCO's format, which DATASETS.TRAIN and TEST name "train" and "val": the
+    # files and folders, and COCO's list of categories. The options of train_net.py set them, and
+    # config.yaml keeps them.
+    _add_missing(cfg.DATASETS, {"OWN": CfgNode()})
+    own = {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "VAL_JSON": "", "VAL_IMAGES": ""}
+    _add_missing(cfg.DATASETS.OWN, {**own, "CATEGORIES": []})
 
     node = CfgNode()
 

@@ -39,6 +39,7 @@ from nl_detectron.analysis.partner import describe_squares, inspect_squares
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.predictor import Predictor, trained_config
+from nl_detectron.engine.setup import register_datasets
 from nl_detectron.files import check_target
 
 # An entropy of 0.9999 is not 1.
@@ -96,11 +97,12 @@ def load_records(cfg: CfgNode, files: list[str] | None, count: int) -> list[Reco
     if files:
         return [{"file_name": file} for file in files]
     try:
+        register_datasets(cfg, eval_only=True)
         return DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]
     except (OSError, LookupError) as error:
         raise ValueError(
-            f"the test dataset of the config, {cfg.DATASETS.TEST}, is not here: name images with "
-            "--image"
+            f"the test dataset of the config, {cfg.DATASETS.TEST}, is not here ({error}): name "
+            "images with --image"
         ) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from detectron2.engine import default_argument_parser
@@ -56,11 +57,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = Parser("Train or evaluate a Detectron2 model with non-local blocks.", EPILOG)
     add_training_options(parser)
-    group = parser.add_argument_group("your own data, in COCO's format (all four together)")
+    group = parser.add_argument_group(
+        "your own data, in COCO's format (all four together; OUTPUT_DIR/config.yaml keeps them)"
+    )
     group.add_argument("--train-json", metavar="FILE", help="annotations to train on")
     group.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
     group.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
     group.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
+    parser.add_argument(
+        "--finetune",
+        action="store_true",
+        help="batch, rate, iterations and more for so many photographs on this machine, starting "
+        "from MODEL.WEIGHTS; what KEY VALUE sets stays (docs/TRAINING.md)",
+    )
     parser.add_overrides()
 
     args = parser.parse_with_overrides(arguments)
@@ -70,11 +79,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--config-file {args.config_file} is Python: use tools/lazy_train_net.py")
     if problem := missing(args.config_file):
         parser.error(f"--config-file {args.config_file} {problem}")
-    own_data = (args.train_json, args.train_images, args.val_json, args.val_images)
-    if None in own_data and any(path is not None for path in own_data):
-        parser.error(
-            "--train-json, --train-images, --val-json and --val-images are needed together"
-        )
+    for name in ("train_json", "train_images", "val_json", "val_images"):
+        if (path := getattr(args, name)) is not None and not Path(path).exists():
+            parser.error(f"--{name.replace('_', '-')} {path} does not exist")
+    if args.finetune and args.eval_only:
+        parser.error("--finetune is for training, not for --eval-only")
     check_machines(parser, args)
     return args
 

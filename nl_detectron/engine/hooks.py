@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from detectron2.engine.hooks import (
     PeriodicWriter,
 )
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 from torch import nn
 
 from nl_detectron.data.seeding import seed_generators
@@ -88,6 +90,49 @@ class BlockWeightsHook(HookBase):
             if not any(parameter.requires_grad for parameter in block.parameters()):
                 advice = "it is frozen, as its stage is (MODEL.BACKBONE.FREEZE_AT)"
             logger.warning(f"{name} is still nearly the identity {when}, as {cause}: {advice}")
+
+
+class ProgressHook(HookBase):
+    """
+    Says after the first step how long training will take, and adds the epoch and the mean weights
+    of the blocks to the lines of Detectron2's ``CommonMetricPrinter``. It belongs before the hooks
+    that write.
+    """
+
+    def __init__(self, writers: Sequence[EventWriter]) -> None:
+        self._printers = [w for w in writers if isinstance(w, CommonMetricPrinter)]
+        self._start = 0.0
+
+    def before_train(self) -> None:
+        size = getattr(self.trainer.data_loader, "iterations_per_epoch", None)
+        for printer in self._printers:
+            printer.logger = _WithEpoch(printer.logger, {"iterations_per_epoch": size})
+
+    def before_step(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        done, number = self.trainer.iter + 1, self.trainer.max_iter
+        if self._printers and self.trainer.iter == self.trainer.start_iter < number - 1:
+            seconds = time.perf_counter() - self._start
+            logger.info(
+                f"Iteration {done:,} of {number:,} took {seconds:.2g} s: at this rate, training "
+                f"ends in {timedelta(seconds=round(seconds * (number - done)))}, and evaluating "
+                "comes to it"
+            )
+
+
+class _WithEpoch(logging.LoggerAdapter):
+    def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
+        storage = get_event_storage()
+        line = str(msg).rstrip()
+        if size := (self.extra or {}).get("iterations_per_epoch"):
+            line += f"  epoch: {(storage.iter + 1) / float(size):.2f}"  # type: ignore[arg-type]
+        for key, label in (("mean_abs_gamma", "|gamma|"), ("out_weight_norm", "||W_z||")):
+            names = [n for n in storage.latest() if n.startswith("nonlocal/") and n.endswith(key)]
+            values = [storage.latest()[name][0] for name in names]
+            line += f"  {label}: {sum(values) / len(values):.2g}" if values else ""
+        return line, kwargs
 
 
 class BestCheckpointHook(BestCheckpointer):
@@ -192,7 +237,9 @@ def hooks_of_run(
         return evaluate()
 
     hooks = [
-        # Measures the blocks; first, so that it comes before the writers.
+        # Tells the progress, in the lines of the writers.
+        ProgressHook(writers),
+        # Measures the blocks, before the writers.
         block_weights,
         # Times the step with what is above.
         IterationTimer(),

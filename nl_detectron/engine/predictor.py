@@ -13,9 +13,15 @@ from detectron2.engine import DefaultPredictor
 
 from nl_detectron.config import build_config
 from nl_detectron.data import register_built_in
+from nl_detectron.data.coco_json import category_metadata
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.drawing import draw_predictions
-from nl_detectron.engine.setup import check_weights_exist, num_classes_of, use_cpu_without_cuda
+from nl_detectron.engine.setup import (
+    check_weights_exist,
+    num_classes_of,
+    own_data,
+    use_cpu_without_cuda,
+)
 
 
 class Predictor(DefaultPredictor):
@@ -90,11 +96,15 @@ def image_mapper(cfg: CfgNode) -> DatasetMapper:
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:
     """
-    What is registered of a config's first test dataset, if that has as many classes, and keypoints
-    if any, as its model, as far as that is known; else nothing.
+    What is registered of a config's first test dataset, or kept in it of own data, if that has as
+    many classes, and keypoints if any, as its model, as far as that is known; else nothing.
     """
-    model, known = cfg.MODEL, num_classes_of(cfg)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
+    model, known, categories = cfg.MODEL, num_classes_of(cfg), own_data(cfg).CATEGORIES
+    name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
+    if name in ("train", "val") and categories:
+        metadata = Metadata().set(**category_metadata(categories))
+    else:
+        metadata = MetadataCatalog.get(name) if name else Metadata()
     num_keypoints = len(metadata.get("keypoint_names", []))
     fits = (known is None or len(metadata.get("thing_classes", [])) == known[1]) and (
         not model.KEYPOINT_ON or num_keypoints in (0, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)

@@ -22,7 +22,7 @@ MAY_CHANGE = (
     *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK"),
     *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.NONLOCAL.USE_ACT_CHECKPOINT"),
     *("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.NUM_DECAYS", "SOLVER.CHECKPOINT_*"),
-    *("DATALOADER.NUM_WORKERS", "TEST.*", "*TEST"),
+    *("DATASETS.OWN.*", "DATALOADER.NUM_WORKERS", "TEST.*", "*TEST"),
     # The same for LazyConfigs.
     *("train.output_dir", "train.device", "train.init_checkpoint", "train.max_iter"),
     *("train.*_period", "train.checkpointer.*", "lr_multiplier.*", "*.num_workers"),

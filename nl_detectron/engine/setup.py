@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2 import modeling
@@ -21,6 +22,7 @@ from detectron2.utils.logger import setup_logger
 
 from nl_detectron.config import walk
 from nl_detectron.data import configure_for_dataset, register_built_in, register_coco_json
+from nl_detectron.data.coco_json import category_metadata
 from nl_detectron.files import missing
 from nl_detectron.validation import check_choice, did_you_mean
 
@@ -44,6 +46,8 @@ _REGISTRIES = {
     "MODEL.ROI_KEYPOINT_HEAD.NAME": modeling.ROI_KEYPOINT_HEAD_REGISTRY,
     "MODEL.SEM_SEG_HEAD.NAME": modeling.SEM_SEG_HEADS_REGISTRY,
 }
+_OWN_PATHS = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")  # of DATASETS.OWN
+_OF_CATEGORIES = ("id", "name", "keypoints", "skeleton")  # what is kept of COCO's
 _SYNC_BN = ("SyncBN", "nnSyncBN")
 _NOT_FOR_THE_SCREEN = ("default_setup", "build_model")
 # What PyTorch warns of where Detectron2 turns annotations into tensors, which it only reads.
@@ -92,10 +96,8 @@ def check_weights_exist(key: str, weights: str) -> None:
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Check that the datasets of a config are there and fit its model; register built-in ones."""
-    keys = ("TEST",) if eval_only else ("TRAIN", "TEST")
-    register_built_in(name for key in keys for name in cfg.DATASETS[key])
-    for key in keys:
+    """Check that the registered datasets of a config are there and fit its model."""
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
             metadata = MetadataCatalog.get(name)
@@ -188,27 +190,90 @@ def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
 
 def use_own_data(
     cfg: CfgNode,
-    train_json: str,
-    train_images: str,
-    val_json: str,
-    val_images: str,
+    train_json: str | None = None,
+    train_images: str | None = None,
+    val_json: str | None = None,
+    val_images: str | None = None,
     *,
     eval_only: bool = False,
 ) -> None:
     """
-    Register a user's data as "train" and "val", and fit a config to them, in place: see
-    :func:`register_coco_json` and :func:`configure_for_dataset`. The headers of all pictures are
-    read, so that none ends the run, or is read as something else, after hours of training.
+    Let a config train and evaluate on a user's data, in place, and register them: what is None
+    stays as ``DATASETS.OWN`` has it. ValueError: something is missing, or see
+    :func:`register_datasets`.
     """
-    looks = "present" if eval_only else "header"
-    register_coco_json(
-        "train", train_json, train_images, pictures=looks, keep_records=not eval_only
-    )
-    register_coco_json("val", val_json, val_images, pictures="header")
+    cfg.DATASETS.OWN = own = own_data(cfg)
+    for key, path in zip(_OWN_PATHS, (train_json, train_images, val_json, val_images)):
+        own[key] = os.path.abspath(path) if path else own[key]
+    if not all(own[key] for key in _OWN_PATHS[2 if eval_only else 0 :]):
+        raise ValueError(
+            "--train-json, --train-images, --val-json and --val-images are needed together, with "
+            "--eval-only the last two"
+        )
+    cfg.DATASETS.TEST = ("val",)
+    cfg.DATASETS.TRAIN = ("train",) if own.TRAIN_JSON else cfg.DATASETS.TRAIN
+    register_datasets(cfg, eval_only=eval_only)
+
+
+def own_data(cfg: CfgNode) -> CfgNode:
+    """``DATASETS.OWN``; where a config has none, an empty one."""
+    empty = {**dict.fromkeys(_OWN_PATHS, ""), "CATEGORIES": []}
+    return cfg.DATASETS.get("OWN") or CfgNode(empty)
+
+
+def register_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
+    """
+    Register what a config trains and evaluates on: built-in sets, and what ``DATASETS.OWN`` has
+    for the names "train" and "val", to which the config is fitted, in place
+    (:func:`configure_for_dataset`). Of own data the headers of all pictures that are used are
+    read, so that none ends the run, or is read as something else, after hours of training.
+
+    Raises:
+        FileNotFoundError: own data are not where the config says; the message names the key.
+        ValueError: they have another error, or other classes than the model was trained on.
+    """
+    own, (train, test) = own_data(cfg), (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    trained_on = own.CATEGORIES if eval_only else []
+    names = {*test, *(() if trained_on else train)}
+    register_built_in(names if not eval_only else test)
+    used = [name for name in ("train", "val") if name in names and own[f"{name.upper()}_JSON"]]
+    for name in used:
+        looks = "present" if eval_only and name not in test else "header"
+        is_trained = name in train and not eval_only
+        _register_own(name, own, pictures=looks, keep_records=is_trained)
+    if not used:
+        return
+    files = ", ".join(own[f"{name.upper()}_JSON"] for name in used)
     try:
-        configure_for_dataset(cfg, "train", "val", eval_only=eval_only)
+        configure_for_dataset(cfg, used[0], used[-1], eval_only=eval_only)
     except ValueError as error:
-        raise ValueError(f"{train_json}, {val_json}: {error}") from error
+        raise ValueError(f"{files}: {error}") from error
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
+    metadata = MetadataCatalog.get(used[0])
+    if trained_on:
+        classes = category_metadata(trained_on)["thing_classes"]
+        if metadata.thing_classes != classes:
+            raise ValueError(
+                f"{files} has the classes {metadata.thing_classes} (in the order of their ids), "
+                f"but the model was trained on {classes}"
+            )
+        return
+    cfg.DATASETS.OWN = own
+    own.CATEGORIES = [
+        {key: category[key] for key in _OF_CATEGORIES if key in category}
+        for category in metadata.categories
+    ]
+
+
+def _register_own(name: str, own: CfgNode, **options: Any) -> None:
+    keys = (f"{name.upper()}_JSON", f"{name.upper()}_IMAGES")
+    for key in keys:
+        if not own[key] or not Path(own[key]).exists():
+            raise FileNotFoundError(
+                f"DATASETS.OWN.{key} is {own[key]!r}, which does not exist: name where it is now "
+                f"by DATASETS.OWN.{key} PATH (or --{key.lower().replace('_', '-')} PATH)"
+            )
+    register_coco_json(name, *(own[key] for key in keys), **options)
 
 
 def device_here(key: str, device: str) -> str:
