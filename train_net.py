@@ -34,6 +34,7 @@ from nl_detectron.engine.setup import (
     check_datasets,
     check_evaluation,
     check_weights_exist,
+    drop_late_steps,
     register_datasets,
     set_up_logging,
     use_cpu_without_cuda,
@@ -63,6 +64,7 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         tell_schedule(cfg)
     if args.resume and not args.eval_only:
         keep_values_of_checkpoint(cfg, cfg.OUTPUT_DIR)
+    drop_late_steps(cfg)
     check_datasets(cfg, eval_only=args.eval_only)
     check_evaluation(cfg, eval_only=args.eval_only)
     use_sync_bn_of_cpu(cfg)

@@ -95,7 +95,7 @@ def use_recipe(cfg: CfgNode, explicit: Collection[str]) -> None:
         start = "blocks as trained"
     elif has_blocks:  # harmless on photographs, and the only harmless one that is trained soon
         values["MODEL.NONLOCAL.GAMMA_LR_FACTOR"] = 100.0
-        start = "fresh blocks as MODEL.NONLOCAL says, gamma and beta at {} times the rate"
+        start = "fresh blocks as MODEL.NONLOCAL says, gamma and beta at {:g} times the rate"
     values |= kept
     cfg.merge_from_list([word for pair in values.items() for word in pair])
     solver, sizes = cfg.SOLVER, cfg.INPUT.MIN_SIZE_TRAIN
@@ -103,7 +103,7 @@ def use_recipe(cfg: CfgNode, explicit: Collection[str]) -> None:
     logger.info(
         f"--finetune, for {photographs:,} photographs on {where}{'s' * (on_gpu and processes > 1)}"
         f": {in_epochs(cfg, photographs)}, rate {solver.BASE_LR:g} (warm-up {solver.WARMUP_ITERS}, "
-        f"a tenth from {', '.join(map(str, solver.STEPS))}), gradients clipped; frozen up to stage "
+        f"a tenth from {', '.join(map(str, solver.STEPS))}), gradients clipped; FREEZE_AT "
         f"{model.BACKBONE.FREEZE_AT}; {start.format(model.NONLOCAL.GAMMA_LR_FACTOR)}; short sides "
         f"of {min(sizes)} to {max(sizes)}{', crops' * cfg.INPUT.CROP.ENABLED}, flips; evaluated "
         f"{f'every {cfg.TEST.EVAL_PERIOD} and ' * bool(cfg.TEST.EVAL_PERIOD)}at the end, saved "
@@ -121,13 +121,13 @@ def tell_schedule(cfg: CfgNode) -> None:
 
 
 def in_epochs(cfg: CfgNode, photographs: int) -> str:
-    """Such as "240 iterations of 2 of 478 photographs, 1.0 epochs"."""
+    """Such as "240 iterations of 2 photographs, 1.0 epochs"."""
     iterations, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
     if scale := cfg.SOLVER.REFERENCE_WORLD_SIZE:  # as Detectron2 will scale them
         iterations = round(iterations * scale / comm.get_world_size())
         batch = batch * comm.get_world_size() // scale
     epochs = iterations * batch / photographs
-    return f"{iterations:,} iterations of {batch} of the photographs, {epochs:,.1f} epochs"
+    return f"{iterations:,} iterations of {batch} photographs, {epochs:,.1f} epochs"
 
 
 def num_photographs(cfg: CfgNode) -> int:

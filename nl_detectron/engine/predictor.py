@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -16,12 +18,14 @@ from nl_detectron.data import register_built_in
 from nl_detectron.data.coco_json import category_metadata
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.drawing import draw_predictions
+from nl_detectron.engine.run_config import find_checkpoint
 from nl_detectron.engine.setup import (
     check_weights_exist,
     num_classes_of,
     own_data,
     use_cpu_without_cuda,
 )
+from nl_detectron.files import missing
 
 
 class Predictor(DefaultPredictor):
@@ -55,6 +59,33 @@ class Predictor(DefaultPredictor):
         """Draw what is predicted for an image, (H, W, 3) to (scale H, scale W, 3), uint8."""
         instances = self(image)["instances"].to("cpu")
         return draw_predictions(image, instances, self.metadata, scale)
+
+
+def files_of_run(run: str) -> tuple[str, str]:
+    """
+    Config and weights of a run, by its folder or a checkpoint in it. FileNotFoundError: it has no
+    config.
+    """
+    weights = Path(run)
+    if not weights.exists():
+        raise FileNotFoundError(f"the run or checkpoint is {run}, a file that does not exist")
+    if weights.is_dir():
+        final = weights / "model_final.pth"
+        weights = final if final.is_file() else Path(find_checkpoint(run).path or final)
+    config_file = weights.with_name("config.yaml")
+    if problem := missing(config_file):
+        raise FileNotFoundError(f"{config_file} {problem}: name the config with --config-file")
+    return str(config_file), str(weights)
+
+
+def model_files(args: argparse.Namespace) -> tuple[str, str | None]:
+    """:func:`files_of_run` of a command line's RUN, less what its options name otherwise."""
+    if args.config_file:
+        return args.config_file, args.weights
+    if not args.run:
+        raise ValueError("a RUN is needed, such as output, or --config-file and --weights")
+    config_file, weights = files_of_run(args.run)
+    return config_file, args.weights or weights
 
 
 def trained_config(

@@ -137,6 +137,16 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
         check_choice("TEST.BEST_CHECKPOINT_METRIC", metric, legal)
 
 
+def drop_late_steps(cfg: CfgNode) -> None:
+    """Leave out of ``SOLVER.STEPS``, in place, what is not before ``SOLVER.MAX_ITER``."""
+    steps, end = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
+    cfg.SOLVER.STEPS = tuple(step for step in steps if step < end)
+    if late := [step for step in steps if step >= end]:
+        logger.info(
+            f"SOLVER.STEPS has {late}, but the run ends at SOLVER.MAX_ITER, {end}: left out"
+        )
+
+
 def missing_download(name: str) -> str | None:
     """
     Which file or folder of a dataset is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)"; None
