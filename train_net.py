@@ -29,7 +29,7 @@ from nl_detectron.engine import (
 from nl_detectron.engine.command_line import exit_on_user_error
 from nl_detectron.engine.finetune import tell_schedule, use_recipe
 from nl_detectron.engine.interruption import sole_run
-from nl_detectron.engine.run_config import keep_values_of_checkpoint
+from nl_detectron.engine.run_config import keep_values_of_checkpoint, saved_run
 from nl_detectron.engine.setup import (
     check_datasets,
     check_evaluation,
@@ -59,7 +59,8 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         register_datasets(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)
     if args.finetune:
-        use_recipe(cfg, args.opts[::2])
+        saved = saved_run(cfg.OUTPUT_DIR).get("config") if args.resume else None
+        use_recipe(cfg, args.opts[::2], saved)
     elif not args.eval_only:
         tell_schedule(cfg)
     if args.resume and not args.eval_only:

@@ -177,10 +177,8 @@ def find_images(words: Sequence[str]) -> list[Path]:
 
 
 def name_targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """
-    The file of each image's picture, to be written. ValueError: it would replace an input or
-    another picture, or has a suffix that OpenCV cannot write.
-    """
+    """The file of each image's picture, to be written. ValueError: it would replace an input or
+    another picture, or has a suffix that OpenCV cannot write."""
     inputs = {image.resolve() for image in images}
     targets: dict[Path, Path] = {}
     for image in images:
@@ -197,10 +195,8 @@ def name_targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def open_video(file: Path | None, folder: Path) -> tuple[cv2.VideoCapture, Path]:
-    """
-    Open a video, or for None the first camera, and name the new video in ``folder``.
-    FileNotFoundError, ValueError: it cannot be opened, or would be replaced.
-    """
+    """Open a video, or for None the first camera, and name the new video in ``folder``.
+    FileNotFoundError, ValueError: it cannot be opened, or would be replaced."""
     target = folder / f"{file.stem if file else 'webcam'}.mp4"
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"the video {file} does not exist")

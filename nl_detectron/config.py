@@ -208,10 +208,8 @@ def walk(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _LenientConfig(CfgNode):
-    """
-    A config that takes a whole number where a float is asked, which yacs does not, and opens no
-    file whose aliases stand for more than a config can hold.
-    """
+    """A config that takes a whole number where a float is asked, which yacs does not, and opens no
+    file whose aliases stand for more than a config can hold."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:

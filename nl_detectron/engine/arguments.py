@@ -104,10 +104,9 @@ def check_machines(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """
-    Add the options of Detectron2's ``default_argument_parser``, less its overrides, which take all
-    that comes after the first of them; and ours for errors, for loading weights and for launching.
-    """
+    """Add the options of Detectron2's ``default_argument_parser``, less its overrides, which take
+    all that comes after the first of them; and ours for errors, for loading weights and for
+    launching."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="config of the training")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"

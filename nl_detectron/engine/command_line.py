@@ -43,11 +43,9 @@ class Parser(argparse.ArgumentParser):
     def add_model_arguments(
         self, weights: str = "its weights (default: MODEL.WEIGHTS)", *, or_run: bool = False
     ) -> None:
-        """
-        Add ``--config-file``, which is required, and ``--weights`` with its help; or with
+        """Add ``--config-file``, which is required, and ``--weights`` with its help; or with
         ``or_run`` also RUN and IMAGES, which stand anywhere: the words that are no options and no
-        overrides.
-        """
+        overrides."""
         if or_run:
             self._takes_words = True
             self.usage = "%(prog)s [RUN] [IMAGE ...] [options] [KEY VALUE ...]"
@@ -72,12 +70,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_with_overrides(self, words: Sequence[str] | None = None) -> argparse.Namespace:
-        """
-        Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the
+        """Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the
         options; they are in ``opts``, keys and values in turn. A value may be a negative number,
         such as -1e-4. An unknown option, or a key without a value, ends the process with exit
-        status 2. ``run`` and ``images`` are what :meth:`add_model_arguments` has added.
-        """
+        status 2. ``run`` and ``images`` are what :meth:`add_model_arguments` has added."""
         args, overrides = self.parse_known_args(words)
         if self._takes_words:
             args.images, overrides = _without_overrides(overrides)
@@ -136,11 +132,9 @@ def positive_int(text: str) -> int:
 def exit_on_user_error(
     errors: tuple[type[Exception], ...] = USER_ERRORS, *, traceback: bool = False
 ) -> Iterator[None]:
-    """
-    Let errors of the user end the process with one line on stderr and exit status 2; with
+    """Let errors of the user end the process with one line on stderr and exit status 2; with
     ``traceback`` they pass, as all others do. Where they arose is written to the log files of the
-    run, if it has some already. A context manager, or with ``@`` a decorator.
-    """
+    run, if it has some already. A context manager, or with ``@`` a decorator."""
     try:
         yield
     except errors as error:

@@ -49,12 +49,10 @@ def draw_annotations(
     scale: float = 1,
     parts: Collection[str] = ("segmentation", "keypoints"),
 ) -> np.ndarray:
-    """
-    Draw objects with Detectron2's ``Visualizer``, in the colours of their classes, as far as these
-    are known: boxes, and those ``parts`` that they have. The image, (H, W, 3), is scaled before, so
-    that the picture is (scale H, scale W, 3). Annotations are in Detectron2's format; a prediction
-    has a "score", too.
-    """
+    """Draw objects with Detectron2's ``Visualizer``, in the colours of their classes, as far as
+    these are known: boxes, and those ``parts`` that they have. The image, (H, W, 3), is scaled
+    before, so that the picture is (scale H, scale W, 3). Annotations are in Detectron2's format; a
+    prediction has a "score", too."""
     height, width = image.shape[:2]
     size = round(width * scale), round(height * scale)
     if scale != 1:
@@ -93,10 +91,8 @@ def _label(annotation: Mapping[str, Any], metadata: Metadata) -> str:
 
 
 def _draw_label(visualizer: Visualizer, text: str, box: np.ndarray, others: list[Bbox]) -> None:
-    """
-    In the corner of its box from which it stays in the picture, or else where it overlaps the
-    fewest of the others, which it joins; small boxes have it outside.
-    """
+    """In the corner of its box from which it stays in the picture, or else where it overlaps the
+    fewest of the others, which it joins; small boxes have it outside."""
     width, height = visualizer.output.width, visualizer.output.height
     left, top, right, bottom = np.clip(box, 0, (width, height, width, height))
     size = max((width * height) ** 0.5 / 110, 9)  # points
@@ -126,10 +122,8 @@ def _draw_label(visualizer: Visualizer, text: str, box: np.ndarray, others: list
 def side_by_side(
     pictures: Sequence[np.ndarray], captions: Sequence[str], axis: int = 1
 ) -> np.ndarray:
-    """
-    Put pictures from left to right (``axis`` 1) or from top to bottom (0) on white, each under its
-    caption: (H_i, W_i, 3) to (H, W, 3), uint8.
-    """
+    """Put pictures from left to right (``axis`` 1) or from top to bottom (0) on white, each under
+    its caption: (H_i, W_i, 3) to (H, W, 3), uint8."""
     parts = [np.vstack([_strip(text, p.shape[1]), p]) for p, text in zip(pictures, captions)]
     extent = max(part.shape[1 - axis] for part in parts)
     padded = []

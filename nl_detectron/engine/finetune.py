@@ -23,21 +23,20 @@ logger = logging.getLogger(__name__)
 EPOCHS, MANY, FEW = 12, 5000, 1000
 LEAST_ITERATIONS = 300  # below it gamma has no time to move: docs/STUDY.md
 MOST_ON_A_CPU = 240  # some 20 minutes of one core
+GAMMA_LR_FACTOR = "MODEL.NONLOCAL.GAMMA_LR_FACTOR"
 SETTINGS = dict[str, Any]
 
 
 def schedule(photographs: int, processes: int, on_gpu: bool, given: SETTINGS) -> SETTINGS:
-    """
-    Batch, rate, and what depends on the number of iterations, by config keys; what is ``given``
-    stays, and the rest follows it.
-    """
+    """Batch, rate, and what depends on the number of iterations, by config keys; what is ``given``
+    stays, and the rest follows it."""
     batch = max(4, 2 * processes) if on_gpu else max(2, processes)
     batch = given.get("SOLVER.IMS_PER_BATCH", batch)
     epochs = EPOCHS * max(1, MANY / photographs) ** (1 / 3)
     iterations = max(LEAST_ITERATIONS, math.ceil(epochs * photographs / batch))
     iterations = given.get("SOLVER.MAX_ITER", iterations if on_gpu else MOST_ON_A_CPU)
     fifth = math.ceil(iterations / 5)
-    return {
+    values = {
         "SOLVER.IMS_PER_BATCH": batch,
         "SOLVER.BASE_LR": min(0.0025 * batch, 0.02),
         "SOLVER.MAX_ITER": iterations,
@@ -49,8 +48,8 @@ def schedule(photographs: int, processes: int, on_gpu: bool, given: SETTINGS) ->
         "SOLVER.CHECKPOINT_PERIOD": fifth,
         "SOLVER.CHECKPOINT_KEEP_LAST": 2,
         "TEST.EVAL_PERIOD": fifth if on_gpu else 0,
-        **given,
     }
+    return {key: given.get(key, value) for key, value in values.items()}
 
 
 def pictures(photographs: int, on_gpu: bool, anchors: list[list[float]]) -> SETTINGS:
@@ -74,29 +73,27 @@ def pictures(photographs: int, on_gpu: bool, anchors: list[list[float]]) -> SETT
     }
 
 
-def use_recipe(cfg: CfgNode, explicit: Collection[str]) -> None:
-    """
-    Set, in place, what fine-tuning on the datasets of a config takes here, and say so in one line;
-    ``explicit`` keys stay as they are. ValueError: there are no weights to start from.
-    """
-    model = cfg.MODEL
-    if not model.WEIGHTS:
+def use_recipe(cfg: CfgNode, explicit: Collection[str], saved: SETTINGS | None = None) -> None:
+    """Set, in place, what fine-tuning on the datasets of a config takes here, and say so in one
+    line; ``explicit`` keys stay as they are, those ``saved`` in the checkpoint of a resumed run as
+    they were. ValueError: there are no weights to start from."""
+    model, saved = cfg.MODEL, saved or {}
+    if not (model.WEIGHTS or saved):
         raise ValueError("--finetune goes on from trained weights, but MODEL.WEIGHTS is empty")
     photographs, on_gpu = num_photographs(cfg), model.DEVICE.startswith("cuda")
     processes = comm.get_world_size()
-    kept = {key: _get(cfg, key) for key in explicit}
-    given = {key: value for key, value in kept.items() if key.startswith(("SOLVER.", "TEST."))}
-    values = schedule(photographs, processes, on_gpu, given)
+    kept = {**saved, **{key: _get(cfg, key) for key in explicit}}
+    values = schedule(photographs, processes, on_gpu, kept)
     values |= pictures(photographs, on_gpu, model.ANCHOR_GENERATOR.SIZES)
     places = {model.BACKBONE.NAME, model.ROI_KEYPOINT_HEAD.NAME}
-    has_blocks = bool(places & {*OUR_BACKBONES, "NonLocalKeypointHead"})
     start = "no blocks"
-    if has_blocks and _has_blocks(model.WEIGHTS):
+    if places & {*OUR_BACKBONES, "NonLocalKeypointHead"}:
         start = "blocks as trained"
-    elif has_blocks:  # harmless on photographs, and the only harmless one that is trained soon
-        values["MODEL.NONLOCAL.GAMMA_LR_FACTOR"] = 100.0
-        start = "fresh blocks as MODEL.NONLOCAL says, gamma and beta at {:g} times the rate"
-    values |= kept
+        if not (saved or _has_blocks(model.WEIGHTS)):
+            # Harmless on photographs, and the only harmless start that is trained soon.
+            values[GAMMA_LR_FACTOR] = kept.get(GAMMA_LR_FACTOR, 100.0)
+            start = f"fresh blocks, gamma and beta at {values[GAMMA_LR_FACTOR]:g} times the rate"
+    values = {key: kept.get(key, value) for key, value in values.items()}
     cfg.merge_from_list([word for pair in values.items() for word in pair])
     solver, sizes = cfg.SOLVER, cfg.INPUT.MIN_SIZE_TRAIN
     where = f"{processes} GPU" if on_gpu else "the CPU"
@@ -104,7 +101,7 @@ def use_recipe(cfg: CfgNode, explicit: Collection[str]) -> None:
         f"--finetune, for {photographs:,} photographs on {where}{'s' * (on_gpu and processes > 1)}"
         f": {in_epochs(cfg, photographs)}, rate {solver.BASE_LR:g} (warm-up {solver.WARMUP_ITERS}, "
         f"a tenth from {', '.join(map(str, solver.STEPS))}), gradients clipped; FREEZE_AT "
-        f"{model.BACKBONE.FREEZE_AT}; {start.format(model.NONLOCAL.GAMMA_LR_FACTOR)}; short sides "
+        f"{model.BACKBONE.FREEZE_AT}; {start}; short sides "
         f"of {min(sizes)} to {max(sizes)}{', crops' * cfg.INPUT.CROP.ENABLED}, flips; evaluated "
         f"{f'every {cfg.TEST.EVAL_PERIOD} and ' * bool(cfg.TEST.EVAL_PERIOD)}at the end, saved "
         f"every {solver.CHECKPOINT_PERIOD}. KEY VALUE overrides any of it"

@@ -38,13 +38,11 @@ _MEASURES = {"out_weight_norm": out_weight_norm, "mean_abs_gamma": mean_abs_gamm
 
 
 class BlockWeightsHook(HookBase):
-    """
-    Puts ||W_z|| and the mean of |gamma| of each non-local block into the event storage, from where
-    Detectron2's writers take them to TensorBoard and metrics.json, as
-    ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``.
-    Warns once, after a tenth of the schedule and long enough after the warm-up, of blocks that are
-    still nearly the identity, and advises a factor that is not raised already.
-    """
+    """Puts ||W_z|| and the mean of |gamma| of each non-local block into the event storage, from
+    where Detectron2's writers take them to TensorBoard and metrics.json, as
+    ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``. Warns
+    once, after a tenth of the schedule and long enough after the warm-up, of blocks that are still
+    nearly the identity, and advises a factor that is not raised already."""
 
     def __init__(
         self,
@@ -93,11 +91,9 @@ class BlockWeightsHook(HookBase):
 
 
 class ProgressHook(HookBase):
-    """
-    Says after the first step how long training will take, and adds the epoch and the mean weights
-    of the blocks to the lines of Detectron2's ``CommonMetricPrinter``. It belongs before the hooks
-    that write.
-    """
+    """Says after the first step how long training will take, and adds the epoch and the mean
+    weights of the blocks to the lines of Detectron2's ``CommonMetricPrinter``. It belongs before
+    the hooks that write."""
 
     def __init__(self, writers: Sequence[EventWriter]) -> None:
         self._printers = [w for w in writers if isinstance(w, CommonMetricPrinter)]
@@ -136,11 +132,9 @@ class _WithEpoch(logging.LoggerAdapter):
 
 
 class BestCheckpointHook(BestCheckpointer):
-    """
-    Detectron2's ``BestCheckpointer`` for runs that may be resumed: which evaluation was the best is
-    kept in the run's checkpoints; ``model_best.pth`` has weights alone, and is never what
-    ``--resume`` goes on from. It belongs right behind the ``EvalHook``.
-    """
+    """Detectron2's ``BestCheckpointer`` for runs that may be resumed: which evaluation was the best
+    is kept in the run's checkpoints; ``model_best.pth`` has weights alone, and is never what
+    ``--resume`` goes on from. It belongs right behind the ``EvalHook``."""
 
     def __init__(self, eval_period: int, model: nn.Module, output_dir: str, metric: str) -> None:
         super().__init__(eval_period, NonLocalCheckpointer(model, output_dir), metric)
@@ -170,14 +164,12 @@ class BestCheckpointHook(BestCheckpointer):
 
 
 class SamplingByImageHook(HookBase):
-    """
-    Which anchors and region proposals of an image are sampled is drawn from a seed of its own, by
-    the run's seed, the iteration and the image's place in the batch of all ranks: the same for any
-    number of ranks. It belongs behind what sets the run's seed, and asks for it in the steps.
+    """Which anchors and region proposals of an image are sampled is drawn from a seed of its own,
+    by the run's seed, the iteration and the image's place in the batch of all ranks: the same for
+    any number of ranks. It belongs behind what sets the run's seed, and asks for it in the steps.
 
     Detectron2 draws from the global generator, for one image after the other, right after it has
-    matched what it samples from: so the matchers of a model are wrapped, to seed behind them.
-    """
+    matched what it samples from: so the matchers of a model are wrapped, to seed behind them."""
 
     # The words in the seeds, which are older than the wrapped matchers: the draws stay the same.
     _DRAWN_BEHIND = {"anchor_matcher": "_subsample_labels", "proposal_matcher": "_sample_proposals"}
@@ -220,12 +212,10 @@ def hooks_of_run(
     precise_bn: HookBase | None = None,
     after_evaluation: Sequence[HookBase] = (),
 ) -> list[HookBase]:
-    """
-    The hooks of a run, for any of Detectron2's trainers, in order. Only rank 0 has ``writers``;
+    """The hooks of a run, for any of Detectron2's trainers, in order. Only rank 0 has ``writers``;
     ``batch_size`` is that of all ranks together; ``checkpointing`` are the arguments of
     ``PeriodicCheckpointer``; ``scheduler`` is the trainer's by default; ``after_evaluation`` uses
-    the results of ``evaluate``, or adds to them.
-    """
+    the results of ``evaluate``, or adds to them."""
     checkpointer, model = exact_resume.checkpointer, exact_resume.checkpointer.model
     images_per_rank = batch_size // comm.get_world_size()
 

@@ -62,10 +62,8 @@ class Predictor(DefaultPredictor):
 
 
 def files_of_run(run: str) -> tuple[str, str]:
-    """
-    Config and weights of a run, by its folder or a checkpoint in it. FileNotFoundError: it has no
-    config.
-    """
+    """Config and weights of a run, by its folder or a checkpoint in it. FileNotFoundError: it has
+    no config."""
     weights = Path(run)
     if not weights.exists():
         raise FileNotFoundError(f"the run or checkpoint is {run}, a file that does not exist")
@@ -114,10 +112,8 @@ def trained_config(
 
 
 def image_mapper(cfg: CfgNode) -> DatasetMapper:
-    """
-    What makes a model's input of the record of an image, as evaluation does. Unlike
-    ``DatasetMapper(cfg)``, it asks for no dataset of the config.
-    """
+    """What makes a model's input of the record of an image, as evaluation does. Unlike
+    ``DatasetMapper(cfg)``, it asks for no dataset of the config."""
     return DatasetMapper(
         is_train=False,
         augmentations=build_augmentation(cfg, is_train=False),
@@ -126,10 +122,8 @@ def image_mapper(cfg: CfgNode) -> DatasetMapper:
 
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:
-    """
-    What is registered of a config's first test dataset, or kept in it of own data, if that has as
-    many classes, and keypoints if any, as its model, as far as that is known; else nothing.
-    """
+    """What is registered of a config's first test dataset, or kept in it of own data, if that has
+    as many classes, and keypoints if any, as its model, as far as that is known; else nothing."""
     model, known, categories = cfg.MODEL, num_classes_of(cfg), own_data(cfg).CATEGORIES
     name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
     if name in ("train", "val") and categories:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -34,18 +35,7 @@ _HEADS_OF = {  # MODEL.META_ARCHITECTURE to the node with its number of classes
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
 }
-_REGISTRIES = {
-    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": modeling.ROI_BOX_HEAD_REGISTRY,
-    "MODEL.ROI_MASK_HEAD.NAME": modeling.ROI_MASK_HEAD_REGISTRY,
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": modeling.ROI_KEYPOINT_HEAD_REGISTRY,
-    "MODEL.SEM_SEG_HEAD.NAME": modeling.SEM_SEG_HEADS_REGISTRY,
-}
+_UNKNOWN_NAME = re.compile(r"No object named '(.*)' found in '(\w+)' registry")
 _OWN_PATHS = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")  # of DATASETS.OWN
 _OF_CATEGORIES = ("id", "name", "keypoints", "skeleton")  # what is kept of COCO's
 _SYNC_BN = ("SyncBN", "nnSyncBN")
@@ -55,10 +45,8 @@ _OF_DETECTRON2 = ("The given NumPy array is not writ", "Creating a tensor from a
 
 
 def set_up_logging(output_dir: str) -> None:
-    """
-    Log to the screen and to ``log.txt``; what Detectron2 logs of the environment, the config and
-    the model goes to ``log.txt`` alone, and what PyTorch tells the authors of Detectron2 nowhere.
-    """
+    """Log to the screen and to ``log.txt``, what Detectron2 logs of environment, config and model
+    to that alone, and what PyTorch tells the authors of Detectron2 nowhere."""
     # It warns where there is no CUDA, when Detectron2 looks at the environment.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for category in (DeprecationWarning, FutureWarning):
@@ -74,10 +62,8 @@ def set_up_logging(output_dir: str) -> None:
 
 
 def check_weights_exist(key: str, weights: str) -> None:
-    """
-    Refuse weights that are not there, by a FileNotFoundError that names their ``key``; those at a
-    URL are downloaded, if they are not kept already.
-    """
+    """Refuse weights that are not there, by a FileNotFoundError that names their ``key``; those at
+    a URL are downloaded, if they are not kept already."""
     if "://" in weights:
         logger.info(f"{key}: {weights} is downloaded, if it was not before")
         # Its progress bar and its log would say a failure beside the error.
@@ -148,10 +134,8 @@ def drop_late_steps(cfg: CfgNode) -> None:
 
 
 def missing_download(name: str) -> str | None:
-    """
-    Which file or folder of a dataset is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)"; None
-    for none. What is elsewhere is not looked at: built-in datasets are made on first use.
-    """
+    """Which file or folder of a dataset is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)";
+    None for none. What is elsewhere is not looked at: built-in datasets are made on first use."""
     root = os.getenv("DETECTRON2_DATASETS")
     folder = Path(root or "datasets").expanduser()
     metadata = MetadataCatalog.get(name)
@@ -169,20 +153,18 @@ def num_classes_of(cfg: CfgNode) -> tuple[str, int] | None:
 
 @contextmanager
 def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
-    """
-    Within the ``with``, name the key of the value because of which building a model fails, in a
-    ValueError in the place of Detectron2's KeyError and AssertionError.
-    """
+    """Within the ``with``, name the key of the value because of which building a model fails, in a
+    ValueError in the place of Detectron2's KeyError and AssertionError."""
     try:
         yield
     except AssertionError as error:
         raise ValueError(f"The model cannot be built: {error}") from error
     except KeyError as error:
-        values = dict(walk(cfg))
-        for key, registry in _REGISTRIES.items():
-            if repr(values[key]) in str(error) and values[key] not in registry:
-                check_choice(key, values[key], sorted(name for name, _ in registry))
-        feature = error.args[0] if error.args else None
+        values, feature = dict(walk(cfg)), error.args[0] if error.args else None
+        if found := _UNKNOWN_NAME.search(str(feature)):
+            registry = getattr(modeling, f"{found[2]}_REGISTRY", ())
+            for key in [key for key, value in values.items() if value == found[1]]:
+                check_choice(key, found[1], sorted(name for name, _ in registry))
         lists = {
             key: value
             for key, value in values.items()
@@ -207,11 +189,9 @@ def use_own_data(
     *,
     eval_only: bool = False,
 ) -> None:
-    """
-    Let a config train and evaluate on a user's data, in place, and register them: what is None
+    """Let a config train and evaluate on a user's data, in place, and register them: what is None
     stays as ``DATASETS.OWN`` has it. ValueError: something is missing, or see
-    :func:`register_datasets`.
-    """
+    :func:`register_datasets`."""
     cfg.DATASETS.OWN = own = own_data(cfg)
     for key, path in zip(_OWN_PATHS, (train_json, train_images, val_json, val_images)):
         own[key] = os.path.abspath(path) if path else own[key]
@@ -300,11 +280,9 @@ def use_cpu_without_cuda(cfg: CfgNode) -> None:
 
 
 def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
-    """
-    With many processes on CPUs, make ``NORM: SyncBN`` "naiveSyncBN_N", in place, anywhere in the
+    """With many processes on CPUs, make ``NORM: SyncBN`` "naiveSyncBN_N", in place, anywhere in the
     config: PyTorch's own needs CUDA. Detectron2's does the same (without RoIs, too), more slowly;
-    the names of its weights are the same. Its running variance is the biased one.
-    """
+    the names of its weights are the same. Its running variance is the biased one."""
     if comm.get_world_size() == 1 or not cfg.MODEL.DEVICE.startswith("cpu"):
         return
     norms = [key for key, value in walk(cfg) if key.endswith("NORM") and value in _SYNC_BN]

@@ -102,6 +102,18 @@ def test_what_is_given_stays_and_the_rest_follows(make):
     assert make(500, "SOLVER.BASE_LR", 0.1).SOLVER.BASE_LR == 0.1
 
 
+def test_a_resumed_run_keeps_its_batch_on_another_machine(make):
+    saved = {"SOLVER.IMS_PER_BATCH": 4, "SOLVER.BASE_LR": 0.01, "MODEL.WEIGHTS": "gone.pth"}
+    cfg = make(500, device="cuda")
+    before = cfg.clone()
+    cfg.MODEL.WEIGHTS, cfg.MODEL.ANCHOR_GENERATOR.SIZES = "gone.pth", [[32]]
+    use_recipe(cfg, [], {**saved, "MODEL.NONLOCAL.GAMMA_LR_FACTOR": 100.0})
+    assert cfg.SOLVER == before.SOLVER
+    cfg.SOLVER.IMS_PER_BATCH = 2
+    use_recipe(cfg, ["SOLVER.IMS_PER_BATCH"], saved)
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.BASE_LR) == (6464, 0.01)
+
+
 def test_blocks_start_as_their_weights_say(make):
     block = {"backbone.bottom_up.res4.nonlocal4.g.weight": torch.zeros(2, 4, 1, 1)}
     assert make().MODEL.NONLOCAL.GAMMA_LR_FACTOR == 100
