@@ -59,13 +59,15 @@ def setup(cfg: CfgNode, args: argparse.Namespace) -> None:
         register_datasets(cfg, eval_only=args.eval_only)
     use_cpu_without_cuda(cfg)
     if args.finetune:
+        check_datasets(cfg)
         saved = saved_run(cfg.OUTPUT_DIR).get("config") if args.resume else None
         use_recipe(cfg, args.opts[::2], saved)
     elif not args.eval_only:
         tell_schedule(cfg)
-    if args.resume and not args.eval_only:
-        keep_values_of_checkpoint(cfg, cfg.OUTPUT_DIR)
-    drop_late_steps(cfg)
+    if not args.eval_only:
+        if args.resume:
+            keep_values_of_checkpoint(cfg, cfg.OUTPUT_DIR)
+        drop_late_steps(cfg)
     check_datasets(cfg, eval_only=args.eval_only)
     check_evaluation(cfg, eval_only=args.eval_only)
     use_sync_bn_of_cpu(cfg)

@@ -36,9 +36,10 @@ Go on with an interrupted run; evaluate what it has learnt:
 What became of every tensor of some weights; an error if anything but new blocks starts fresh:
     $ train_net.py --config-file ... --weights-report --strict-weights MODEL.WEIGHTS model.pth
 
-Your own data in COCO's format; the number of classes and keypoints is read from it:
-    $ train_net.py --config-file ... --train-json train.json --train-images train/ \\
+Your own photographs, with annotations in COCO's format; the run's config.yaml keeps their places:
+    $ train_net.py --finetune --config-file ... --train-json train.json --train-images train/ \\
         --val-json val.json --val-images val/
+    $ train_net.py --eval-only --config-file output/config.yaml MODEL.WEIGHTS output/model_final.pth
 """
 
 
