@@ -46,6 +46,7 @@ def test_nothing_else_changes():
     assert cfg.SOLVER.pop("CHECKPOINT_KEEP_LAST") == 0
     assert cfg.TEST.pop("BEST_CHECKPOINT_METRIC") == ""
     assert not any(cfg.DATASETS.pop("OWN").values())
+    assert cfg.TEST.pop("FAST_EVAL") is False
     assert cfg == get_cfg()
 
 
