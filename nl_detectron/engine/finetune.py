@@ -52,25 +52,26 @@ def schedule(photographs: int, processes: int, on_gpu: bool, given: SETTINGS) ->
     return {key: given.get(key, value) for key, value in values.items()}
 
 
-def pictures(photographs: int, on_gpu: bool, anchors: list[list[float]]) -> SETTINGS:
-    """Their sizes in training and testing, and crops of few photographs, by config keys."""
-    values: SETTINGS = {"INPUT.MIN_SIZE_TRAIN": (640, 672, 704, 736, 768, 800)}
+def pictures(cfg: CfgNode, photographs: int, on_gpu: bool) -> SETTINGS:
+    """Their sizes, crops of few photographs, and anchors that halve or double with the sizes, by
+    config keys; on a CPU also fewer regions."""
+    size, before = (800, 1333) if on_gpu else (320, 560), cfg.INPUT.MIN_SIZE_TEST or 800
+    scale = 2.0 ** round(math.log2(size[0] / before))
+    anchors = cfg.MODEL.ANCHOR_GENERATOR.SIZES
+    values: SETTINGS = {
+        "INPUT.MIN_SIZE_TRAIN": (640, 672, 704, 736, 768, 800) if on_gpu else (192, 224, 256),
+        "INPUT.MAX_SIZE_TRAIN": 1333 if on_gpu else 448,
+        "INPUT.MIN_SIZE_TEST": size[0],
+        "INPUT.MAX_SIZE_TEST": size[1],
+        "MODEL.ANCHOR_GENERATOR.SIZES": [[scale * a for a in of_level] for of_level in anchors],
+    }
     if photographs < FEW:
         values |= {"INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "relative_range"}
         values |= {"INPUT.CROP.SIZE": [0.6, 0.6]}
-    if on_gpu:
-        return values
-    return values | {
-        "INPUT.MIN_SIZE_TRAIN": (192, 224, 256),
-        "INPUT.MAX_SIZE_TRAIN": 448,
-        "INPUT.MIN_SIZE_TEST": 320,
-        "INPUT.MAX_SIZE_TEST": 560,
-        # Objects are smaller in smaller pictures.
-        "MODEL.ANCHOR_GENERATOR.SIZES": [[size / 2 for size in sizes] for sizes in anchors],
-        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 250,
-        "MODEL.RPN.POST_NMS_TOPK_TEST": 250,
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64,
-    }
+    if not on_gpu:
+        values |= {f"MODEL.RPN.POST_NMS_TOPK_{when}": 250 for when in ("TRAIN", "TEST")}
+        values |= {"MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 64}
+    return values
 
 
 def use_recipe(cfg: CfgNode, explicit: Collection[str], saved: SETTINGS | None = None) -> None:
@@ -84,7 +85,7 @@ def use_recipe(cfg: CfgNode, explicit: Collection[str], saved: SETTINGS | None =
     processes = comm.get_world_size()
     kept = {**saved, **{key: _get(cfg, key) for key in explicit}}
     values = schedule(photographs, processes, on_gpu, kept)
-    values |= pictures(photographs, on_gpu, model.ANCHOR_GENERATOR.SIZES)
+    values |= pictures(cfg, photographs, on_gpu)
     places = {model.BACKBONE.NAME, model.ROI_KEYPOINT_HEAD.NAME}
     start = "no blocks"
     if places & {*OUR_BACKBONES, "NonLocalKeypointHead"}:

@@ -61,7 +61,7 @@ def make(photographs, tmp_path, monkeypatch):
 def test_the_table_in_the_docs(machine, number):
     processes, on_gpu = MACHINES[machine]
     values = schedule(number, processes, on_gpu, {})
-    sizes = pictures(number, on_gpu, [[32.0]])["INPUT.MIN_SIZE_TRAIN"]
+    sizes = pictures(build_config(MASK), number, on_gpu)["INPUT.MIN_SIZE_TRAIN"]
     batch, iterations = values["SOLVER.IMS_PER_BATCH"], values["SOLVER.MAX_ITER"]
     period = values["TEST.EVAL_PERIOD"]
     row = [
@@ -126,6 +126,12 @@ def test_smaller_pictures_have_smaller_anchors(make):
     on_gpu, on_cpu = make(device="cuda"), make()
     sizes = [cfg.MODEL.ANCHOR_GENERATOR.SIZES for cfg in (on_gpu, on_cpu)]
     assert sizes == [[[32], [64], [128], [256], [512]], [[16], [32], [64], [128], [256]]]
+    assert (on_gpu.INPUT.MIN_SIZE_TEST, on_cpu.INPUT.MIN_SIZE_TEST) == (800, 320)
+    for device, expected in (("cpu", sizes[1]), ("cuda", sizes[0])):  # a recipe's own config
+        cfg = on_cpu.clone()
+        cfg.MODEL.DEVICE = device
+        use_recipe(cfg, [])
+        assert expected == cfg.MODEL.ANCHOR_GENERATOR.SIZES
 
 
 def test_one_line_says_what_was_chosen(make, caplog):
