@@ -24,7 +24,7 @@ OUR_BACKBONES = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
 
 def add_nonlocal_config(cfg: CfgNode) -> None:
     """
-    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO,
+    Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO, ``DATASETS.OWN``,
     ``SOLVER.CHECKPOINT_KEEP_LAST``, ``TEST.BEST_CHECKPOINT_METRIC`` and ``TEST.FAST_EVAL``. What is
     there is kept.
 
@@ -41,6 +41,12 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     _add_missing(cfg.TEST, {"BEST_CHECKPOINT_METRIC": ""})
     # Compute the APs by faster-coco-eval, if it is installed: the same, 7 to 20 times as fast.
     _add_missing(cfg.TEST, {"FAST_EVAL": False})
+    # Data of one's own in COCO's format, which DATASETS.TRAIN and TEST name "train" and "val": the
+    # files and folders, and COCO's list of categories. The options of train_net.py set them, and
+    # config.yaml keeps them.
+    _add_missing(cfg.DATASETS, {"OWN": CfgNode()})
+    own = {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "VAL_JSON": "", "VAL_IMAGES": ""}
+    _add_missing(cfg.DATASETS.OWN, {**own, "CATEGORIES": []})
 
     node = CfgNode()
 
@@ -206,10 +212,8 @@ def walk(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class _LenientConfig(CfgNode):
-    """
-    A config that takes a whole number where a float is asked, which yacs does not, and opens no
-    file whose aliases stand for more than a config can hold.
-    """
+    """A config that takes a whole number where a float is asked, which yacs does not, and opens no
+    file whose aliases stand for more than a config can hold."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> io.StringIO:

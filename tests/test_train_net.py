@@ -31,7 +31,7 @@ IN_ONE_LINE = [
     (["SOLVER.BASE_RL", "1"], "did you mean 'SOLVER.BASE_LR'?", False),
     (["MODEL.NONLOCAL.PAIRWISE", "dot"], "MODEL.NONLOCAL.PAIRWISE is 'dot'", True),
     (["MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS is no.pth, a file that does not exist", True),
-    ([*OWN_DATA, "--val-images", "."], "The annotation file no.json does not exist", True),
+    ([*OWN_DATA, "--val-images", "."], "--train-json no.json does not exist", False),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,9 +20,10 @@ NUM_PERSON_KEYPOINTS = 17  # COCO's persons, the only ones with measured OKS sig
 UNIFORM_OKS_SIGMA = 0.05  # for all others; COCO's run from 0.025 (eyes) to 0.107 (hips)
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """What the annotations of a dataset hold."""
 
+    num_images: int  # with anything to learn
     num_annotations: int
     num_crowds: int
     num_masks: int
@@ -72,9 +73,9 @@ def register_coco_json(
         logger.warning(f"{json_file}: {in_one_line(problems)}")
     if missing := fill_in(coco, areas=False):
         logger.info(f"{json_file} lacks {', '.join(missing)}: filled in where it is loaded")
-    keypoints = keypoint_metadata(coco["categories"])
-    if keypoints:
-        pairs = ", ".join(" - ".join(pair) for pair in keypoints["keypoint_flip_map"])
+    metadata = category_metadata(coco["categories"])
+    if "keypoint_flip_map" in metadata:
+        pairs = ", ".join(" - ".join(pair) for pair in metadata["keypoint_flip_map"])
         logger.info(f"{json_file}: keypoints that swap places in a flip: {pairs or 'none'}")
     records = to_records(coco, image_root)
     kept = [records] if keep_records else []
@@ -87,19 +88,27 @@ def register_coco_json(
         fill_in(coco, areas=False)
         return to_records(coco, image_root)
 
-    names = {category["id"]: category["name"] for category in coco["categories"]}
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(name, None)
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(
-        thing_classes=[names[id_] for id_ in sorted(names)],
-        thing_dataset_id_to_contiguous_id=contiguous_ids(coco),
-        **keypoints,
+        **metadata,
+        categories=coco["categories"],
         json_file=str(json_file),
         image_root=str(image_root),
         evaluator_type="coco",
         annotation_facts=_facts(records),
     )
+
+
+def category_metadata(categories: list[Record]) -> dict[str, Any]:
+    """What COCO's categories tell for Detectron2's metadata: names, ids, and of keypoints."""
+    names = {category["id"]: category["name"] for category in categories}
+    return {
+        "thing_classes": [names[id_] for id_ in sorted(names)],
+        "thing_dataset_id_to_contiguous_id": contiguous_ids({"categories": categories}),
+        **keypoint_metadata(categories),
+    }
 
 
 def configure_for_dataset(
@@ -122,10 +131,8 @@ def configure_for_dataset(
             keypoints that the config's model is to learn, or there is nothing to train on.
     """
     train, val = MetadataCatalog.get(train_name), MetadataCatalog.get(val_name)
-    facts = {
-        name: MetadataCatalog.get(name).get("annotation_facts") or _facts(DatasetCatalog.get(name))
-        for name in ([] if eval_only else [train_name]) + [val_name]
-    }
+    used = [val_name] if eval_only else [train_name, val_name]
+    facts = {name: annotation_facts(name) for name in used}
     if not eval_only:
         _check_trainable(train_name, facts[train_name])
     for key in ("thing_classes", *(["keypoint_names"] if cfg.MODEL.KEYPOINT_ON else [])):
@@ -148,11 +155,17 @@ def configure_for_dataset(
     logger.info(f"Configured for {train_name!r} and {val_name!r}: {summary}")
 
 
-def _facts(records: list[Record]) -> _Facts:
+def annotation_facts(name: str) -> Facts:
+    """What there is to learn in a registered dataset."""
+    return MetadataCatalog.get(name).get("annotation_facts") or _facts(DatasetCatalog.get(name))
+
+
+def _facts(records: list[Record]) -> Facts:
     """What there is to learn; of the one or two million entries, one loop."""
-    num_annotations = num_crowds = num_masks = 0
+    num_images = num_annotations = num_crowds = num_masks = 0
     has_rle = has_keypoint = False
     for record in records:
+        num_images += any(not a.get("iscrowd", 0) for a in record["annotations"])
         for annotation in record["annotations"]:
             num_annotations += 1
             num_masks += "segmentation" in annotation
@@ -161,10 +174,10 @@ def _facts(records: list[Record]) -> _Facts:
                 continue
             has_rle = has_rle or type(annotation.get("segmentation")) is dict
             has_keypoint = has_keypoint or any(v > 0 for v in annotation.get("keypoints", ())[2::3])
-    return _Facts(num_annotations, num_crowds, num_masks, has_rle, has_keypoint)
+    return Facts(num_images, num_annotations, num_crowds, num_masks, has_rle, has_keypoint)
 
 
-def _check_trainable(name: str, facts: _Facts) -> None:
+def _check_trainable(name: str, facts: Facts) -> None:
     if not facts.num_annotations:
         raise ValueError(f"{name!r} has no annotations: there is nothing to train on")
     if facts.num_crowds == facts.num_annotations:
@@ -174,7 +187,7 @@ def _check_trainable(name: str, facts: _Facts) -> None:
         )
 
 
-def _configure_masks(cfg: CfgNode, facts: dict[str, _Facts]) -> None:
+def _configure_masks(cfg: CfgNode, facts: dict[str, Facts]) -> None:
     for name, of in facts.items():
         if of.num_masks < of.num_annotations:
             raise ValueError(
@@ -188,7 +201,7 @@ def _configure_masks(cfg: CfgNode, facts: dict[str, _Facts]) -> None:
 
 
 def _configure_keypoints(
-    cfg: CfgNode, train_name: str, keypoint_names: list[str], facts: dict[str, _Facts]
+    cfg: CfgNode, train_name: str, keypoint_names: list[str], facts: dict[str, Facts]
 ) -> None:
     problem = ""
     without = [name for name, of in facts.items() if of.num_annotations and not of.has_keypoint]

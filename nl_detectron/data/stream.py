@@ -138,6 +138,11 @@ class TrainLoader:
         self.seed = seed
         self.start_iteration = start_iteration
 
+    @property
+    def iterations_per_epoch(self) -> float:
+        """How many batches it takes to show as many images as there are."""
+        return self._size / self._batch_size
+
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that nothing is drawn or started before the first batch is asked for, and
         # so that the workers end with it: its frame has the only reference to their iterator.

@@ -130,12 +130,10 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """
-        With ``resume``, go on from the checkpoint that ``last_checkpoint`` names, or if that is
+        """With ``resume``, go on from the checkpoint that ``last_checkpoint`` names, or if that is
         missing or damaged, from the newest sound one in the folder; if there is none, or without
         ``resume``, load the weights ``path``. It returns and raises what :meth:`load` does;
-        ``resumed`` and ``note`` tell the rest.
-        """
+        ``resumed`` and ``note`` tell the rest."""
         found, self.resumed, self.note = "", False, ""
         if resume:  # the main process decides for all
             mine = self._find_checkpoint() if comm.is_main_process() else None

@@ -119,14 +119,19 @@ def put_blocks(
         for place in _find_places(module, places)
     ]
     with ExitStack() as undo:  # everything is legal; only now change the model
-        for place, block, frozen in planned:
+        for place, block, _ in planned:
             undo.callback(place.put(block))
-            logger.log(
-                logging.WARNING if frozen else logging.INFO,
-                f"{type(block).__name__} {place.name} after {place.after} ({place.channels} "
-                "channels)" + (": frozen, as its stage is; it will not learn" if frozen else ""),
-            )
         undo.pop_all()
+    lines: dict[bool, list[str]] = {False: [], True: []}
+    for place, block, is_frozen in planned:
+        text = (
+            f"{type(block).__name__} {place.name} after {place.after} ({place.channels} channels)"
+        )
+        lines[is_frozen].append(text)
+    if lines[False]:
+        logger.info(", ".join(lines[False]))
+    if lines[True]:
+        logger.warning(f"{', '.join(lines[True])}: frozen, as its stage is; it will not learn")
     return [(place.name, block, place.channels) for place, block, _ in planned]
 
 

@@ -61,6 +61,12 @@ def test_points_blocks_and_arrows(run, image, tmp_path, monkeypatch):
         assert arrows == 2
 
 
+def test_a_run_and_an_image(trained, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attention.main([str(trained), str(image), "--at", "grid", "--block", "nonlocal0"])
+    assert (tmp_path / "output" / "attention" / "noise.html").exists()
+
+
 def test_on_a_grid(run, image, monkeypatch):
     drawn = drawn_maps(monkeypatch)
     run("--input", image, "--at", "grid", "--block", "nonlocal0")

@@ -65,7 +65,7 @@ def test_options_are_detectron2s():
     ours = vars(parse_arguments(["--config-file", QUICK_START]))
     assert theirs.items() <= ours.items()
     data = {"train_json", "train_images", "val_json", "val_images"}
-    own = data | {"weights_report", "strict_weights", "traceback", "timeout", "project"}
+    own = data | {"weights_report", "strict_weights", "traceback", "timeout", "project", "finetune"}
     assert ours.keys() - theirs.keys() == own
 
 
@@ -94,7 +94,7 @@ def test_runs_on_the_cpu_without_cuda(overrides):
         ([], "--config-file is needed"),
         (["--config-file", "no.yaml"], "no.yaml does not exist"),
         (["--config-file", QUICK_START, "SOLVER.BASE_LR"], "pairs of KEY VALUE"),
-        (["--config-file", QUICK_START, "--train-json", "a.json"], "--val-images are needed"),
+        (["--config-file", QUICK_START, "--train-json", "a.json"], "a.json does not exist"),
         (["--config-file", QUICK_START, "--num-gpus", "99"], "--num-gpus is 99"),
         (["--config-file", QUICK_START, "--resum-e"], "unrecognized arguments"),
     ],
