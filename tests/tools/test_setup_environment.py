@@ -112,9 +112,8 @@ def test_detectron2_of_another_python_is_made_visible(
 
     assert Path(found or "").samefile(package)
     script = "import detectron2; print(detectron2.__path__[0])"
-    seen = subprocess.run(
-        [environment.python, "-c", script], cwd="/", capture_output=True, text=True, check=True
-    )
+    command = [environment.python, "-c", script]
+    seen = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True, timeout=60)
     assert Path(seen.stdout.strip()).samefile(package)
 
 
