@@ -16,7 +16,7 @@ ONNX = ["onnx", "onnxruntime", "onnxscript"]
 SLURM = ["submitit>=1.5"]
 TIMM = ["timm>=1.0"]
 TOY = ["shapely"]  # draws the built-in datasets
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM, *TIMM, *TOY]
+TEST = ["pytest>=7", "pytest-timeout", "pytest-xdist", "selenium", *ONNX, *SLURM, *TIMM, *TOY]
 
 setup(
     name="nl_detectron",
