@@ -20,7 +20,6 @@ from nl_detectron.config import build_config
 from nl_detectron.engine import Trainer, parse_arguments
 from nl_detectron.engine.setup import use_cpu_without_cuda
 from tests.commands import ROOT
-from tests.commands import run as run_command
 
 QUICK_START = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
 SMALL = [
@@ -204,17 +203,6 @@ def test_resumed_run_keeps_the_best_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(best[key], second[key]) for key in second)
     assert not all(torch.equal(best[key], third[key]) for key in third)
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
-
-
-def test_command_line(tmp_path):
-    """From another folder, and with an error that a user sees."""
-    shown = run_command(ROOT / "train_net.py", "--help", cwd=tmp_path)
-    assert shown.returncode == 0
-    assert "Examples" in shown.stdout
-    words = [*QUICK_START, "MODEL.NONLOCAL.PAIRWISE", "dot", "OUTPUT_DIR", str(tmp_path)]
-    failed = run_command(ROOT / "train_net.py", *words, cwd=tmp_path)
-    assert failed.returncode == 2
-    assert "MODEL.NONLOCAL.PAIRWISE is 'dot'" in failed.stderr
 
 
 def noisy(record, rng):
