@@ -25,7 +25,8 @@ OUR_BACKBONES = ("build_nonlocal_backbone", "build_balanced_fpn_backbone")
 def add_nonlocal_config(cfg: CfgNode) -> None:
     """
     Add ``MODEL.NONLOCAL`` with its defaults, the paper's block for COCO,
-    ``SOLVER.CHECKPOINT_KEEP_LAST`` and ``TEST.BEST_CHECKPOINT_METRIC``. What is there is kept.
+    ``SOLVER.CHECKPOINT_KEEP_LAST``, ``TEST.BEST_CHECKPOINT_METRIC`` and ``TEST.FAST_EVAL``. What is
+    there is kept.
 
     Args:
         cfg: Detectron2's config, changed in place.
@@ -38,6 +39,8 @@ def add_nonlocal_config(cfg: CfgNode) -> None:
     # Keep the weights of the best evaluation (each TEST.EVAL_PERIOD) in model_best.pth: by what is
     # highest then, such as "bbox/AP" (with several test datasets "NAME/bbox/AP"); "" keeps none.
     _add_missing(cfg.TEST, {"BEST_CHECKPOINT_METRIC": ""})
+    # Compute the APs by faster-coco-eval, if it is installed: the same, 7 to 20 times as fast.
+    _add_missing(cfg.TEST, {"FAST_EVAL": False})
 
     node = CfgNode()
 

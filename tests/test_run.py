@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from detectron2.config import defaults, get_cfg
 
 from nl_detectron import run
 from tests import commands
@@ -66,7 +67,8 @@ def test_script_and_its_processes_know_all_that_is_registered(tmp_path):
         (["--data", "own", "none.json", ".", __file__], "annotation file none.json does not exist"),
     ],
 )
-def test_errors_of_the_user(words, message, capsys):
+def test_errors_of_the_user(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(defaults, "_C", get_cfg())
     with pytest.raises(SystemExit) as exit_:
         run.prepare(words)
     assert exit_.value.code == 2

@@ -9,9 +9,8 @@ from typing import NamedTuple
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from nl_detectron.data.coco_checks import Problem, check_coco, in_one_line
+from nl_detectron.data.coco_checks import MISSING_PICTURE, check_coco, in_one_line
 from nl_detectron.data.coco_format import Record, no_garbage, read_coco
-from nl_detectron.data.coco_images import MISSING_PICTURE
 from nl_detectron.data.coco_records import contiguous_ids, fill_in, to_records
 from nl_detectron.data.keypoints import keypoint_metadata
 
@@ -65,9 +64,18 @@ def register_coco_json(
             cannot live with; the message is one line.
     """
     coco = read_coco(Path(json_file))
-    _report(check_coco(coco, Path(image_root), pictures), json_file)
+    problems = check_coco(coco, Path(image_root), pictures)
+    if errors := [problem for problem in problems if problem.is_error]:
+        error_type = FileNotFoundError if errors[0].kind == MISSING_PICTURE else ValueError
+        raise error_type(f"{json_file}: {in_one_line(errors)}")
+    if problems:
+        logger.warning(f"{json_file}: {in_one_line(problems)}")
     if missing := fill_in(coco, areas=False):
         logger.info(f"{json_file} lacks {', '.join(missing)}: filled in where it is loaded")
+    keypoints = keypoint_metadata(coco["categories"])
+    if keypoints:
+        pairs = ", ".join(" - ".join(pair) for pair in keypoints["keypoint_flip_map"])
+        logger.info(f"{json_file}: keypoints that swap places in a flip: {pairs or 'none'}")
     records = to_records(coco, image_root)
     kept = [records] if keep_records else []
 
@@ -79,16 +87,12 @@ def register_coco_json(
         fill_in(coco, areas=False)
         return to_records(coco, image_root)
 
-    DatasetCatalog.pop(name, None)
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop(name, None)
     DatasetCatalog.register(name, load)
-    MetadataCatalog.pop(name, None)
-    categories = sorted(coco["categories"], key=lambda category: category["id"])
-    keypoints = keypoint_metadata(coco["categories"])
-    if keypoints:
-        pairs = ", ".join(" - ".join(pair) for pair in keypoints["keypoint_flip_map"])
-        logger.info(f"{json_file}: keypoints that swap places in a flip: {pairs or 'none'}")
     MetadataCatalog.get(name).set(
-        thing_classes=[category["name"] for category in categories],
+        thing_classes=[names[id_] for id_ in sorted(names)],
         thing_dataset_id_to_contiguous_id=contiguous_ids(coco),
         **keypoints,
         json_file=str(json_file),
@@ -96,17 +100,6 @@ def register_coco_json(
         evaluator_type="coco",
         annotation_facts=_facts(records),
     )
-
-
-def _report(problems: list[Problem], json_file: str | Path) -> None:
-    """Raise the errors, in one line; or else log the warnings, in one line."""
-    errors = [problem for problem in problems if problem.is_error]
-    if not errors:
-        if problems:
-            logger.warning(f"{json_file}: {in_one_line(problems)}")
-        return
-    error_type = FileNotFoundError if errors[0].kind == MISSING_PICTURE else ValueError
-    raise error_type(f"{json_file}: {in_one_line(errors)}")
 
 
 def configure_for_dataset(
@@ -143,8 +136,7 @@ def configure_for_dataset(
             )
     num_classes = len(train.thing_classes)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train_name,), (val_name,)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
-    cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
     summary = f"{num_classes} classes ({', '.join(train.thing_classes)})"
     if cfg.MODEL.MASK_ON:
         _configure_masks(cfg, facts)
@@ -163,12 +155,11 @@ def _facts(records: list[Record]) -> _Facts:
     for record in records:
         for annotation in record["annotations"]:
             num_annotations += 1
-            segmentation = annotation.get("segmentation")
             num_masks += "segmentation" in annotation
             if annotation.get("iscrowd", 0):
                 num_crowds += 1
                 continue
-            has_rle = has_rle or type(segmentation) is dict
+            has_rle = has_rle or type(annotation.get("segmentation")) is dict
             has_keypoint = has_keypoint or any(v > 0 for v in annotation.get("keypoints", ())[2::3])
     return _Facts(num_annotations, num_crowds, num_masks, has_rle, has_keypoint)
 
@@ -199,24 +190,19 @@ def _configure_masks(cfg: CfgNode, facts: dict[str, _Facts]) -> None:
 def _configure_keypoints(
     cfg: CfgNode, train_name: str, keypoint_names: list[str], facts: dict[str, _Facts]
 ) -> None:
+    problem = ""
+    without = [name for name, of in facts.items() if of.num_annotations and not of.has_keypoint]
     if not keypoint_names:
-        raise ValueError(
-            f"MODEL.KEYPOINT_ON is set, but no category of {train_name!r} has a list 'keypoints' "
-            "with the names of its keypoints, or categories have different ones"
-        )
-    if len(set(keypoint_names)) < len(keypoint_names):
-        raise ValueError(
-            f"MODEL.KEYPOINT_ON is set, but keypoints of {train_name!r} have the same name: "
-            f"{', '.join(keypoint_names)}"
-        )
-    for name, of in facts.items():
-        if of.num_annotations and not of.has_keypoint:
-            raise ValueError(
-                f"MODEL.KEYPOINT_ON is set, but no annotation of {name!r} has a keypoint with a "
-                "visibility above 0"
-            )
-    num_keypoints = len(keypoint_names)
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = num_keypoints
+        problem = f"no category of {train_name!r} has a list 'keypoints' with the names of its "
+        problem += "keypoints, or categories have different ones"
+    elif len(set(keypoint_names)) < len(keypoint_names):
+        names = ", ".join(keypoint_names)
+        problem = f"keypoints of {train_name!r} have the same name: {names}"
+    elif without:
+        problem = f"no annotation of {without[0]!r} has a keypoint with a visibility above 0"
+    if problem:
+        raise ValueError(f"MODEL.KEYPOINT_ON is set, but {problem}")
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoint_names)
     if len(cfg.TEST.KEYPOINT_OKS_SIGMAS) != num_keypoints:
         is_person = num_keypoints == NUM_PERSON_KEYPOINTS
         cfg.TEST.KEYPOINT_OKS_SIGMAS = [] if is_person else [UNIFORM_OKS_SIGMA] * num_keypoints

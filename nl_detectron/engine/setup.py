@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -108,7 +109,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Check that ``TEST.AUG`` is for such a model, and evaluations in training tell the metric."""
+    """Check that ``TEST`` asks for what there is, and evaluations in training tell the metric."""
     model = cfg.MODEL
     if cfg.TEST.AUG.ENABLED:
         check_choice(
@@ -116,6 +117,11 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
         )
         for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):  # which Detectron2 does not augment
             check_choice(f"MODEL.{key} (with TEST.AUG.ENABLED)", model[key], (False,))
+    if cfg.TEST.FAST_EVAL and find_spec("faster_coco_eval") is None:
+        raise ValueError(
+            "TEST.FAST_EVAL is True, but faster-coco-eval is not installed: pip install "
+            "faster-coco-eval, or set it to False"
+        )
     metric = cfg.TEST.BEST_CHECKPOINT_METRIC
     if eval_only or not metric:
         return

@@ -19,7 +19,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nl_detectron.config import keys_for_arguments, nonlocal_node
-from nl_detectron.data import CompletingCOCOEvaluator, TrainLoader, build_train_loader
+from nl_detectron.data import (
+    CompletingCOCOEvaluator,
+    FastCOCOEvaluator,
+    TrainLoader,
+    build_train_loader,
+)
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
 from nl_detectron.engine.hooks import BestCheckpointHook, BlockWeightsHook, hooks_of_run
@@ -172,7 +177,8 @@ class Trainer(DefaultTrainer):
         Build what computes COCO's box, mask and keypoint AP, for what the model predicts; the
         predictions go to ``output_folder``, by default ``inference`` in ``cfg.OUTPUT_DIR``.
         """
-        return CompletingCOCOEvaluator(
+        evaluator = FastCOCOEvaluator if cfg.TEST.get("FAST_EVAL") else CompletingCOCOEvaluator
+        return evaluator(
             dataset_name,
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
             # The official implementation; Detectron2's faster one says of itself that it is not.

@@ -6,7 +6,8 @@ import torch
 from detectron2.engine import default_argument_parser
 
 import train_net
-from nl_detectron.data.toy import default_root, make_shapes
+from nl_detectron.data.toy import make_shapes
+from nl_detectron.data.toy.built_in import cache_folder
 from nl_detectron.engine import build_config, parse_arguments
 from tests.corruption import read_corrupted
 
@@ -145,7 +146,7 @@ def test_other_files_are_named(text, tmp_path):
 
 
 def test_own_data_sets_classes_and_keypoints(tmp_path):
-    root = make_shapes(default_root())
+    root = make_shapes(cache_folder("shapes-v1"))
     paths = {}
     for split in ("train", "val"):
         coco = json.loads((root / f"{split}.json").read_text())
