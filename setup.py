@@ -17,7 +17,10 @@ ONNX = ["onnx", "onnxruntime", "onnxscript"]
 SLURM = ["submitit>=1.5"]
 TIMM = ["timm>=1.0"]
 TOY = ["shapely"]  # draws the built-in datasets
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *FAST_EVAL, *ONNX, *SLURM, *TIMM, *TOY]
+TEST = [
+    *("pytest>=7", "pytest-timeout", "pytest-xdist", "selenium"),
+    *(*FAST_EVAL, *ONNX, *SLURM, *TIMM, *TOY),
+]
 
 setup(
     name="nl_detectron",

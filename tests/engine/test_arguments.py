@@ -32,32 +32,16 @@ def config(*arguments, config_file=QUICK_START):
 
 
 def test_config_file_then_overrides():
-    no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()")
-    cfg = config("SOLVER.BASE_LR", "0.5", *no_data, config_file=MASK)
+    """They may be lists and negative numbers, and options may follow them."""
+    after_blocks = ["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[], [], [-1], []]"]
+    numbers = ["SOLVER.BASE_LR", "0.5", "SEED", "-1", "SOLVER.GAMMA", "-1e-4"]
+    no_data = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    cfg = config(*after_blocks, *numbers, *no_data, "--resume", config_file=MASK)
     assert cfg.MODEL.BACKBONE.NAME == "build_nonlocal_backbone"
-    assert cfg.SOLVER.BASE_LR == 0.5
-
-
-def test_lists_and_negative_numbers_as_overrides():
-    cfg = config(
-        "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE",
-        "[[], [], [-1], []]",
-        "SEED",
-        "-1",
-        "SOLVER.GAMMA",
-        "-1e-4",
-    )
     assert cfg.MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE == [[], [], [-1], []]
-    assert (cfg.SEED, cfg.SOLVER.GAMMA) == (-1, -1e-4)
-
-
-@pytest.mark.parametrize("resume_first", [True, False])
-def test_options_may_follow_the_overrides(resume_first):
-    overrides = ["SOLVER.BASE_LR", "0.5"]
-    words = ["--resume", *overrides] if resume_first else [*overrides, "--resume"]
-    args = parse_arguments(["--config-file", QUICK_START, *words])
-    assert args.resume
-    assert args.opts == overrides
+    assert (cfg.SOLVER.BASE_LR, cfg.SEED, cfg.SOLVER.GAMMA) == (0.5, -1, -1e-4)
+    args = parse_arguments(["--config-file", QUICK_START, *numbers, "--resume"])
+    assert (args.resume, args.opts) == (True, numbers)
 
 
 def test_options_are_detectron2s():
