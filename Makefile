@@ -10,7 +10,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo study-quick gpu-check gpu-wheels test lint docs clean
+.PHONY: help setup demo study-quick gpu-check gpu-wheels test lint docs wheel clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,6 +50,12 @@ lint: $(READY) ## Check style, types, and that imports go in one direction
 docs: $(VENV)/.docs ## Build the site in build/docs, warnings as errors; this runs the tutorial
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 	@echo build/docs/index.html
+
+wheel: $(READY) ## Build the wheel in dist, and run what it holds outside this folder
+	rm -rf dist build/lib build/wheel
+	$(VENV)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(VENV)/bin/python -m pip install --quiet --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH=. ../../$(VENV)/bin/python -P -m nl_detectron
 
 clean: ## Remove .venv and all that was built
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

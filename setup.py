@@ -12,11 +12,15 @@ VERSION = re.search(
     r'^__version__ = "(.+)"', (ROOT / "nl_detectron" / "__init__.py").read_text(), re.MULTILINE
 ).group(1)
 
+FAST_EVAL = ["faster-coco-eval>=1.6"]
 ONNX = ["onnx", "onnxruntime", "onnxscript"]
 SLURM = ["submitit>=1.5"]
 TIMM = ["timm>=1.0"]
 TOY = ["shapely"]  # draws the built-in datasets
-TEST = ["pytest>=7", "pytest-xdist", "selenium", *ONNX, *SLURM, *TIMM, *TOY]
+TEST = [
+    *("pytest>=7", "pytest-timeout", "pytest-xdist", "selenium"),
+    *(*FAST_EVAL, *ONNX, *SLURM, *TIMM, *TOY),
+]
 
 setup(
     name="nl_detectron",
@@ -51,6 +55,7 @@ setup(
     ],
     extras_require={
         "toy": TOY,
+        "fast-eval": FAST_EVAL,
         "onnx": ONNX,
         "slurm": SLURM,
         "timm": TIMM,

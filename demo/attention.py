@@ -3,7 +3,7 @@
 
 For each image NAME.png is written to --output, with arrows from the points to the places that count
 most for them, and NAME.html, a page that shows it for whatever is under the pointer (of about 8 MB
-at most, mostly far less). Colours are multiples of the mean of all places.
+at most, mostly far less). The colours say how many times the mean each place counts.
 """
 
 from __future__ import annotations
@@ -33,23 +33,20 @@ from nl_detectron.analysis.placement import Point
 from nl_detectron.analysis.recording import choose_blocks, scoring_blocks
 from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
-from nl_detectron.engine.predictor import trained_config
+from nl_detectron.engine.predictor import model_files, trained_config
 from nl_detectron.engine.setup import use_cpu_without_cuda
 
 EPILOG = """
 Examples:
 
 The model that `make demo` trains, asked at the centres of the objects that it finds:
-    $ demo/attention.py --config-file output/quick_start/config.yaml \\
-        --weights output/quick_start/model_final.pth --input picture.png
+    $ demo/attention.py output/quick_start picture.png
 
 Two points of a photograph, given as x,y in pixels, in one of the blocks, with ten arrows each:
-    $ demo/attention.py --config-file output/config.yaml --weights output/model_final.pth \\
-        --input photo.jpg --points 320,240 100,80 --block res4.nonlocal4 --arrows 10
+    $ demo/attention.py output photo.jpg --points 320,240 100,80 --block res4.nonlocal4 --arrows 10
 
 What speaks for and against the classes of the objects found:
-    $ demo/attention.py --config-file output/config.yaml --weights output/model_final.pth \\
-        --input photo.jpg --show effect
+    $ demo/attention.py output photo.jpg --show effect
 
 Untrained, but worth a look: the plain Gaussian compares the features of an ImageNet classifier:
     $ demo/attention.py --weights R-50.pkl --input photo.jpg --at grid --show weights \\
@@ -65,8 +62,8 @@ GRID = 3
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, EPILOG)
-    parser.add_model_arguments()
-    parser.add_argument("--input", nargs="+", type=Path, metavar="IMAGE", required=True)
+    parser.add_model_arguments(or_run=True)
+    parser.add_argument("--input", nargs="+", metavar="IMAGE", help="the same as behind RUN")
     parser.add_argument(
         "--output",
         type=Path,
@@ -107,6 +104,9 @@ def make_parser() -> Parser:
         "--arrows", type=count, default=5, metavar="K", help="at most, per point (%(default)s)"
     )
     parser.add_argument(
+        "--plain", action="store_true", help="nothing but the image, the points and the arrows"
+    )
+    parser.add_argument(
         "--flip", action="store_true", help="mirror what the model sees, as test-time augmentation"
     )
     parser.add_overrides("but not right behind --input, --points or --block")
@@ -132,7 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = make_parser().parse_with_overrides(arguments)
     setup_logger(name="nl_detectron")
     with exit_on_user_error():
-        cfg = trained_config(args.config_file, args.weights, args.opts)
+        cfg = trained_config(*model_files(args), args.opts)
+        args.input = [Path(image) for image in (*args.images, *(args.input or ()))]
         check_images(args)
         model = load_model(cfg, args.block, args.show)
         args.output.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         write_attention_page(args.output / f"{path.stem}.html", record, title=path.name)
         if points := args.points or choose_points(record, args.at):
-            figure = draw_attention(record.maps(points, args.show), arrows=args.arrows)
+            figure = draw_attention(
+                record.maps(points, args.show), arrows=args.arrows, plain=args.plain
+            )
             figure.savefig(args.output / f"{path.stem}.png", bbox_inches="tight")
         else:
             tqdm.write(
@@ -160,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def check_images(args: argparse.Namespace) -> None:
     """OSError, ValueError: an image cannot be read, lacks a point, or would be replaced."""
+    if not args.input:
+        raise ValueError("images are needed, behind RUN or --input")
     stems = [path.stem for path in args.input]
     for path in args.input:
         check_points(args.points or [], read_image(path))

@@ -26,20 +26,18 @@ from tqdm import tqdm
 from nl_detectron.data import register_coco_json
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, score
 from nl_detectron.engine.drawing import legible_scale, side_by_side
-from nl_detectron.engine.predictor import Predictor, dataset_metadata, trained_config
+from nl_detectron.engine.predictor import Predictor, dataset_metadata, model_files, trained_config
 from nl_detectron.files import run_name
 
 EPILOG = """
 Examples:
 
-The model that `make demo` trains, on its validation images:
-    $ demo/demo.py --config-file output/quick_start/config.yaml \\
-        --weights output/quick_start/model_final.pth \\
-        --input ~/.torch/iopath_cache/nl_detectron/shapes-v1/val --output pictures
+What a run has learnt, on a photograph; the model that `make demo` trains, on its own pictures:
+    $ demo/demo.py output photo.jpg
+    $ demo/demo.py output/quick_start ~/.torch/iopath_cache/nl_detectron/shapes-v1/val
 
 Photographs, by a folder and a pattern; whatever is found with a score from 0.7:
-    $ demo/demo.py --config-file output/config.yaml --weights output/model_final.pth \\
-        --input holiday/ 'more/*.jpg' --confidence 0.7 --output pictures
+    $ demo/demo.py output holiday/ 'more/*.jpg' --confidence 0.7 --output pictures
 
 A baseline on the left, a model with non-local blocks on the right:
     $ demo/demo.py --config-file baseline.yaml --weights baseline.pth \\
@@ -47,12 +45,12 @@ A baseline on the left, a model with non-local blocks on the right:
         --input photo.jpg --output pictures
 
 A video; the camera, until Ctrl-C:
-    $ demo/demo.py --config-file ... --weights ... --video-input street.mov --output videos
-    $ demo/demo.py --config-file ... --weights ... --webcam --output videos
+    $ demo/demo.py output --video-input street.mov --output videos
+    $ demo/demo.py output --webcam --output videos
 
-Names of the classes of your own data: the annotations that train_net.py evaluated on:
-    $ demo/demo.py --config-file output/config.yaml --weights output/model_final.pth \\
-        --val-json val.json --val-images val/ --input photo.jpg
+Names of the classes of your own data, for a run that does not have them in its config.yaml:
+    $ demo/demo.py --config-file old/config.yaml --weights old/model_final.pth \\
+        --val-json val.json --val-images val/ photo.jpg
 
 The config that fits weights best is the config.yaml that train_net.py writes beside them. CUDA is
 used where there is some, else the CPU. The exit status is 1 if some images could not be read.
@@ -69,8 +67,8 @@ class Model(NamedTuple):
 
 def make_parser() -> Parser:
     parser = Parser(__doc__, EPILOG)
-    parser.add_model_arguments()
-    source = parser.add_mutually_exclusive_group(required=True)
+    parser.add_model_arguments(or_run=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="images, folders of images, quoted patterns"
     )
@@ -100,17 +98,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_logger(name="nl_detectron")
     with exit_on_user_error():
         check_combinations(args)
+        args.config_file, args.weights = model_files(args)
         if args.val_json:
             register_coco_json("val", args.val_json, args.val_images)
-        configs = [load_config(args, *pair) for pair in model_files(args)]
+        configs = [load_config(args, *pair) for pair in compared(args)]
         # All that can be wrong with the command line, before models are built.
-        if args.input:
-            targets = name_targets(find_images(args.input), args.output)
+        if args.images:
+            targets = name_targets(find_images(args.images), args.output)
         else:
             video, target = open_video(args.video_input, args.output)
         args.output.mkdir(parents=True, exist_ok=True)
         models = [Model(*pair) for pair in zip(captions(args), map(Predictor, configs))]
-    if args.input:
+    if args.images:
         failures = draw_images(targets, models)
     else:
         failures = draw_video(video, target, models, live=args.webcam)
@@ -121,13 +120,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_combinations(args: argparse.Namespace) -> None:
+    args.images += args.input or []
+    if bool(args.images) + bool(args.video_input) + args.webcam != 1:
+        raise ValueError(
+            "images behind RUN or one of the arguments --input --video-input --webcam is required"
+        )
     if args.captions and not args.compare:
         raise ValueError("--captions are for --compare, which is not given")
     if (args.val_json is None) != (args.val_images is None):
         raise ValueError("--val-json and --val-images are needed together")
 
 
-def model_files(args: argparse.Namespace) -> list[tuple[str, str | None]]:
+def compared(args: argparse.Namespace) -> list[tuple[str, str | None]]:
     """Config and weights of each model."""
     return [(args.config_file, args.weights), *([tuple(args.compare)] if args.compare else [])]
 
@@ -148,7 +152,7 @@ def load_config(args: argparse.Namespace, config_file: str, weights: str | None)
 
 def captions(args: argparse.Namespace) -> Sequence[str]:
     """Those given, else the configs' names, or for a config.yaml that of its folder."""
-    files = [Path(config_file) for config_file, _ in model_files(args)]
+    files = [Path(config_file) for config_file, _ in compared(args)]
     return args.captions or [
         run_name(file.parent) if file.stem == "config" else file.stem for file in files
     ]
@@ -173,10 +177,8 @@ def find_images(words: Sequence[str]) -> list[Path]:
 
 
 def name_targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
-    """
-    The file of each image's picture, to be written. ValueError: it would replace an input or
-    another picture, or has a suffix that OpenCV cannot write.
-    """
+    """The file of each image's picture, to be written. ValueError: it would replace an input or
+    another picture, or has a suffix that OpenCV cannot write."""
     inputs = {image.resolve() for image in images}
     targets: dict[Path, Path] = {}
     for image in images:
@@ -193,10 +195,8 @@ def name_targets(images: Sequence[Path], folder: Path) -> dict[Path, Path]:
 
 
 def open_video(file: Path | None, folder: Path) -> tuple[cv2.VideoCapture, Path]:
-    """
-    Open a video, or for None the first camera, and name the new video in ``folder``.
-    FileNotFoundError, ValueError: it cannot be opened, or would be replaced.
-    """
+    """Open a video, or for None the first camera, and name the new video in ``folder``.
+    FileNotFoundError, ValueError: it cannot be opened, or would be replaced."""
     target = folder / f"{file.stem if file else 'webcam'}.mp4"
     if file is not None and not file.is_file():
         raise FileNotFoundError(f"the video {file} does not exist")

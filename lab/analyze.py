@@ -46,7 +46,7 @@ from nl_detectron.data import build_train_loader
 from nl_detectron.engine import Trainer
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.predictor import Predictor, image_mapper, trained_config
-from nl_detectron.engine.setup import check_datasets, use_cpu_without_cuda
+from nl_detectron.engine.setup import check_datasets, register_datasets, use_cpu_without_cuda
 from nl_detectron.files import check_target
 
 COST_HEADERS = ("parameters (M)", "GMACs", "time (ms)", "peak memory (MiB)")
@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> CostReport:
 def run_training(args: argparse.Namespace) -> tuple[TrainingCost, TrainingCost]:
     cfg = build_config(args.config_file, args.opts)
     cfg.SOLVER.BASE_LR = 0.0
+    register_datasets(cfg)
     check_datasets(cfg)
     use_cpu_without_cuda(cfg)
     model = Trainer.build_model(cfg)  # in training mode

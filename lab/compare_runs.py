@@ -54,7 +54,7 @@ from nl_detectron.data.coco_format import Record
 from nl_detectron.data.coco_records import read_completed
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
 from nl_detectron.engine.drawing import draw_annotations, legible_scale, side_by_side
-from nl_detectron.engine.setup import check_datasets
+from nl_detectron.engine.setup import check_datasets, register_datasets
 from nl_detectron.files import check_target
 
 PREDICTIONS = "inference/coco_instances_results.json"
@@ -75,7 +75,7 @@ class EvaluatedRun(NamedTuple):
 
 @exit_on_user_error()
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(arguments)
+    args = make_parser().parse_with_overrides(arguments)
     if args.json:
         sources = [run / PREDICTIONS for run in (args.run_a, args.run_b)]
         check_target("--json", args.json, sources, overwrite=args.overwrite)
@@ -115,16 +115,18 @@ def make_parser() -> Parser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write index.html there")
     parser.add_overwrite()
+    parser.add_overrides()
     return parser
 
 
 def common_config(args: argparse.Namespace) -> CfgNode:
     """That of B, if both runs were evaluated on the same data."""
-    a, b = (build_config(folder / "config.yaml") for folder in (args.run_a, args.run_b))
-    if a.DATASETS.TEST[-1:] != b.DATASETS.TEST[-1:]:
-        raise ValueError(
-            f"{args.run_a} was evaluated on {a.DATASETS.TEST}, {args.run_b} on {b.DATASETS.TEST}"
-        )
+    folders = (args.run_a, args.run_b)
+    a, b = (build_config(folder / "config.yaml", args.opts) for folder in folders)
+    for data in ([cfg.DATASETS.TEST for cfg in (a, b)], [c.DATASETS.OWN.VAL_JSON for c in (a, b)]):
+        if data[0][-1:] != data[1][-1:]:
+            raise ValueError(f"{args.run_a} was evaluated on {data[0]}, {args.run_b} on {data[1]}")
+    register_datasets(b, eval_only=True)
     check_datasets(b, eval_only=True)
     return b
 

@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "engine")]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "engine")]
 
-from commands import CONFIG, OVERRIDES, Command, Commands  # noqa: E402
+from commands import Command, Commands  # noqa: E402
+from small_config import SMALL  # noqa: E402
 
 TRAIN_NET, PLAIN = ROOT / "train_net.py", ROOT / "tests" / "engine" / "plain_training.py"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -57,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     kinds = list(itertools.product(args.processes, args.workers))
     references: dict[tuple[int, int], tuple[Path, float]] = {}
     identical = 0
-    modules = [TRAIN_NET, ROOT / "tests" / "engine" / "small_runs.py"]
-    with tempfile.TemporaryDirectory() as folder, Commands(*modules) as commands:
+    with tempfile.TemporaryDirectory() as folder, Commands() as commands:
         for number in range(args.kills):
             processes, workers = kinds[number % len(kinds)]
             # Detectron2's own stream depends on the number of workers; ours has one reference.
@@ -107,8 +107,7 @@ class Run:
         self.folder.mkdir(exist_ok=True)
         own = ["DATALOADER.NUM_WORKERS", self.workers, "OUTPUT_DIR", self.folder]
         own += ["SOLVER.IMS_PER_BATCH", 2 * self.processes]
-        line = [PLAIN if self.plain else TRAIN_NET, "--config-file", CONFIG, *words]
-        line += [*OVERRIDES, *MORE_OVERRIDES, *own]
+        line = [PLAIN if self.plain else TRAIN_NET, *SMALL, *words, *MORE_OVERRIDES, *own]
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         variables: dict[str, object] = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -45,6 +45,8 @@ def test_nothing_else_changes():
     del cfg.MODEL["NONLOCAL"]
     assert cfg.SOLVER.pop("CHECKPOINT_KEEP_LAST") == 0
     assert cfg.TEST.pop("BEST_CHECKPOINT_METRIC") == ""
+    assert not any(cfg.DATASETS.pop("OWN").values())
+    assert cfg.TEST.pop("FAST_EVAL") is False
     assert cfg == get_cfg()
 
 

@@ -1,7 +1,5 @@
 """``python -m nl_detectron``."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import detectron2
@@ -11,8 +9,8 @@ from detectron2.config import get_cfg
 import nl_detectron
 from nl_detectron import add_nonlocal_config
 from nl_detectron.__main__ import describe
+from tests.commands import run
 
-ROOT = Path(__file__).resolve().parent.parent
 LINES_ON_A_SCREEN = 50
 
 
@@ -32,7 +30,7 @@ def test_says_what_a_bug_report_needs():
 
 
 def test_runs_and_fits_on_a_screen():
-    command = [sys.executable, "-m", "nl_detectron"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run("-m", "nl_detectron")
+    assert result.returncode == 0
     assert result.stdout.startswith(f"nl_detectron {nl_detectron.__version__} @")
     assert len(result.stdout.splitlines()) <= LINES_ON_A_SCREEN

@@ -1,25 +1,10 @@
 """The package as it is installed and imported."""
 
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def python(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        **options,
-    )
-
+from tests.commands import ROOT, run, start_python
 
 WITHOUT_DETECTRON2 = """
 import importlib.abc, sys
@@ -36,7 +21,7 @@ ABSENT = {*DETECTRON2, "torchvision", "tabulate", "matplotlib", "yaml", "safeten
 @pytest.mark.parametrize("name", ["add_nonlocal_config", "insert_nonlocal_blocks", "missing"])
 def test_what_needs_detectron2_says_so(name):
     script = WITHOUT_DETECTRON2.format(absent=ABSENT) + f"from nl_detectron import {name}"
-    result = python("-c", script, cwd=ROOT)
+    result = start_python("-c", script, cwd=ROOT)
     assert result.returncode == 1
     message = result.stderr.strip().splitlines()[-1]
     if name == "missing":
@@ -68,13 +53,13 @@ else:
 assert not {absent} & {name.partition(".")[0] for name in sys.modules}
 """
     script = WITHOUT_DETECTRON2.format(absent=ABSENT) + script.replace("{absent}", str(ABSENT))
-    result = python("-c", script, cwd=ROOT)
+    result = start_python("-c", script, cwd=ROOT)
     assert result.returncode == 0, result.stderr
 
 
 def test_a_broken_detectron2_is_not_taken_for_none():
     script = WITHOUT_DETECTRON2.format(absent={"fvcore"}) + "import nl_detectron"
-    result = python("-c", script, cwd=ROOT)
+    result = start_python("-c", script, cwd=ROOT)
     assert result.stderr.strip().splitlines()[-1] == "ModuleNotFoundError: No module named 'fvcore'"
 
 
@@ -92,7 +77,7 @@ assert not {"shapes_train", "long_range_val"} & set(DatasetCatalog.list())
 nl_detectron.data.toy
 assert {"shapes_train", "long_range_val"} <= set(DatasetCatalog.list())
 """
-    result = python("-c", script, cwd=ROOT)
+    result = run("-c", script, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     helpers = {"files", "submodules", "surgery", "validation"}
     assert set(result.stdout.split()) - helpers == {"config", "layers", "modeling"}
@@ -120,20 +105,20 @@ for name in {names}:
         os._exit(0)
     os.waitpid(pid, 0)
 """
-    result = python("-c", script, cwd=ROOT)
+    result = run("-c", script, cwd=ROOT)
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
 
 def test_no_notice_of_other_packages_on_the_screen():
-    for module in ("nl_detectron", "nl_detectron.run", "nl_detectron.model_zoo", "train_net"):
-        result = python("-c", f"import nl_detectron, {module}", cwd=ROOT)
+    for modules in ("nl_detectron", "nl_detectron.run, nl_detectron.model_zoo, train_net"):
+        result = start_python("-c", f"import {modules}", cwd=ROOT)
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_configs_are_installed_with_the_package(tmp_path):
     pytest.importorskip("setuptools")
     folders = ["--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
-    result = python("setup.py", "--quiet", "build", *folders, cwd=ROOT)
+    result = start_python("setup.py", "--quiet", "build", *folders, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     library = tmp_path / "lib"
     files = [p for suffix in ("yaml", "py") for p in ROOT.glob(f"configs/**/*.{suffix}")]

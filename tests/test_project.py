@@ -1,10 +1,7 @@
 """--project: models and config keys of other people's code, in our tools."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +10,8 @@ from detectron2.config import CfgNode, defaults, get_cfg
 from nl_detectron.config import build_config
 from nl_detectron.engine.command_line import Parser
 from nl_detectron.project import use_project
+from tests.commands import ROOT, run
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG_OF_PROJECT = """
 from detectron2.config import CfgNode
 
@@ -110,17 +107,6 @@ def test_a_project_that_cannot_be_imported(name, message, project, capsys):
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-
-
-def run(*words, cwd):
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.mark.slow

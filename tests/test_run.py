@@ -1,16 +1,14 @@
 """Scripts that know nothing of this package, run on its configs and data."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from detectron2.config import defaults, get_cfg
 
 from nl_detectron import run
+from tests import commands
+from tests.commands import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import sys
 import torch.multiprocessing as mp
@@ -53,12 +51,8 @@ def test_script_and_its_processes_know_all_that_is_registered(tmp_path):
     (tmp_path / "scripts" / "sibling.py").write_text(SIBLING)
     own = ["--data", "own", "own.json", str(ROOT / "nl_detectron")]
     words = ["scripts/script.py", str(ROOT / "configs" / "quick_start.yaml"), "--data", "x"]
-    subprocess.run(
-        [sys.executable, "-m", "nl_detectron.run", *own, *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    done = commands.run("-m", "nl_detectron.run", *own, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "main.json").read_text()) == ["--data", "x"]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == ["NonLocalBlock", ["cat"]]
@@ -73,7 +67,8 @@ def test_script_and_its_processes_know_all_that_is_registered(tmp_path):
         (["--data", "own", "none.json", ".", __file__], "annotation file none.json does not exist"),
     ],
 )
-def test_errors_of_the_user(words, message, capsys):
+def test_errors_of_the_user(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(defaults, "_C", get_cfg())
     with pytest.raises(SystemExit) as exit_:
         run.prepare(words)
     assert exit_.value.code == 2

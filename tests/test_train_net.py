@@ -2,11 +2,8 @@
 
 import logging
 import math
-import os
 import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +14,9 @@ import lazy_train_net
 import train_net
 from nl_detectron.engine import Trainer, build_config, parse_arguments
 from nl_detectron.engine.setup import check_evaluation
+from tests.commands import ROOT
+from tests.commands import run as run_command
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAIN_NET = ROOT / "train_net.py"
 LAZY_TRAIN_NET = ROOT / "tools" / "lazy_train_net.py"
 QUICK_START = ROOT / "configs" / "quick_start.yaml"
@@ -31,7 +29,7 @@ IN_ONE_LINE = [
     (["SOLVER.BASE_RL", "1"], "did you mean 'SOLVER.BASE_LR'?", False),
     (["MODEL.NONLOCAL.PAIRWISE", "dot"], "MODEL.NONLOCAL.PAIRWISE is 'dot'", True),
     (["MODEL.WEIGHTS", "no.pth"], "MODEL.WEIGHTS is no.pth, a file that does not exist", True),
-    ([*OWN_DATA, "--val-images", "."], "The annotation file no.json does not exist", True),
+    ([*OWN_DATA, "--val-images", "."], "--train-json no.json does not exist", False),
 ]
 
 
@@ -90,15 +88,7 @@ def with_config(words, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "message", "is_logged"), IN_ONE_LINE)
 def test_errors_of_the_user(words, message, is_logged, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, TRAIN_NET, *with_config(words, tmp_path)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_command(TRAIN_NET, *with_config(words, tmp_path), cwd=tmp_path)
     check_line(done.returncode, done.stderr, TRAIN_NET, message)
     check_log(tmp_path, is_logged)
 

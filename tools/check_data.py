@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nl_detectron.data.coco_checks import Problem, check_coco, count_kinds, without_bad
+from nl_detectron.data.coco_checks import Problem, check_coco, counts_of_kinds, without_bad
 from nl_detectron.data.coco_format import Record, read_coco
 from nl_detectron.engine.command_line import Parser, exit_on_user_error
 from nl_detectron.files import check_target, whole_file
@@ -51,14 +51,14 @@ def _size_of(coco: Record) -> str:
 
 def _print_report(problems: list[Problem]) -> None:
     """A line for each, then how many of each kind there are."""
-    for level, is_error in (("error", True), ("warning", False)):
-        for problem in problems:
-            if problem.is_error == is_error:
-                print(f"{level}: {problem.text}")
-    for level, is_error in (("errors", True), ("warnings", False)):
-        counts = count_kinds(p for p in problems if p.is_error == is_error)
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
-        print(f"{sum(counts.values())} {level}{': ' if kinds else ''}{kinds}")
+    levels: dict[str, list[Problem]] = {"error": [], "warning": []}
+    for problem in problems:
+        levels["error" if problem.is_error else "warning"].append(problem)
+    for level, found in levels.items():
+        for problem in found:
+            print(f"{level}: {problem.text}")
+    for level, found in levels.items():
+        print(f"{len(found)} {level}s{': ' if found else ''}{counts_of_kinds(found)}")
 
 
 def _drop_bad(coco: Record, problems: list[Problem], target: Path) -> list[Problem]:

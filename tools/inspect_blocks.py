@@ -38,7 +38,8 @@ from nl_detectron.analysis.block_report import BlockReport, inspect_records
 from nl_detectron.analysis.partner import describe_squares, inspect_squares
 from nl_detectron.data.coco_format import Record
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
-from nl_detectron.engine.predictor import Predictor, trained_config
+from nl_detectron.engine.predictor import Predictor, files_of_run, trained_config
+from nl_detectron.engine.setup import register_datasets
 from nl_detectron.files import check_target
 
 # An entropy of 0.9999 is not 1.
@@ -58,13 +59,13 @@ COLUMNS = {
 @exit_on_user_error()
 def main(arguments: list[str] | None = None) -> None:
     args = make_parser().parse_with_overrides(arguments)
-    config_file = args.config_file or Path(args.checkpoint).with_name("config.yaml")
-    if not Path(config_file).is_file():
-        raise FileNotFoundError(f"{config_file} does not exist: name the config with --config-file")
+    config_file, weights = args.config_file, args.checkpoint
+    if not config_file:
+        config_file, weights = files_of_run(args.checkpoint)
     if args.json:
-        sources = [args.checkpoint, config_file, *(args.image or ())]
+        sources = [weights, config_file, *(args.image or ())]
         check_target("--json", args.json, sources, overwrite=args.overwrite)
-    cfg = trained_config(str(config_file), args.checkpoint, args.opts)
+    cfg = trained_config(config_file, weights, args.opts)
     records = load_records(cfg, args.image, args.num_images)
     predictor = Predictor(cfg)
     reports = inspect_records(predictor, records)
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def make_parser() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="such as model_final.pth")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="or the folder of its run")
     add = parser.add_argument
     add("--config-file", metavar="FILE", help="default: config.yaml in the checkpoint's folder")
     add("--image", action="append", metavar="FILE", help="what to look at; may be repeated")
@@ -96,11 +97,12 @@ def load_records(cfg: CfgNode, files: list[str] | None, count: int) -> list[Reco
     if files:
         return [{"file_name": file} for file in files]
     try:
+        register_datasets(cfg, eval_only=True)
         return DatasetCatalog.get(cfg.DATASETS.TEST[0])[:count]
     except (OSError, LookupError) as error:
         raise ValueError(
-            f"the test dataset of the config, {cfg.DATASETS.TEST}, is not here: name images with "
-            "--image"
+            f"the test dataset of the config, {cfg.DATASETS.TEST}, is not here ({error}): name "
+            "images with --image"
         ) from error
 
 

@@ -7,10 +7,10 @@
     $ tools/study.py lab/studies/coco.yaml --status               # what waits, runs, failed
 
 The plan names a config of train_net.py, the seeds, the settings (each a name and its overrides of
-the config), and which settings to compare. Each run is a train_net.py of its own, on a GPU of its
-own or, where there is none, on one core; or a job of SLURM. After an interruption the same command
-goes on: finished runs are kept, running ones are left alone, others go on from their last
-checkpoint, or start again.
+the config), which settings to compare and, if they are not the config's, the data. Each run is a
+train_net.py of its own, on a GPU of its own or, where there is none, on one core; or a job of
+SLURM. After an interruption the same command goes on: finished runs are kept, running ones are left
+alone, others go on from their last checkpoint, or start again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             with sole_user(output, "study"):
                 failed = start(todo, output, args)
         title = f"Study {args.plan.stem}"
-        report = write_report(plan.groups, runs, output, title, plan.paper)
+        report = write_report(plan.groups, runs, output, title, plan.paper, plan.compare)
     except (KeyboardInterrupt, asyncio.CancelledError):
         parser.exit(130, f"{parser.prog}: stopped; the same command goes on\n")
     print(f"\n{report.read_text(encoding='utf-8')}\n{report}")

@@ -50,8 +50,9 @@ def read_result(run: TrainingRun) -> dict[str, float] | None:
 def start_command(run: TrainingRun, train: Sequence[str]) -> list[str]:
     """What starts an unfinished run or goes on with it; what a failure left is removed."""
     (run.folder / FAILURE).unlink(missing_ok=True)
+    data = run.data.options if run.data else []
     config = str(run.folder / CONFIG)
-    return [*train, "--resume", "--config-file", config, "OUTPUT_DIR", str(run.folder)]
+    return [*train, "--resume", *data, "--config-file", config, "OUTPUT_DIR", str(run.folder)]
 
 
 def keep_result(run: TrainingRun, status: int, seconds: float) -> str | None:

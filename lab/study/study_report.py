@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,8 +40,10 @@ def write_report(
     output: Path,
     title: str,
     paper: Paper | None = None,
+    compare: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write ``report.md`` and its figures, from the runs that are finished; returns the file."""
+    """Write ``report.md`` and its figures, from the runs that are finished; returns the file.
+    ``compare`` has the "metric" and the setting, "to", of the comparison that counts."""
     finished: dict[str, list[TrainingRun]] = {run.setting: [] for run in runs}
     for run in runs:
         if read_result(run) is not None:
@@ -62,6 +65,12 @@ def write_report(
             is_compared = True
     if is_compared:
         parts.append(_NOISE)
+    table = difference_table(finished, **compare) if compare else ""
+    if compare and table:
+        what = (
+            f"{_header(compare['metric'])} less that of `{compare['to']}`, with Welch's interval:"
+        )
+        parts.append(f"## The comparison that counts\n\n{what}\n\n{table}")
     report = output / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return report
@@ -102,6 +111,36 @@ def paper_table(runs: dict[str, list[TrainingRun]], paper: Paper) -> str:
                 rows.append([*row, noise])
     headers = ["setting", "", "ours", "paper", "ours - paper", "n", "seed noise"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def difference_table(runs: Mapping[str, Sequence[TrainingRun]], metric: str, to: str) -> str:
+    """In Markdown, the means of all settings less that of one, with Welch's 95 % intervals where
+    both have two runs; empty as long as there is nothing to compare."""
+    values = {name: _values(group).get(metric, []) for name, group in runs.items()}
+    others = [name for name in values if name != to and values[name]]
+    rows = [
+        [
+            f"`{name}`",
+            f"{np.mean(values[name]) - np.mean(values[to]):+.2f}",
+            welch_interval(values[name], values[to]),
+            f"{len(values[name])}, {len(values[to])}",
+        ]
+        for name in (others if values.get(to) else ())
+    ]
+    headers = ["setting", "difference", "95 % interval", "n"]
+    return tabulate(rows, headers, tablefmt="github", disable_numparse=True) if rows else ""
+
+
+def welch_interval(values: Sequence[float], others: Sequence[float]) -> str:
+    """Of the difference of two means, such as "-1.20 to +0.80"; empty for a single run of one."""
+    if min(len(values), len(others)) < 2:
+        return ""
+    try:
+        stats = importlib.import_module("scipy.stats")
+    except ImportError:
+        return "needs scipy"
+    interval = stats.ttest_ind(values, others, equal_var=False).confidence_interval()
+    return f"{interval.low:+.2f} to {interval.high:+.2f}"
 
 
 def seed_noise(seeds: int) -> float:

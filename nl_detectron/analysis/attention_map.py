@@ -56,6 +56,27 @@ class AttentionMap:
         y = top + (np.arange(rows) + 0.5) * ((bottom - top) / rows)
         return np.stack(np.meshgrid(x, y), axis=2)
 
+    @property
+    def is_highest_at_query(self) -> bool:
+        """Whether the greatest magnitude is at the point itself, in its cell or a neighbour."""
+        return bool(self._at_query.flat[np.abs(self.values).argmax()])
+
+    def leaves_out_a_strip(self, image_size: tuple[int, int]) -> bool:
+        """Whether a part of the image, (width, height), narrower than a cell has no key."""
+        strip = np.array(image_size) - self.extent[2:]
+        return bool(((strip > 0.5) & (strip < self._cell_size)).any())
+
+    @property
+    def _cell_size(self) -> np.ndarray:
+        left, top, right, bottom = self.extent
+        return np.array([right - left, bottom - top]) / self.values.shape[::-1]
+
+    @property
+    def _at_query(self) -> np.ndarray:
+        """(rows, columns): the cell of the point and its neighbours."""
+        from_query = np.abs(self.centers - np.reshape(self.query, (2, 2)).mean(0))
+        return (from_query <= 1.5 * self._cell_size).all(2)
+
     def strongest(self, count: int) -> list[tuple[Point, float]]:
         """
         The places that count most for the point: the peaks of the map, which are cells not weaker
@@ -66,10 +87,7 @@ class AttentionMap:
         magnitude = torch.from_numpy(np.abs(self.values))[None]
         peaks = magnitude == functional.max_pool2d(magnitude, 3, 1, 1)
         peaks &= (magnitude > 0) & (magnitude >= magnitude.max() / 100)
-        left, top, right, bottom = self.extent
-        cell_size = np.array([right - left, bottom - top]) / self.values.shape[::-1]
-        from_query = np.abs(self.centers - np.reshape(self.query, (2, 2)).mean(0))
-        chosen = peaks[0].numpy() & (from_query > 1.5 * cell_size).any(2)
+        chosen = peaks[0].numpy() & ~self._at_query
         places, values = self.centers[chosen].tolist(), self.values[chosen]
         order = np.argsort(-np.abs(values), kind="stable")[:count]
         return [((places[i][0], places[i][1]), float(values[i])) for i in order]

@@ -15,8 +15,8 @@ import numpy as np
 
 from nl_detectron.analysis.attention import AttentionRecord
 from nl_detectron.analysis.attention_figure import (
-    HIGHEST_MULTIPLE,
     NEARLY_EVEN,
+    fitted_scale,
     heat_colors,
     on_scale,
     unit,
@@ -35,7 +35,7 @@ def write_attention_page(
     """
     Write a self-contained HTML page: choosers of the block and of weights or contributions, the
     image, and over it these of the point under the pointer (or finger, or moved by the arrow keys),
-    on the scale of :func:`nl_detectron.analysis.attention_figure.draw_attention`. The page loads
+    on a scale that is fitted to each block. The page loads
     nothing. It has at most 6 million numbers, so about 8 MB: where a block has more, not each of
     its cells can be asked but, say, every third in either direction, and the page says so.
 
@@ -53,7 +53,6 @@ def write_attention_page(
         "height": height,
         "image": data_url(record.image),
         "start": [(left + right) / 2, (top + bottom) / 2],
-        "highest": HIGHEST_MULTIPLE,
         "nearlyEven": NEARLY_EVEN,
         "colors": _base64(palette.tobytes()),
         "kinds": {
@@ -74,18 +73,22 @@ def _block(record: AttentionRecord, name: str, what: str, max_values: int) -> di
     """
     pairwise = record.blocks[name].pairwise
     regions: list[dict[str, Any]] = []
-    content = b""
+    multiples: list[np.ndarray] = []
     for features in sorted(record.features[name], key=lambda features: features.area):
         share = max_values // len(record.features[name])
         region, values = _region(record, name, features, what, share)
-        regions.append({**region, "offset": len(content)})
-        content += values.tobytes()
+        regions.append({**region, "offset": sum(values.size for values in multiples)})
+        multiples.append(values)
+    highest = fitted_scale(multiples)
+    places = [(on_scale(values, what, highest) + 1) / 2 * 255 for values in multiples]
+    content = b"".join(place.round().astype(np.uint8).tobytes() for place in places)
     step = max((region["step"] for region in regions), default=1)
     return {
         "name": name,
         "note": f"{name}: {pairwise}."
         + (f" Of its cells one in {step} x {step} can be asked." if step > 1 else ""),
         "unit": unit(pairwise, what),
+        "scale": highest,
         "values": _base64(zlib.compress(content)),
         "regions": regions,
     }
@@ -94,7 +97,7 @@ def _block(record: AttentionRecord, name: str, what: str, max_values: int) -> di
 def _region(
     record: AttentionRecord, name: str, features: PlacedFeatures, what: str, max_values: int
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """The place of some features in the image, what counts for their cells, and that as bytes."""
+    """The place of some features in the image, and what counts for their cells, in multiples."""
     height, width = record.image.shape[:2]
     rows, columns = features.rows.visible(height), features.columns.visible(width)
     (sample,) = record.ask(name, features, [(rows[0], columns[0])])
@@ -104,7 +107,6 @@ def _region(
     cells = [(i, j) for i in _thinned(rows, step) for j in _thinned(columns, step)]
     maps = record.ask(name, features, cells, what)
     multiples = np.stack([attention_map.multiples for attention_map in maps])
-    values = (on_scale(multiples, what) + 1) / 2 * 255
     (top, bottom), (left, right) = features.rows.span(rows), features.columns.span(columns)
     return {
         "box": [left, top, right, bottom],
@@ -118,7 +120,7 @@ def _region(
         },
         "highest": _short(np.abs(multiples).max((1, 2)) * [m.mean > 0 for m in maps]),
         "outside": _short(np.array([attention_map.outside for attention_map in maps])),
-    }, values.round().astype(np.uint8)
+    }, multiples
 
 
 def _thinned(cells: np.ndarray, step: int) -> np.ndarray:

@@ -7,11 +7,13 @@ from detectron2.data import DatasetCatalog
 
 from nl_detectron.data.coco_json import configure_for_dataset, register_coco_json
 from nl_detectron.data.coco_records import CompletingCOCOEvaluator
+from nl_detectron.data.fast_evaluation import FastCOCOEvaluator
 from nl_detectron.data.stream import TrainLoader, build_train_loader
 from nl_detectron.submodules import submodules
 
 __all__ = [
     "CompletingCOCOEvaluator",
+    "FastCOCOEvaluator",
     "TrainLoader",
     "build_train_loader",
     "configure_for_dataset",
@@ -21,9 +23,8 @@ __all__ = [
 
 
 def register_built_in(names: Iterable[str]) -> None:
-    """
-    Register the built-in datasets of :mod:`nl_detectron.data.toy`, unless all ``names``, which are
-    about to be used, are registered.
+    """Register the built-in datasets of :mod:`nl_detectron.data.toy`, unless all ``names``, which
+    are about to be used, are registered.
 
     Raises:
         ValueError: one of them is built in, and shapely, which draws it, is not installed.
@@ -43,6 +44,6 @@ def register_built_in(names: Iterable[str]) -> None:
             ) from error
 
 
-_DRAW = ("make_long_range", "make_long_range_match", "make_shapes")
-_REGISTER = ("register_long_range", "register_long_range_match", "register_shapes")
-__getattr__ = submodules(__name__, dict.fromkeys((*_DRAW, *_REGISTER), "nl_detectron.data.toy"))
+_TOYS = ("long_range", "long_range_match", "shapes")
+_OF_TOYS = [f"{verb}_{toy}" for verb in ("make", "register") for toy in _TOYS]
+__getattr__ = submodules(__name__, dict.fromkeys(_OF_TOYS, "nl_detectron.data.toy"))

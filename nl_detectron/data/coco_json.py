@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from nl_detectron.data.coco_checks import Problem, check_coco, in_one_line
+from nl_detectron.data.coco_checks import MISSING_PICTURE, check_coco, in_one_line
 from nl_detectron.data.coco_format import Record, no_garbage, read_coco
-from nl_detectron.data.coco_images import MISSING_PICTURE
 from nl_detectron.data.coco_records import contiguous_ids, fill_in, to_records
 from nl_detectron.data.keypoints import keypoint_metadata
 
@@ -21,9 +20,10 @@ NUM_PERSON_KEYPOINTS = 17  # COCO's persons, the only ones with measured OKS sig
 UNIFORM_OKS_SIGMA = 0.05  # for all others; COCO's run from 0.025 (eyes) to 0.107 (hips)
 
 
-class _Facts(NamedTuple):
+class Facts(NamedTuple):
     """What the annotations of a dataset hold."""
 
+    num_images: int  # with anything to learn
     num_annotations: int
     num_crowds: int
     num_masks: int
@@ -65,9 +65,18 @@ def register_coco_json(
             cannot live with; the message is one line.
     """
     coco = read_coco(Path(json_file))
-    _report(check_coco(coco, Path(image_root), pictures), json_file)
+    problems = check_coco(coco, Path(image_root), pictures)
+    if errors := [problem for problem in problems if problem.is_error]:
+        error_type = FileNotFoundError if errors[0].kind == MISSING_PICTURE else ValueError
+        raise error_type(f"{json_file}: {in_one_line(errors)}")
+    if problems:
+        logger.warning(f"{json_file}: {in_one_line(problems)}")
     if missing := fill_in(coco, areas=False):
         logger.info(f"{json_file} lacks {', '.join(missing)}: filled in where it is loaded")
+    metadata = category_metadata(coco["categories"])
+    if "keypoint_flip_map" in metadata:
+        pairs = ", ".join(" - ".join(pair) for pair in metadata["keypoint_flip_map"])
+        logger.info(f"{json_file}: keypoints that swap places in a flip: {pairs or 'none'}")
     records = to_records(coco, image_root)
     kept = [records] if keep_records else []
 
@@ -79,18 +88,12 @@ def register_coco_json(
         fill_in(coco, areas=False)
         return to_records(coco, image_root)
 
-    DatasetCatalog.pop(name, None)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop(name, None)
     DatasetCatalog.register(name, load)
-    MetadataCatalog.pop(name, None)
-    categories = sorted(coco["categories"], key=lambda category: category["id"])
-    keypoints = keypoint_metadata(coco["categories"])
-    if keypoints:
-        pairs = ", ".join(" - ".join(pair) for pair in keypoints["keypoint_flip_map"])
-        logger.info(f"{json_file}: keypoints that swap places in a flip: {pairs or 'none'}")
     MetadataCatalog.get(name).set(
-        thing_classes=[category["name"] for category in categories],
-        thing_dataset_id_to_contiguous_id=contiguous_ids(coco),
-        **keypoints,
+        **metadata,
+        categories=coco["categories"],
         json_file=str(json_file),
         image_root=str(image_root),
         evaluator_type="coco",
@@ -98,15 +101,14 @@ def register_coco_json(
     )
 
 
-def _report(problems: list[Problem], json_file: str | Path) -> None:
-    """Raise the errors, in one line; or else log the warnings, in one line."""
-    errors = [problem for problem in problems if problem.is_error]
-    if not errors:
-        if problems:
-            logger.warning(f"{json_file}: {in_one_line(problems)}")
-        return
-    error_type = FileNotFoundError if errors[0].kind == MISSING_PICTURE else ValueError
-    raise error_type(f"{json_file}: {in_one_line(errors)}")
+def category_metadata(categories: list[Record]) -> dict[str, Any]:
+    """What COCO's categories tell for Detectron2's metadata: names, ids, and of keypoints."""
+    names = {category["id"]: category["name"] for category in categories}
+    return {
+        "thing_classes": [names[id_] for id_ in sorted(names)],
+        "thing_dataset_id_to_contiguous_id": contiguous_ids({"categories": categories}),
+        **keypoint_metadata(categories),
+    }
 
 
 def configure_for_dataset(
@@ -129,10 +131,8 @@ def configure_for_dataset(
             keypoints that the config's model is to learn, or there is nothing to train on.
     """
     train, val = MetadataCatalog.get(train_name), MetadataCatalog.get(val_name)
-    facts = {
-        name: MetadataCatalog.get(name).get("annotation_facts") or _facts(DatasetCatalog.get(name))
-        for name in ([] if eval_only else [train_name]) + [val_name]
-    }
+    used = [val_name] if eval_only else [train_name, val_name]
+    facts = {name: annotation_facts(name) for name in used}
     if not eval_only:
         _check_trainable(train_name, facts[train_name])
     for key in ("thing_classes", *(["keypoint_names"] if cfg.MODEL.KEYPOINT_ON else [])):
@@ -143,8 +143,7 @@ def configure_for_dataset(
             )
     num_classes = len(train.thing_classes)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train_name,), (val_name,)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
-    cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = num_classes
     summary = f"{num_classes} classes ({', '.join(train.thing_classes)})"
     if cfg.MODEL.MASK_ON:
         _configure_masks(cfg, facts)
@@ -156,24 +155,29 @@ def configure_for_dataset(
     logger.info(f"Configured for {train_name!r} and {val_name!r}: {summary}")
 
 
-def _facts(records: list[Record]) -> _Facts:
+def annotation_facts(name: str) -> Facts:
+    """What there is to learn in a registered dataset."""
+    return MetadataCatalog.get(name).get("annotation_facts") or _facts(DatasetCatalog.get(name))
+
+
+def _facts(records: list[Record]) -> Facts:
     """What there is to learn; of the one or two million entries, one loop."""
-    num_annotations = num_crowds = num_masks = 0
+    num_images = num_annotations = num_crowds = num_masks = 0
     has_rle = has_keypoint = False
     for record in records:
+        num_images += any(not a.get("iscrowd", 0) for a in record["annotations"])
         for annotation in record["annotations"]:
             num_annotations += 1
-            segmentation = annotation.get("segmentation")
             num_masks += "segmentation" in annotation
             if annotation.get("iscrowd", 0):
                 num_crowds += 1
                 continue
-            has_rle = has_rle or type(segmentation) is dict
+            has_rle = has_rle or type(annotation.get("segmentation")) is dict
             has_keypoint = has_keypoint or any(v > 0 for v in annotation.get("keypoints", ())[2::3])
-    return _Facts(num_annotations, num_crowds, num_masks, has_rle, has_keypoint)
+    return Facts(num_images, num_annotations, num_crowds, num_masks, has_rle, has_keypoint)
 
 
-def _check_trainable(name: str, facts: _Facts) -> None:
+def _check_trainable(name: str, facts: Facts) -> None:
     if not facts.num_annotations:
         raise ValueError(f"{name!r} has no annotations: there is nothing to train on")
     if facts.num_crowds == facts.num_annotations:
@@ -183,7 +187,7 @@ def _check_trainable(name: str, facts: _Facts) -> None:
         )
 
 
-def _configure_masks(cfg: CfgNode, facts: dict[str, _Facts]) -> None:
+def _configure_masks(cfg: CfgNode, facts: dict[str, Facts]) -> None:
     for name, of in facts.items():
         if of.num_masks < of.num_annotations:
             raise ValueError(
@@ -197,26 +201,21 @@ def _configure_masks(cfg: CfgNode, facts: dict[str, _Facts]) -> None:
 
 
 def _configure_keypoints(
-    cfg: CfgNode, train_name: str, keypoint_names: list[str], facts: dict[str, _Facts]
+    cfg: CfgNode, train_name: str, keypoint_names: list[str], facts: dict[str, Facts]
 ) -> None:
+    problem = ""
+    without = [name for name, of in facts.items() if of.num_annotations and not of.has_keypoint]
     if not keypoint_names:
-        raise ValueError(
-            f"MODEL.KEYPOINT_ON is set, but no category of {train_name!r} has a list 'keypoints' "
-            "with the names of its keypoints, or categories have different ones"
-        )
-    if len(set(keypoint_names)) < len(keypoint_names):
-        raise ValueError(
-            f"MODEL.KEYPOINT_ON is set, but keypoints of {train_name!r} have the same name: "
-            f"{', '.join(keypoint_names)}"
-        )
-    for name, of in facts.items():
-        if of.num_annotations and not of.has_keypoint:
-            raise ValueError(
-                f"MODEL.KEYPOINT_ON is set, but no annotation of {name!r} has a keypoint with a "
-                "visibility above 0"
-            )
-    num_keypoints = len(keypoint_names)
-    cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = num_keypoints
+        problem = f"no category of {train_name!r} has a list 'keypoints' with the names of its "
+        problem += "keypoints, or categories have different ones"
+    elif len(set(keypoint_names)) < len(keypoint_names):
+        names = ", ".join(keypoint_names)
+        problem = f"keypoints of {train_name!r} have the same name: {names}"
+    elif without:
+        problem = f"no annotation of {without[0]!r} has a keypoint with a visibility above 0"
+    if problem:
+        raise ValueError(f"MODEL.KEYPOINT_ON is set, but {problem}")
+    num_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = len(keypoint_names)
     if len(cfg.TEST.KEYPOINT_OKS_SIGMAS) != num_keypoints:
         is_person = num_keypoints == NUM_PERSON_KEYPOINTS
         cfg.TEST.KEYPOINT_OKS_SIGMAS = [] if is_person else [UNIFORM_OKS_SIGMA] * num_keypoints

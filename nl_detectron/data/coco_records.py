@@ -22,13 +22,11 @@ _MAX_ID = 1 << 53  # COCO's evaluation keeps annotation ids as floats
 
 
 def fill_in(coco: Record, *, areas: bool) -> list[str]:
-    """
-    Complete a dataset without errors in place with what hand-made files often lack or write
+    """Complete a dataset without errors in place with what hand-made files often lack or write
     otherwise: whole sizes of images and RLEs, `iscrowd`, `num_keypoints`, keypoints of annotations
     without any, distinct annotation ids from 1 and `info`; with ``areas``, which evaluation alone
     reads and which takes long, also `area` where it is 0 or nothing that COCO's evaluation counts.
-    Return the names of what was missing, `area` included, in order.
-    """
+    Return the names of what was missing, `area` included, in order."""
     missing = {"info"} - coco.keys()
     coco.setdefault("info", {})
     annotations = coco["annotations"]
@@ -75,17 +73,21 @@ def _area(annotation: Record, image: Record) -> float:
     segmentation = annotation.get("segmentation")
     if not segmentation:
         return float(annotation["bbox"][2] * annotation["bbox"][3])
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return float(mask_util.area(segmentation))
-    rle = mask_util.frPyObjects(segmentation, image["height"], image["width"])
-    return float(mask_util.area(mask_util.merge(rle) if isinstance(rle, list) else rle))
+    if isinstance(segmentation, list):
+        segmentation = mask_util.frPyObjects(segmentation, image["height"], image["width"])
+        return float(mask_util.area(mask_util.merge(segmentation)))
+    return float(mask_util.area(_compressed(segmentation)))
+
+
+def _compressed(rle: Record) -> Record:
+    is_list = isinstance(rle["counts"], list)
+    return mask_util.frPyObjects(rle, *rle["size"]) if is_list else rle
 
 
 def to_records(coco: Record, image_root: str | Path) -> list[Record]:
-    """
-    Make what Detectron2's ``load_coco_json`` returns for a file without errors, filled in: a record
-    for each image, in the order of their ids, with categories counted from 0. It shares lists.
-    """
+    """Make what Detectron2's ``load_coco_json`` returns for a file without errors, filled in: a
+    record for each image, in the order of their ids, with categories counted from 0. It shares
+    lists."""
     categories = contiguous_ids(coco)
     records: dict[Any, Record] = {}
     for image in sorted(coco["images"], key=lambda image: image["id"]):
@@ -107,23 +109,20 @@ def to_records(coco: Record, image_root: str | Path) -> list[Record]:
             # COCO's are indices of pixels, Detectron2's are where the middle of the pixel is.
             instance["keypoints"] = [v if i % 3 == 2 else v + 0.5 for i, v in enumerate(keypoints)]
         if segmentation := annotation.get("segmentation"):
-            if isinstance(segmentation, dict) and isinstance(segmentation["counts"], list):
-                segmentation = mask_util.frPyObjects(segmentation, *segmentation["size"])
-            instance["segmentation"] = segmentation
+            is_rle = isinstance(segmentation, dict)
+            instance["segmentation"] = _compressed(segmentation) if is_rle else segmentation
         records[annotation["image_id"]]["annotations"].append(instance)
     return list(records.values())
 
 
 def contiguous_ids(coco: Record) -> dict[int, int]:
     """Number the category ids from 0, in their order, as Detectron2 does."""
-    return {
-        id_: i for i, id_ in enumerate(sorted(category["id"] for category in coco["categories"]))
-    }
+    ids = sorted(category["id"] for category in coco["categories"])
+    return {id_: i for i, id_ in enumerate(ids)}
 
 
 class CompletingCOCOEvaluator(COCOEvaluator):
-    """
-    Evaluates as Detectron2's evaluator does, also on files that lack something: see
+    """Evaluates as Detectron2's evaluator does, also on files that lack something: see
     :func:`register_coco_json`. Of a set without annotations the predictions are written, and a line
     in the log says that there is no AP.
 

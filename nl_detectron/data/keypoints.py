@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from nl_detectron.data.coco_format import Record
@@ -11,58 +11,57 @@ from nl_detectron.data.coco_format import Record
 SKELETON_COLOR = (255, 255, 255)
 _TOKEN = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # of left_eye, eyeL, LShoulder, forelegR1
 _SIDES = {"l": "left", "left": "left", "r": "right", "right": "right"}
-
-
 _Side = tuple[str, str, str]  # of a name: left or right, what is before it, what is behind it
 
 
-def keypoint_metadata(categories: list[Record]) -> dict[str, Any]:
-    """
-    ``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules`` of Detectron2's
-    metadata; nothing if no category has keypoints, or if categories have different ones.
-    """
+def keypoint_metadata(categories: Iterable[Record]) -> dict[str, Any]:
+    """``keypoint_names``, ``keypoint_flip_map`` and ``keypoint_connection_rules`` of Detectron2's
+    metadata; nothing if no category has keypoints, or if categories have different ones."""
     with_keypoints = _with_keypoints(categories)
-    names = with_keypoints[0]["keypoints"] if with_keypoints else []
-    if not names or any(category["keypoints"] != names for category in with_keypoints):
+    if not with_keypoints or _different_one(with_keypoints):
         return {}
-    skeleton = with_keypoints[0].get("skeleton") or []
+    names, skeleton = with_keypoints[0]["keypoints"], with_keypoints[0].get("skeleton") or []
     limbs = [] if _wrong_limb(skeleton, len(names)) else skeleton
+    rules = [(names[a - 1], names[b - 1], SKELETON_COLOR) for a, b in limbs]
     return {
         "keypoint_names": names,
         "keypoint_flip_map": mirror_pairs(names),
-        "keypoint_connection_rules": [
-            (names[a - 1], names[b - 1], SKELETON_COLOR) for a, b in limbs
-        ],
+        "keypoint_connection_rules": rules,
     }
 
 
-def keypoint_warnings(categories: list[Record]) -> Iterator[tuple[str, str]]:
+def keypoint_warnings(categories: Iterable[Record]) -> Iterator[tuple[str, str]]:
     """The kind and the text of each thing that is wrong with the categories' keypoints."""
     with_keypoints = _with_keypoints(categories)
-    for category in with_keypoints[:1]:
-        names = category["keypoints"]
-        if wrong := _wrong_limb(category.get("skeleton") or [], len(names)):
-            text = f"the skeleton has {wrong}, not a pair out of 1...{len(names)}: it is not drawn"
-            yield "wrong skeleton", text
-        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            yield "repeated keypoint", f"several keypoints have the name {twice[0]!r}"
-        if alone := _without_partner(names):
-            shown = ", ".join(map(repr, alone[:6])) + (", ..." if len(alone) > 6 else "")
-            text = f"{shown} look like a left or right keypoint, but no pair was found: a flip does"
-            yield "keypoint of one side", f"{text} not swap them (name them left_X and right_X)"
-    for category in with_keypoints[1:]:
-        if category["keypoints"] != with_keypoints[0]["keypoints"]:
-            yield (
-                "different keypoints",
-                f"the categories {with_keypoints[0]['name']!r} and {category['name']!r} have "
-                "different lists of keypoints; Detectron2's keypoint head has one for all",
-            )
-            return
+    if not with_keypoints:
+        return
+    first, names = with_keypoints[0], with_keypoints[0]["keypoints"]
+    if wrong := _wrong_limb(first.get("skeleton") or [], len(names)):
+        text = f"the skeleton has {wrong}, not a pair out of 1...{len(names)}: it is not drawn"
+        yield "wrong skeleton", text
+    if twice := [name for name in names if names.count(name) > 1]:
+        yield "repeated keypoint", f"several keypoints have the name {twice[0]!r}"
+    if alone := _without_partner(names):
+        shown = ", ".join(map(repr, alone[:6])) + (", ..." if len(alone) > 6 else "")
+        text = f"{shown} look like a left or right keypoint, but no pair was found: a flip does"
+        yield "keypoint of one side", f"{text} not swap them (name them left_X and right_X)"
+    if other := _different_one(with_keypoints):
+        text = f"the categories {first['name']!r} and {other['name']!r} have different lists of"
+        yield "different keypoints", f"{text} keypoints; Detectron2's keypoint head has one for all"
+
+
+def _with_keypoints(categories: Iterable[Record]) -> list[Record]:
+    return [category for category in categories if category.get("keypoints")]
+
+
+def _different_one(categories: list[Record]) -> Record | None:
+    """The first category whose keypoints are not those of the first."""
+    names = categories[0]["keypoints"]
+    return next((other for other in categories if other["keypoints"] != names), None)
 
 
 def mirror_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """
-    The pairs of names that differ in their side alone: (left, right), in the order of the left
+    """The pairs of names that differ in their side alone: (left, right), in the order of the left
     ones.
 
     A side is "left" or "right" anywhere in a name, in small or capital letters; or the letter "l"
@@ -118,7 +117,3 @@ def _wrong_limb(skeleton: Any, num_keypoints: int) -> str | None:
         if not is_pair or not all(1 <= i <= num_keypoints for i in limb):
             return repr(limb)[:80]
     return None
-
-
-def _with_keypoints(categories: list[Record]) -> list[Record]:
-    return [category for category in categories if category.get("keypoints")]

@@ -19,10 +19,8 @@ from nl_detectron.data.seeding import random_state
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """
-    The endless stream of batches, as indices into the dataset. Every epoch has an order of its own;
-    an image waits until there is a batch of its kind, wide or not.
-    """
+    """The endless stream of batches, as indices into the dataset. Every epoch has an order of its
+    own; an image waits until there is a batch of its kind, wide or not."""
 
     repeats: np.ndarray  # (N,), how often an image comes in an epoch; a fraction is a chance
     is_wide: np.ndarray  # (N,) bool; a batch has images of one kind only
@@ -32,10 +30,8 @@ class BatchOrder:
     block_size: int = 1 << 16  # epochs of a small dataset are drawn together, up to so many images
 
     def batches(self, start: int = 0) -> Iterator[np.ndarray]:
-        """
-        Yield the batches, (B,) int64 each, from an iteration on; those before it cost next to
-        nothing.
-        """
+        """Yield the batches, (B,) int64 each, from an iteration on; those before it cost next to
+        nothing."""
         waiting = [np.empty(0, np.int64)] * 2
         number = 0
         for block in itertools.count():
@@ -48,9 +44,8 @@ class BatchOrder:
                 end = len(queue) // self.batch_size * self.batch_size
                 full.append(queue[:end].reshape(-1, self.batch_size))
                 # A batch comes when its last image does.
-                ends.append(
-                    places[np.arange(self.batch_size - 1, end, self.batch_size) - num_waiting]
-                )
+                last = np.arange(self.batch_size - 1, end, self.batch_size)
+                ends.append(places[last - num_waiting])
                 waiting[kind] = queue[end:]
             batches = np.concatenate(full)[np.argsort(np.concatenate(ends))]
             yield from batches[max(start - number, 0) :]
@@ -72,11 +67,9 @@ class BatchOrder:
 
 
 def repeats_of(sampler: Any, size: int, seed: int) -> np.ndarray:
-    """
-    How often each image comes in an epoch of one of Detectron2's samplers (None is a
+    """How often each image comes in an epoch of one of Detectron2's samplers (None is a
     ``TrainingSampler``): (N,) float64. ``seed`` draws the subset of a
-    ``RandomSubsetTrainingSampler``.
-    """
+    ``RandomSubsetTrainingSampler``."""
     # The samplers tell what they were made with in private attributes only.
     if isinstance(sampler, RepeatFactorTrainingSampler):
         return (sampler._int_part + sampler._frac_part).double().numpy()

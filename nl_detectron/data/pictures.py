@@ -12,8 +12,6 @@ from PIL import Image
 
 _EXIF_ORIENTATION = 274  # a tag of EXIF; from 5 on height and width change places
 _LAST_BYTES = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_JPEG_FRAMES, _JPEG_EXIF = (0xC0, 0xC1, 0xC2), 0xE1  # kinds of segments
-_HEAD = 1 << 15  # bytes, in which nearly all JPEG files tell their size
 # More threads than cores where files come over a network; only decoding makes full use of a core.
 _READERS, _AT_ONCE = 8, 256
 
@@ -39,16 +37,13 @@ def picture_problems(looks: Sequence[Look], *, decode: bool) -> Iterator[str | N
 def picture_problem(
     path: str, width: float | None, height: float | None, *, decode: bool
 ) -> str | None:
-    """
-    What is wrong with a picture for Detectron2, which turns it as its EXIF data say and reads 8
+    """What is wrong with a picture for Detectron2, which turns it as its EXIF data say and reads 8
     bits a value: one line without a subject, such as "is empty (0 bytes)", or None.
 
     Without ``decode`` the header is read, and all of it only where it does not end as its format's
     files do. Recorded sizes may be None.
     """
     try:
-        if not decode and _is_plain_jpeg(path, width, height):
-            return None
         if not os.path.getsize(path):
             return "is empty (0 bytes)"
         with open(path, "rb") as file, Image.open(file) as image:
@@ -75,28 +70,6 @@ def picture_problem(
         return f"is {size[0]} x {size[1]} (EXIF rotation included), recorded as {width} x {height}"
     if mode.startswith(("I", "F")):
         return f"has more than 8 bits a value (PIL's mode {mode}): what is above 255 becomes 255"
-    return None
-
-
-def _is_plain_jpeg(path: str, width: float | None, height: float | None) -> bool:
-    """
-    Whether the first bytes tell that a file is a JPEG of 8 bits and this size without EXIF data,
-    and the last ones that it is whole. Pillow takes about three times as long.
-    """
-    with open(path, "rb", buffering=0) as file:
-        return _plain_jpeg_size(file.read(_HEAD)) == (width, height) and _ends_well(file, "JPEG")
-
-
-def _plain_jpeg_size(head: bytes) -> tuple[int, int] | None:
-    place = 2
-    while head.startswith(b"\xff\xd8\xff") and head[place : place + 1] == b"\xff":
-        kind, segment = head[place + 1], head[place + 2 : place + 10]
-        if kind in _JPEG_FRAMES and len(segment) == 8 and segment[2] == 8 and segment[7] in (1, 3):
-            return int.from_bytes(segment[5:7], "big"), int.from_bytes(segment[3:5], "big")
-        is_exif = kind == _JPEG_EXIF and segment[2:6] in (b"Exif", b"http")  # the second is XMP
-        if not 0xC0 <= kind <= 0xFE or is_exif or kind in _JPEG_FRAMES:
-            return None
-        place += 2 + int.from_bytes(segment[:2], "big")
     return None
 
 

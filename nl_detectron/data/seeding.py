@@ -12,10 +12,7 @@ import torch
 
 
 def seed_generators(*key: int | str) -> None:
-    """
-    Seed Python's, NumPy's and torch's global generators, CUDA's
-    included, by what the key says.
-    """
+    """Seed Python's, NumPy's and torch's global generators, CUDA's, too, by what the key says."""
     seed_cpu_generators(*key)
     # torch.manual_seed would note where it was called, in milliseconds, where there is no CUDA.
     if torch.cuda.is_initialized():

@@ -25,8 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_train_loader(cfg: CfgNode, **options: Any) -> TrainLoader:
-    """
-    Build the loader of what Detectron2's ``build_detection_train_loader(cfg)`` loads (the same
+    """Build the loader of what Detectron2's ``build_detection_train_loader(cfg)`` loads (the same
     images, filters, sampler kind, mapper and batch size), in an order that a resumed run goes on
     with. In a project's own trainer, ``nl_detectron.engine.ExactResume`` says where to start.
 
@@ -65,10 +64,9 @@ def _why_none(cfg: CfgNode) -> str:
 
 
 class TrainLoader:
-    """
-    Loads batches without end, each a function of the seed and its iteration: not of the
-    iteration that was started at, not of the number of loader workers, not of any random state.
-    The batches of all ranks of an iteration are, one after the other, the batch of one process.
+    """Loads batches without end, each a function of the seed and its iteration: not of the
+    iteration that was started at, not of the number of loader workers, not of any random state. The
+    batches of all ranks of an iteration are, one after the other, the batch of one process.
 
     An epoch shows every image once (or as often as the sampler says), in an order of its own. With
     aspect ratio grouping an image waits until there is a batch of its kind, wide or not, as in
@@ -124,7 +122,8 @@ class TrainLoader:
             raise ValueError("There is no image to train on")
         self._is_wide = np.zeros(self._size, bool)
         if aspect_ratio_grouping:
-            self._is_wide = np.fromiter(map(_is_wide, _items(dataset)), bool, self._size)
+            records = (dataset[index] for index in range(self._size))
+            self._is_wide = np.fromiter(map(_is_wide, records), bool, self._size)
         num_samples = self._rank_size * (options.get("prefetch_factor") or 2)
         check_open_files(options.get("num_workers", 0), num_samples)
         if isinstance(dataset, list):
@@ -138,6 +137,11 @@ class TrainLoader:
         }
         self.seed = seed
         self.start_iteration = start_iteration
+
+    @property
+    def iterations_per_epoch(self) -> float:
+        """How many batches it takes to show as many images as there are."""
+        return self._size / self._batch_size
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that nothing is drawn or started before the first batch is asked for, and
@@ -161,8 +165,7 @@ class TrainLoader:
         except Exception as error:
             if not loader.num_workers:
                 raise
-            # Without its frames, which would keep the workers. What happened in a worker is in the
-            # message.
+            # Without its frames, which would keep the workers; the message has what happened there.
             failure = error.with_traceback(None)
             if isinstance(error, UnreadableImageError):
                 message = str(error).strip().rpartition(f"{type(error).__name__}: ")[2]
@@ -172,11 +175,9 @@ class TrainLoader:
     def _keys(self, order: BatchOrder) -> Iterator[list[tuple[int, int]]]:
         """For each iteration the place in the stream and the image, of each of our samples."""
         start = self.start_iteration
-        first = self._rank * self._rank_size
+        ours = range(self._rank * self._rank_size, (self._rank + 1) * self._rank_size)
         for iteration, batch in enumerate(order.batches(start), start):
-            place = iteration * self._batch_size
-            ours = range(first, first + self._rank_size)
-            yield [(place + slot, int(batch[slot])) for slot in ours]
+            yield [(iteration * self._batch_size + slot, int(batch[slot])) for slot in ours]
 
 
 class _Samples(Dataset):
@@ -215,10 +216,6 @@ class _Samples(Dataset):
             if path and (problem := picture_problem(path, *size, decode=True)):
                 raise UnreadableImageError(f"The image {path} {problem}") from error
             raise
-
-
-def _items(dataset: Any) -> Iterator[dict[str, Any]]:
-    return (dataset[index] for index in range(len(dataset)))
 
 
 def _is_wide(record: dict[str, Any]) -> bool:

@@ -16,10 +16,8 @@ _TENSORS_OF_SAMPLE = 4  # picture, boxes, classes, masks or keypoints; each come
 
 
 def check_open_files(num_workers: int, num_samples: int) -> None:
-    """
-    Raise this process's limit of open files to what workers that have so many samples ready need:
-    without enough of them they can hang. ValueError: the system does not allow so many.
-    """
+    """Raise this process's limit of open files to what workers that have so many samples ready
+    need: without enough of them they can hang. ValueError: the system does not allow so many."""
     if not num_workers:
         return
     needed = len(os.listdir("/dev/fd"))
@@ -35,12 +33,10 @@ def check_open_files(num_workers: int, num_samples: int) -> None:
 
 
 def belonging_to_parent(init: Callable[[int], None] | None = None) -> Callable[[int], None]:
-    """
-    Return a ``worker_init_fn`` for torch's ``DataLoader``, which also calls ``init``. With it,
+    """Return a ``worker_init_fn`` for torch's ``DataLoader``, which also calls ``init``. With it,
     SIGINT, SIGTERM and SIGUSR1 to the whole group of processes leave the workers alone: it is the
     run that stops, after a step for which it may need them. What ends a worker, at once, is its
-    parent's SIGTERM (torch's to a late one, Python's at its exit) or its parent's death.
-    """
+    parent's SIGTERM (torch's to a late one, Python's at its exit) or its parent's death."""
     return functools.partial(_begin, init)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from detectron2.engine import default_argument_parser
@@ -35,9 +36,10 @@ Go on with an interrupted run; evaluate what it has learnt:
 What became of every tensor of some weights; an error if anything but new blocks starts fresh:
     $ train_net.py --config-file ... --weights-report --strict-weights MODEL.WEIGHTS model.pth
 
-Your own data in COCO's format; the number of classes and keypoints is read from it:
-    $ train_net.py --config-file ... --train-json train.json --train-images train/ \\
+Your own photographs, with annotations in COCO's format; the run's config.yaml keeps their places:
+    $ train_net.py --finetune --config-file ... --train-json train.json --train-images train/ \\
         --val-json val.json --val-images val/
+    $ train_net.py --eval-only --config-file output/config.yaml MODEL.WEIGHTS output/model_final.pth
 """
 
 
@@ -56,11 +58,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """
     parser = Parser("Train or evaluate a Detectron2 model with non-local blocks.", EPILOG)
     add_training_options(parser)
-    group = parser.add_argument_group("your own data, in COCO's format (all four together)")
+    group = parser.add_argument_group(
+        "your own data, in COCO's format (all four together; OUTPUT_DIR/config.yaml keeps them)"
+    )
     group.add_argument("--train-json", metavar="FILE", help="annotations to train on")
     group.add_argument("--train-images", metavar="DIR", help="folder of the images in it")
     group.add_argument("--val-json", metavar="FILE", help="annotations to evaluate on")
     group.add_argument("--val-images", metavar="DIR", help="folder of the images in it")
+    parser.add_argument(
+        "--finetune",
+        action="store_true",
+        help="batch, rate, iterations and more for so many photographs on this machine, starting "
+        "from MODEL.WEIGHTS; what KEY VALUE sets stays (docs/TRAINING.md)",
+    )
     parser.add_overrides()
 
     args = parser.parse_with_overrides(arguments)
@@ -70,11 +80,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--config-file {args.config_file} is Python: use tools/lazy_train_net.py")
     if problem := missing(args.config_file):
         parser.error(f"--config-file {args.config_file} {problem}")
-    own_data = (args.train_json, args.train_images, args.val_json, args.val_images)
-    if None in own_data and any(path is not None for path in own_data):
-        parser.error(
-            "--train-json, --train-images, --val-json and --val-images are needed together"
-        )
+    for name in ("train_json", "train_images", "val_json", "val_images"):
+        if (path := getattr(args, name)) is not None and not Path(path).exists():
+            parser.error(f"--{name.replace('_', '-')} {path} does not exist")
+    if args.finetune and args.eval_only:
+        parser.error("--finetune is for training, not for --eval-only")
     check_machines(parser, args)
     return args
 
@@ -95,10 +105,9 @@ def check_machines(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """
-    Add the options of Detectron2's ``default_argument_parser``, less its overrides, which take all
-    that comes after the first of them; and ours for errors, for loading weights and for launching.
-    """
+    """Add the options of Detectron2's ``default_argument_parser``, less its overrides, which take
+    all that comes after the first of them; and ours for errors, for loading weights and for
+    launching."""
     parser.add_argument("--config-file", default="", metavar="FILE", help="config of the training")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR"

@@ -21,10 +21,9 @@ def block_of(tensor: str) -> str | None:
 
 
 def block_settings(shapes: Shapes, stages: Sequence[str]) -> dict[str, str]:
-    """
-    The config keys that the tensors of blocks determine, with values as a command line takes them:
-    from the names and shapes of a model or a checkpoint, and the backbone's stages, in order.
-    """
+    """The config keys that the tensors of blocks determine, with values as a command line takes
+    them: from the names and shapes of a model or a checkpoint, and the backbone's stages, in
+    order."""
     matches = [match for match in map(_TENSOR.fullmatch, shapes) if match]
     places: dict[str, set[int]] = {}
     modules: dict[str, None] = {}

@@ -21,6 +21,7 @@ from nl_detectron.engine.load_report import LoadReport
 from nl_detectron.engine.run_config import find_checkpoint
 from nl_detectron.files import whole_file
 from nl_detectron.weights.checkpoint_io import (
+    WRAPPERS,
     CheckpointError,
     as_tensor,
     load_checkpoint,
@@ -32,8 +33,6 @@ from nl_detectron.weights.checkpoint_io import (
 logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"model_(\d+)\.pth")
-# Of torch.compile and of checkpoint_wrapper: the attribute that is the module itself.
-_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 _OTHERS = "Those of other implementations have to be converted: tools/convert_weights.py"
 
 
@@ -131,12 +130,10 @@ class NonLocalCheckpointer(DetectionCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """
-        With ``resume``, go on from the checkpoint that ``last_checkpoint`` names, or if that is
+        """With ``resume``, go on from the checkpoint that ``last_checkpoint`` names, or if that is
         missing or damaged, from the newest sound one in the folder; if there is none, or without
         ``resume``, load the weights ``path``. It returns and raises what :meth:`load` does;
-        ``resumed`` and ``note`` tell the rest.
-        """
+        ``resumed`` and ``note`` tell the rest."""
         found, self.resumed, self.note = "", False, ""
         if resume:  # the main process decides for all
             mine = self._find_checkpoint() if comm.is_main_process() else None
@@ -262,7 +259,7 @@ def without_wrapper(module: nn.Module) -> nn.Module:
     """The module itself, if it is one that wraps another; data-parallel ones included."""
     while True:
         children = dict(module.named_children())
-        inner = next((children[name] for name in _INNER if name in children), None)
+        inner = next((children[name] for name in WRAPPERS if name in children), None)
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             inner = module.module
         if inner is None:
@@ -277,7 +274,7 @@ def plain_modules(model: nn.Module) -> Iterator[None]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if name not in _INNER and without_wrapper(child) is not child
+        if name not in WRAPPERS and without_wrapper(child) is not child
     ]
     try:
         for parent, name, child in wrapped:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
+
+from detectron2.config import defaults
 
 from nl_detectron.project import use_project
 
@@ -18,6 +21,8 @@ USER_ERRORS = (OSError, ValueError, KeyError)
 
 class Parser(argparse.ArgumentParser):
     """An ``ArgumentParser`` whose errors are one line, and which keeps the lines of its texts."""
+
+    _takes_words = False
 
     def __init__(self, description: str | None, epilog: str | None = None) -> None:
         super().__init__(
@@ -35,9 +40,22 @@ class Parser(argparse.ArgumentParser):
             "any number",
         )
 
-    def add_model_arguments(self, weights: str = "its weights (default: MODEL.WEIGHTS)") -> None:
-        """Add ``--config-file``, which is required, and ``--weights`` with its help."""
-        self.add_argument("--config-file", metavar="FILE", required=True, help="config of a model")
+    def add_model_arguments(
+        self, weights: str = "its weights (default: MODEL.WEIGHTS)", *, or_run: bool = False
+    ) -> None:
+        """Add ``--config-file``, which is required, and ``--weights`` with its help; or with
+        ``or_run`` also RUN and IMAGES, which stand anywhere: the words that are no options and no
+        overrides."""
+        if or_run:
+            self._takes_words = True
+            self.usage = "%(prog)s [RUN] [IMAGE ...] [options] [KEY VALUE ...]"
+            self.add_argument_group(
+                "RUN", "the OUTPUT_DIR of train_net.py, or a checkpoint in it; IMAGEs follow"
+            )
+            text = "config of a model, if that is in no RUN"
+        else:
+            text = "config of a model"
+        self.add_argument("--config-file", metavar="FILE", required=not or_run, help=text)
         self.add_argument("--weights", metavar="FILE", help=weights)
 
     def add_overrides(self, note: str = "") -> None:
@@ -52,13 +70,14 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_with_overrides(self, words: Sequence[str] | None = None) -> argparse.Namespace:
-        """
-        Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the
+        """Parse a command line on which ``KEY VALUE`` pairs may stand before, between and after the
         options; they are in ``opts``, keys and values in turn. A value may be a negative number,
         such as -1e-4. An unknown option, or a key without a value, ends the process with exit
-        status 2.
-        """
+        status 2. ``run`` and ``images`` are what :meth:`add_model_arguments` has added."""
         args, overrides = self.parse_known_args(words)
+        if self._takes_words:
+            args.images, overrides = _without_overrides(overrides)
+            args.run = args.images.pop(0) if args.images and not args.config_file else None
         # No key begins with a dash. A value may, but not with two.
         unknown = [
             word for i, word in enumerate(overrides) if word.startswith("--" if i % 2 else "-")
@@ -73,6 +92,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """End with exit status 2, as ``ArgumentParser.error`` does, but without the usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _without_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Other words, and those of KEY VALUE: keys are in a node of the config, or at its top."""
+    others, overrides, rest = [], [], iter(words)
+    for word in rest:
+        if word.startswith("-") or word.partition(".")[0] in defaults._C:
+            overrides += [word, *itertools.islice(rest, not word.startswith("-"))]
+        else:
+            others.append(word)
+    return others, overrides
 
 
 def _project(text: str) -> str:
@@ -102,11 +132,9 @@ def positive_int(text: str) -> int:
 def exit_on_user_error(
     errors: tuple[type[Exception], ...] = USER_ERRORS, *, traceback: bool = False
 ) -> Iterator[None]:
-    """
-    Let errors of the user end the process with one line on stderr and exit status 2; with
+    """Let errors of the user end the process with one line on stderr and exit status 2; with
     ``traceback`` they pass, as all others do. Where they arose is written to the log files of the
-    run, if it has some already. A context manager, or with ``@`` a decorator.
-    """
+    run, if it has some already. A context manager, or with ``@`` a decorator."""
     try:
         yield
     except errors as error:

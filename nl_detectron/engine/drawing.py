@@ -12,6 +12,7 @@ from detectron2.data.catalog import Metadata
 from detectron2.structures import BoxMode, Instances
 from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import GenericMask, Visualizer
+from matplotlib.transforms import Bbox
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 8  # between pictures, in pixels
@@ -48,12 +49,10 @@ def draw_annotations(
     scale: float = 1,
     parts: Collection[str] = ("segmentation", "keypoints"),
 ) -> np.ndarray:
-    """
-    Draw objects with Detectron2's ``Visualizer``, in the colours of their classes, as far as these
-    are known: boxes, and those ``parts`` that they have. The image, (H, W, 3), is scaled before, so
-    that the picture is (scale H, scale W, 3). Annotations are in Detectron2's format; a prediction
-    has a "score", too.
-    """
+    """Draw objects with Detectron2's ``Visualizer``, in the colours of their classes, as far as
+    these are known: boxes, and those ``parts`` that they have. The image, (H, W, 3), is scaled
+    before, so that the picture is (scale H, scale W, 3). Annotations are in Detectron2's format; a
+    prediction has a "score", too."""
     height, width = image.shape[:2]
     size = round(width * scale), round(height * scale)
     if scale != 1:
@@ -77,8 +76,9 @@ def draw_annotations(
         if "keypoints" in of_object:
             keypoints = np.reshape(of_object["keypoints"], (-1, 3)) * (scale, scale, 1)
             visualizer.draw_and_connect_keypoints(torch.from_numpy(keypoints))
+    drawn: list[Bbox] = []
     for annotation, box in zip(annotations, boxes):
-        _draw_label(visualizer, _label(annotation, metadata), box)
+        _draw_label(visualizer, _label(annotation, metadata), box, drawn)
     return visualizer.output.get_image()[:, :, ::-1]
 
 
@@ -90,26 +90,40 @@ def _label(annotation: Mapping[str, Any], metadata: Metadata) -> str:
     return f"{name} (crowd)" if annotation.get("iscrowd") else name
 
 
-def _draw_label(visualizer: Visualizer, text: str, box: np.ndarray) -> None:
-    """In the corner of its box from which it stays in the picture; small boxes have it outside."""
+def _draw_label(visualizer: Visualizer, text: str, box: np.ndarray, others: list[Bbox]) -> None:
+    """In the corner of its box from which it stays in the picture, or else where it overlaps the
+    fewest of the others, which it joins; small boxes have it outside."""
     width, height = visualizer.output.width, visualizer.output.height
     left, top, right, bottom = np.clip(box, 0, (width, height, width, height))
     size = max((width * height) ** 0.5 / 110, 9)  # points
     line = 1.3 * size * visualizer.output.dpi / 72  # pixels
-    if bottom - top < 4 * line:
-        top = top - line if top >= line else min(bottom, height - line)
-    side = "left" if left + right < width else "right"
-    x = left if side == "left" else right
-    visualizer.draw_text(text, (x, top), font_size=size, color="white", horizontal_alignment=side)
+    above, below = top - line if top >= line else top, min(bottom, height - line)
+    is_small = bottom - top < 4 * line
+    inside = [top, bottom - line] if not is_small else []
+    rows = [above if is_small and top >= line else below if is_small else top]
+    rows += [*inside, above, below, top - 2 * line, bottom + line]
+    sides = [(left, "left"), (right, "right")][:: 1 if left + right < width else -1]
+    x, side = sides[0]
+    visualizer.draw_text(
+        text, (x, rows[0]), font_size=size, color="white", horizontal_alignment=side
+    )
+    label = visualizer.output.ax.texts[-1]
+
+    def put(place: tuple[float, tuple[float, str]]) -> Bbox:
+        row, (x, side) = place
+        label.set(position=(x, row), horizontalalignment=side)
+        return label.get_window_extent().padded(0.2 * line)
+
+    legal = [(row, side) for row in rows for side in sides if 0 <= row <= height - line]
+    best = min(legal, key=lambda place: put(place).count_overlaps(others))
+    others.append(put(best))
 
 
 def side_by_side(
     pictures: Sequence[np.ndarray], captions: Sequence[str], axis: int = 1
 ) -> np.ndarray:
-    """
-    Put pictures from left to right (``axis`` 1) or from top to bottom (0) on white, each under its
-    caption: (H_i, W_i, 3) to (H, W, 3), uint8.
-    """
+    """Put pictures from left to right (``axis`` 1) or from top to bottom (0) on white, each under
+    its caption: (H_i, W_i, 3) to (H, W, 3), uint8."""
     parts = [np.vstack([_strip(text, p.shape[1]), p]) for p, text in zip(pictures, captions)]
     extent = max(part.shape[1 - axis] for part in parts)
     padded = []

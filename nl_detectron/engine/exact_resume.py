@@ -26,17 +26,15 @@ _TIMES = ("time", "data_time", "rank_data_time", "eta_seconds")
 
 
 class ExactResume(HookBase):
-    """
-    Each step depends on the state of the model, the optimizer and the schedule, on the seed and on
-    its iteration, and on nothing else: the :class:`TrainLoader` starts at the right batch; before
-    each step the global generators are seeded by seed, iteration and rank; a seed that was drawn,
-    and the last values of the metrics, which writers smooth over a window, are kept in the
+    """Each step depends on the state of the model, the optimizer and the schedule, on the seed and
+    on its iteration, and on nothing else: the :class:`TrainLoader` starts at the right batch;
+    before each step the global generators are seeded by seed, iteration and rank; a seed that was
+    drawn, and the last values of the metrics, which writers smooth over a window, are kept in the
     checkpoint; ``metrics.json`` goes back to what it was when the checkpoint was written; and what
     comes after the checkpoint in an iteration (evaluation, the best checkpoint, writers), or after
     the last iteration (``model_final.pth``), is done on resuming.
 
-    It belongs behind the hook that writes checkpoints and before the ``EvalHook``.
-    """
+    It belongs behind the hook that writes checkpoints and before the ``EvalHook``."""
 
     def __init__(
         self,
@@ -184,10 +182,8 @@ class MetricsFile:
             self._overwrite(b"")
 
     def go_back(self, size: int, written: int) -> None:
-        """
-        Remove what was written since the file had these attributes, and what is damaged, with a
-        warning. Checkpoints of earlier versions do not know ``written``: -1.
-        """
+        """Remove what was written since the file had these attributes, and what is damaged, with a
+        warning. Checkpoints of earlier versions do not know ``written``: -1."""
         content = self._path.read_bytes() if self._path.exists() else b""
         lines = list(_lines(content))
         sound = [(line.iteration, line) for line in lines if line.iteration is not None]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from detectron2.engine.hooks import (
     PeriodicWriter,
 )
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, get_event_storage
 from torch import nn
 
 from nl_detectron.data.seeding import seed_generators
@@ -36,13 +38,11 @@ _MEASURES = {"out_weight_norm": out_weight_norm, "mean_abs_gamma": mean_abs_gamm
 
 
 class BlockWeightsHook(HookBase):
-    """
-    Puts ||W_z|| and the mean of |gamma| of each non-local block into the event storage, from where
-    Detectron2's writers take them to TensorBoard and metrics.json, as
-    ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``.
-    Warns once, after a tenth of the schedule and long enough after the warm-up, of blocks that are
-    still nearly the identity, and advises a factor that is not raised already.
-    """
+    """Puts ||W_z|| and the mean of |gamma| of each non-local block into the event storage, from
+    where Detectron2's writers take them to TensorBoard and metrics.json, as
+    ``nonlocal/backbone.bottom_up.res4.nonlocal4/out_weight_norm`` and ``.../mean_abs_gamma``. Warns
+    once, after a tenth of the schedule and long enough after the warm-up, of blocks that are still
+    nearly the identity, and advises a factor that is not raised already."""
 
     def __init__(
         self,
@@ -90,12 +90,51 @@ class BlockWeightsHook(HookBase):
             logger.warning(f"{name} is still nearly the identity {when}, as {cause}: {advice}")
 
 
+class ProgressHook(HookBase):
+    """Says after the first step how long training will take, and adds the epoch and the mean
+    weights of the blocks to the lines of Detectron2's ``CommonMetricPrinter``. It belongs before
+    the hooks that write."""
+
+    def __init__(self, writers: Sequence[EventWriter]) -> None:
+        self._printers = [w for w in writers if isinstance(w, CommonMetricPrinter)]
+        self._start = 0.0
+
+    def before_train(self) -> None:
+        size = getattr(self.trainer.data_loader, "iterations_per_epoch", None)
+        for printer in self._printers:
+            printer.logger = _WithEpoch(printer.logger, {"iterations_per_epoch": size})
+
+    def before_step(self) -> None:
+        self._start = time.perf_counter()
+
+    def after_step(self) -> None:
+        done, number = self.trainer.iter + 1, self.trainer.max_iter
+        if self._printers and self.trainer.iter == self.trainer.start_iter < number - 1:
+            seconds = time.perf_counter() - self._start
+            logger.info(
+                f"Iteration {done:,} of {number:,} took {seconds:.2g} s: at this rate, training "
+                f"ends in {timedelta(seconds=round(seconds * (number - done)))}, and evaluating "
+                "comes to it"
+            )
+
+
+class _WithEpoch(logging.LoggerAdapter):
+    def process(self, msg: Any, kwargs: Any) -> tuple[str, Any]:
+        storage = get_event_storage()
+        line = str(msg).rstrip()
+        if size := (self.extra or {}).get("iterations_per_epoch"):
+            line += f"  epoch: {(storage.iter + 1) / float(size):.2f}"  # type: ignore[arg-type]
+        for key, label in (("mean_abs_gamma", "|gamma|"), ("out_weight_norm", "||W_z||")):
+            names = [n for n in storage.latest() if n.startswith("nonlocal/") and n.endswith(key)]
+            values = [storage.latest()[name][0] for name in names]
+            line += f"  {label}: {sum(values) / len(values):.2g}" if values else ""
+        return line, kwargs
+
+
 class BestCheckpointHook(BestCheckpointer):
-    """
-    Detectron2's ``BestCheckpointer`` for runs that may be resumed: which evaluation was the best is
-    kept in the run's checkpoints; ``model_best.pth`` has weights alone, and is never what
-    ``--resume`` goes on from. It belongs right behind the ``EvalHook``.
-    """
+    """Detectron2's ``BestCheckpointer`` for runs that may be resumed: which evaluation was the best
+    is kept in the run's checkpoints; ``model_best.pth`` has weights alone, and is never what
+    ``--resume`` goes on from. It belongs right behind the ``EvalHook``."""
 
     def __init__(self, eval_period: int, model: nn.Module, output_dir: str, metric: str) -> None:
         super().__init__(eval_period, NonLocalCheckpointer(model, output_dir), metric)
@@ -125,14 +164,12 @@ class BestCheckpointHook(BestCheckpointer):
 
 
 class SamplingByImageHook(HookBase):
-    """
-    Which anchors and region proposals of an image are sampled is drawn from a seed of its own, by
-    the run's seed, the iteration and the image's place in the batch of all ranks: the same for any
-    number of ranks. It belongs behind what sets the run's seed, and asks for it in the steps.
+    """Which anchors and region proposals of an image are sampled is drawn from a seed of its own,
+    by the run's seed, the iteration and the image's place in the batch of all ranks: the same for
+    any number of ranks. It belongs behind what sets the run's seed, and asks for it in the steps.
 
     Detectron2 draws from the global generator, for one image after the other, right after it has
-    matched what it samples from: so the matchers of a model are wrapped, to seed behind them.
-    """
+    matched what it samples from: so the matchers of a model are wrapped, to seed behind them."""
 
     # The words in the seeds, which are older than the wrapped matchers: the draws stay the same.
     _DRAWN_BEHIND = {"anchor_matcher": "_subsample_labels", "proposal_matcher": "_sample_proposals"}
@@ -175,12 +212,10 @@ def hooks_of_run(
     precise_bn: HookBase | None = None,
     after_evaluation: Sequence[HookBase] = (),
 ) -> list[HookBase]:
-    """
-    The hooks of a run, for any of Detectron2's trainers, in order. Only rank 0 has ``writers``;
+    """The hooks of a run, for any of Detectron2's trainers, in order. Only rank 0 has ``writers``;
     ``batch_size`` is that of all ranks together; ``checkpointing`` are the arguments of
     ``PeriodicCheckpointer``; ``scheduler`` is the trainer's by default; ``after_evaluation`` uses
-    the results of ``evaluate``, or adds to them.
-    """
+    the results of ``evaluate``, or adds to them."""
     checkpointer, model = exact_resume.checkpointer, exact_resume.checkpointer.model
     images_per_rank = batch_size // comm.get_world_size()
 
@@ -192,7 +227,9 @@ def hooks_of_run(
         return evaluate()
 
     hooks = [
-        # Measures the blocks; first, so that it comes before the writers.
+        # Tells the progress, in the lines of the writers.
+        ProgressHook(writers),
+        # Measures the blocks, before the writers.
         block_weights,
         # Times the step with what is above.
         IterationTimer(),

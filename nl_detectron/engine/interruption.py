@@ -36,20 +36,18 @@ class Interrupted(SystemExit):
 
 
 class Interruption(HookBase):
-    """
-    Lets signals end a run so that it can be resumed.
+    """Lets signals end a run so that it can be resumed.
 
     SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (what SLURM sends before the time is up, if it is told to)
-    end a run after the step with a checkpoint and with status 143, 130 or 138; an evaluation is
-    not waited for, as resuming does it again. A second signal ends the process at once.
+    end a run after the step with a checkpoint and with status 143, 130 or 138; an evaluation is not
+    waited for, as resuming does it again. A second signal ends the process at once.
 
     With many ranks, one of which may have got a signal alone, a small all-reduce (gloo) that runs
     beside each step tells all of them after which iteration to stop: at most one later. There a
     signal soon after the first is taken for the same: a scheduler sends it to all processes, and
     torchrun passes it on.
 
-    It belongs behind the hooks that change any state, right before :class:`ExactResume`.
-    """
+    It belongs behind the hooks that change any state, right before :class:`ExactResume`."""
 
     def __init__(self, checkpointer: DetectionCheckpointer) -> None:
         self._checkpointer = checkpointer
@@ -160,12 +158,10 @@ class Interruption(HookBase):
             self._received, self._since = number, time.monotonic()
 
     def _save(self, number: int) -> None:
-        """
-        Save the iteration that was finished last, if that is not done yet, in order to end.
+        """Save the iteration that was finished last, if that is not done yet, in order to end.
 
         Nothing else may change: where Python ignores errors (logging's work around a fork, say), it
-        ignores ``Interrupted``, too, and the run ends one step later.
-        """
+        ignores ``Interrupted``, too, and the run ends one step later."""
         self._note(number)
         with contextlib.suppress(ValueError):  # in a thread, which has no handlers
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises when a worker ends
@@ -179,12 +175,10 @@ class Interruption(HookBase):
 
 @contextlib.contextmanager
 def sole_run(output_dir: str, patience: float = SECONDS_WITHOUT_PARENT + 5) -> Iterator[None]:
-    """
-    Keep other runs out of ``output_dir`` within the ``with``. The folder is made if need be; what
-    killed runs left half-written there is removed. All ranks enter it together. ValueError (on all
-    ranks but the first, SystemExit): no file can be written there, or another run is there and does
-    not end within ``patience`` seconds, as one does whose torchrun was killed.
-    """
+    """Keep other runs out of ``output_dir`` within the ``with``. The folder is made if need be;
+    what killed runs left half-written there is removed. All ranks enter it together. ValueError (on
+    all ranks but the first, SystemExit): no file can be written there, or another run is there and
+    does not end within ``patience`` seconds, as one does whose torchrun was killed."""
     problem = ""
     with contextlib.ExitStack() as stack:
         if comm.is_main_process():

@@ -46,10 +46,8 @@ class ProcessPlace(NamedTuple):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> ProcessPlace | None:
-        """
-        Read a place from the variables that torchrun sets; None if one of the four is not set.
-        ValueError: the processes are not spread evenly over the machines.
-        """
+        """Read a place from the variables that torchrun sets; None if one of the four is not set.
+        ValueError: the processes are not spread evenly over the machines."""
         names = [field.upper() for field in cls._fields]
         if any(name not in environment for name in names):
             return None

@@ -90,10 +90,9 @@ class LoadReport:
 
     @property
     def table(self) -> str:
-        """
-        Every tensor of the model, except batch norm's counters, and what became of it, as a table.
-        What was loaded is put together by modules; what starts fresh is described by its values.
-        """
+        """Every tensor of the model, except batch norm's counters, and what became of it, as a
+        table. What was loaded is put together by modules; what starts fresh is described by its
+        values."""
         state_dict = self._model.state_dict()
         others = {*self.fresh, *self.mismatched}
         modules: dict[str, list[str]] = {}
@@ -132,10 +131,8 @@ class LoadReport:
 
     @property
     def block_problem(self) -> str | None:
-        """
-        What to set, if the checkpoint has non-local blocks that the model lacks or has in another
-        form; else None. Blocks that only the model has are no problem: they start fresh.
-        """
+        """What to set, if the checkpoint has non-local blocks that the model lacks or has in
+        another form; else None. Blocks that only the model has are no problem: they start fresh."""
         lacking = {block_of(name) for name in (*self.unused, *self.mismatched)}
         partly = {block_of(name) for name in self.fresh} & {block_of(n) for n in self.loaded}
         blocks = sorted(block for block in lacking | partly if block)

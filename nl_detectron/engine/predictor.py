@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -13,9 +15,17 @@ from detectron2.engine import DefaultPredictor
 
 from nl_detectron.config import build_config
 from nl_detectron.data import register_built_in
+from nl_detectron.data.coco_json import category_metadata
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.drawing import draw_predictions
-from nl_detectron.engine.setup import check_weights_exist, num_classes_of, use_cpu_without_cuda
+from nl_detectron.engine.run_config import find_checkpoint
+from nl_detectron.engine.setup import (
+    check_weights_exist,
+    num_classes_of,
+    own_data,
+    use_cpu_without_cuda,
+)
+from nl_detectron.files import missing
 
 
 class Predictor(DefaultPredictor):
@@ -51,6 +61,31 @@ class Predictor(DefaultPredictor):
         return draw_predictions(image, instances, self.metadata, scale)
 
 
+def files_of_run(run: str) -> tuple[str, str]:
+    """Config and weights of a run, by its folder or a checkpoint in it. FileNotFoundError: it has
+    no config."""
+    weights = Path(run)
+    if not weights.exists():
+        raise FileNotFoundError(f"the run or checkpoint is {run}, a file that does not exist")
+    if weights.is_dir():
+        final = weights / "model_final.pth"
+        weights = final if final.is_file() else Path(find_checkpoint(run).path or final)
+    config_file = weights.with_name("config.yaml")
+    if problem := missing(config_file):
+        raise FileNotFoundError(f"{config_file} {problem}: name the config with --config-file")
+    return str(config_file), str(weights)
+
+
+def model_files(args: argparse.Namespace) -> tuple[str, str | None]:
+    """:func:`files_of_run` of a command line's RUN, less what its options name otherwise."""
+    if args.config_file:
+        return args.config_file, args.weights
+    if not args.run:
+        raise ValueError("a RUN is needed, such as output, or --config-file and --weights")
+    config_file, weights = files_of_run(args.run)
+    return config_file, args.weights or weights
+
+
 def trained_config(
     config_file: str, weights: str | None = None, overrides: Sequence[str] = ()
 ) -> CfgNode:
@@ -77,10 +112,8 @@ def trained_config(
 
 
 def image_mapper(cfg: CfgNode) -> DatasetMapper:
-    """
-    What makes a model's input of the record of an image, as evaluation does. Unlike
-    ``DatasetMapper(cfg)``, it asks for no dataset of the config.
-    """
+    """What makes a model's input of the record of an image, as evaluation does. Unlike
+    ``DatasetMapper(cfg)``, it asks for no dataset of the config."""
     return DatasetMapper(
         is_train=False,
         augmentations=build_augmentation(cfg, is_train=False),
@@ -89,12 +122,14 @@ def image_mapper(cfg: CfgNode) -> DatasetMapper:
 
 
 def dataset_metadata(cfg: CfgNode) -> Metadata:
-    """
-    What is registered of a config's first test dataset, if that has as many classes, and keypoints
-    if any, as its model, as far as that is known; else nothing.
-    """
-    model, known = cfg.MODEL, num_classes_of(cfg)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
+    """What is registered of a config's first test dataset, or kept in it of own data, if that has
+    as many classes, and keypoints if any, as its model, as far as that is known; else nothing."""
+    model, known, categories = cfg.MODEL, num_classes_of(cfg), own_data(cfg).CATEGORIES
+    name = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
+    if name in ("train", "val") and categories:
+        metadata = Metadata().set(**category_metadata(categories))
+    else:
+        metadata = MetadataCatalog.get(name) if name else Metadata()
     num_keypoints = len(metadata.get("keypoint_names", []))
     fits = (known is None or len(metadata.get("thing_classes", [])) == known[1]) and (
         not model.KEYPOINT_ON or num_keypoints in (0, model.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)

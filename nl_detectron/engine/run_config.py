@@ -22,7 +22,7 @@ MAY_CHANGE = (
     *("OUTPUT_DIR", "VERSION", "VIS_PERIOD", "CUDNN_BENCHMARK"),
     *("MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.NONLOCAL.USE_ACT_CHECKPOINT"),
     *("SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.NUM_DECAYS", "SOLVER.CHECKPOINT_*"),
-    *("DATALOADER.NUM_WORKERS", "TEST.*", "*TEST"),
+    *("DATASETS.OWN.*", "DATALOADER.NUM_WORKERS", "TEST.*", "*TEST"),
     # The same for LazyConfigs.
     *("train.output_dir", "train.device", "train.init_checkpoint", "train.max_iter"),
     *("train.*_period", "train.checkpointer.*", "lr_multiplier.*", "*.num_workers"),
@@ -39,10 +39,8 @@ class FoundCheckpoint(NamedTuple):
 
 
 def find_checkpoint(folder: str | Path) -> FoundCheckpoint:
-    """
-    Find what ``last_checkpoint`` names in a folder, or if that is missing or damaged, the sound
-    checkpoint of the highest iteration.
-    """
+    """Find what ``last_checkpoint`` names in a folder, or if that is missing or damaged, the sound
+    checkpoint of the highest iteration."""
     tag = Path(folder, "last_checkpoint")
     try:
         if not (name := tag.read_text(encoding="utf-8").strip()):
@@ -85,13 +83,10 @@ def values_to_keep(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep_values_of_checkpoint(cfg: Any, output_dir: str) -> None:
-    """
-    Set, in place, what a resumed run has to go on with, and say so in one line. Nothing is built
+    """Set, in place, what a resumed run has to go on with, and say so in one line. Nothing is built
     yet of the config, of either kind of Detectron2's. ValueError: it is scaled by the number of
-    processes, and that is another one.
-    """
-    mine = _state_in(output_dir) if comm.is_main_process() else {}
-    state = comm.all_gather(mine)[0]
+    processes, and that is another one."""
+    state = saved_run(output_dir)
     kept, changed = state.get("config", {}), []
     for key, value in values_to_keep(cfg).items():
         if key in kept and kept[key] != value:
@@ -116,8 +111,13 @@ def keep_values_of_checkpoint(cfg: Any, output_dir: str) -> None:
     )
 
 
+def saved_run(folder: str) -> dict[str, Any]:
+    """What :class:`ExactResume` has saved, such as the values to keep in "config", as the main
+    process finds it; empty without a checkpoint, and for those of others."""
+    return comm.all_gather(_state_in(folder) if comm.is_main_process() else {})[0]
+
+
 def _state_in(folder: str) -> dict[str, Any]:
-    """What :class:`ExactResume` has saved; empty for the checkpoints of others."""
     state: Any = find_checkpoint(folder).trainer
     for key in ("hooks", "ExactResume"):
         state = state.get(key) if isinstance(state, dict) else None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2 import modeling
@@ -21,6 +24,7 @@ from detectron2.utils.logger import setup_logger
 
 from nl_detectron.config import walk
 from nl_detectron.data import configure_for_dataset, register_built_in, register_coco_json
+from nl_detectron.data.coco_json import category_metadata
 from nl_detectron.files import missing
 from nl_detectron.validation import check_choice, did_you_mean
 
@@ -32,18 +36,9 @@ _HEADS_OF = {  # MODEL.META_ARCHITECTURE to the node with its number of classes
     "PanopticFPN": "ROI_HEADS",
     "RetinaNet": "RETINANET",
 }
-_REGISTRIES = {
-    "MODEL.META_ARCHITECTURE": modeling.META_ARCH_REGISTRY,
-    "MODEL.BACKBONE.NAME": modeling.BACKBONE_REGISTRY,
-    "MODEL.PROPOSAL_GENERATOR.NAME": modeling.PROPOSAL_GENERATOR_REGISTRY,
-    "MODEL.ANCHOR_GENERATOR.NAME": modeling.ANCHOR_GENERATOR_REGISTRY,
-    "MODEL.RPN.HEAD_NAME": modeling.RPN_HEAD_REGISTRY,
-    "MODEL.ROI_HEADS.NAME": modeling.ROI_HEADS_REGISTRY,
-    "MODEL.ROI_BOX_HEAD.NAME": modeling.ROI_BOX_HEAD_REGISTRY,
-    "MODEL.ROI_MASK_HEAD.NAME": modeling.ROI_MASK_HEAD_REGISTRY,
-    "MODEL.ROI_KEYPOINT_HEAD.NAME": modeling.ROI_KEYPOINT_HEAD_REGISTRY,
-    "MODEL.SEM_SEG_HEAD.NAME": modeling.SEM_SEG_HEADS_REGISTRY,
-}
+_UNKNOWN_NAME = re.compile(r"No object named '(.*)' found in '(\w+)' registry")
+_OWN_PATHS = ("TRAIN_JSON", "TRAIN_IMAGES", "VAL_JSON", "VAL_IMAGES")  # of DATASETS.OWN
+_OF_CATEGORIES = ("id", "name", "keypoints", "skeleton")  # what is kept of COCO's
 _SYNC_BN = ("SyncBN", "nnSyncBN")
 _NOT_FOR_THE_SCREEN = ("default_setup", "build_model")
 # What PyTorch warns of where Detectron2 turns annotations into tensors, which it only reads.
@@ -51,10 +46,8 @@ _OF_DETECTRON2 = ("The given NumPy array is not writ", "Creating a tensor from a
 
 
 def set_up_logging(output_dir: str) -> None:
-    """
-    Log to the screen and to ``log.txt``; what Detectron2 logs of the environment, the config and
-    the model goes to ``log.txt`` alone, and what PyTorch tells the authors of Detectron2 nowhere.
-    """
+    """Log to the screen and to ``log.txt``, what Detectron2 logs of environment, config and model
+    to that alone, and what PyTorch tells the authors of Detectron2 nowhere."""
     # It warns where there is no CUDA, when Detectron2 looks at the environment.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for category in (DeprecationWarning, FutureWarning):
@@ -70,10 +63,8 @@ def set_up_logging(output_dir: str) -> None:
 
 
 def check_weights_exist(key: str, weights: str) -> None:
-    """
-    Refuse weights that are not there, by a FileNotFoundError that names their ``key``; those at a
-    URL are downloaded, if they are not kept already.
-    """
+    """Refuse weights that are not there, by a FileNotFoundError that names their ``key``; those at
+    a URL are downloaded, if they are not kept already."""
     if "://" in weights:
         logger.info(f"{key}: {weights} is downloaded, if it was not before")
         # Its progress bar and its log would say a failure beside the error.
@@ -92,10 +83,8 @@ def check_weights_exist(key: str, weights: str) -> None:
 
 
 def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Check that the datasets of a config are there and fit its model; register built-in ones."""
-    keys = ("TEST",) if eval_only else ("TRAIN", "TEST")
-    register_built_in(name for key in keys for name in cfg.DATASETS[key])
-    for key in keys:
+    """Check that the registered datasets of a config are there and fit its model."""
+    for key in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[key]:
             check_choice(f"DATASETS.{key}", name, DatasetCatalog.list())
             metadata = MetadataCatalog.get(name)
@@ -108,7 +97,7 @@ def check_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
 
 
 def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    """Check that ``TEST.AUG`` is for such a model, and evaluations in training tell the metric."""
+    """Check that ``TEST`` asks for what there is, and evaluations in training tell the metric."""
     model = cfg.MODEL
     if cfg.TEST.AUG.ENABLED:
         check_choice(
@@ -116,6 +105,11 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
         )
         for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):  # which Detectron2 does not augment
             check_choice(f"MODEL.{key} (with TEST.AUG.ENABLED)", model[key], (False,))
+    if cfg.TEST.FAST_EVAL and find_spec("faster_coco_eval") is None:
+        raise ValueError(
+            "TEST.FAST_EVAL is True, but faster-coco-eval is not installed: pip install "
+            "faster-coco-eval, or set it to False"
+        )
     metric = cfg.TEST.BEST_CHECKPOINT_METRIC
     if eval_only or not metric:
         return
@@ -135,11 +129,19 @@ def check_evaluation(cfg: CfgNode, *, eval_only: bool = False) -> None:
         check_choice("TEST.BEST_CHECKPOINT_METRIC", metric, legal)
 
 
+def drop_late_steps(cfg: CfgNode) -> None:
+    """Leave out of ``SOLVER.STEPS``, in place, what is not before ``SOLVER.MAX_ITER``."""
+    steps, end = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
+    cfg.SOLVER.STEPS = tuple(step for step in steps if step < end)
+    if late := [step for step in steps if step >= end]:
+        logger.info(
+            f"SOLVER.STEPS has {late}, but the run ends at SOLVER.MAX_ITER, {end}: left out"
+        )
+
+
 def missing_download(name: str) -> str | None:
-    """
-    Which file or folder of a dataset is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)"; None
-    for none. What is elsewhere is not looked at: built-in datasets are made on first use.
-    """
+    """Which file or folder of a dataset is not in ``$DETECTRON2_DATASETS``, as "no FILE (...)";
+    None for none. What is elsewhere is not looked at: built-in datasets are made on first use."""
     root = os.getenv("DETECTRON2_DATASETS")
     folder = Path(root or "datasets").expanduser()
     metadata = MetadataCatalog.get(name)
@@ -157,20 +159,18 @@ def num_classes_of(cfg: CfgNode) -> tuple[str, int] | None:
 
 @contextmanager
 def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
-    """
-    Within the ``with``, name the key of the value because of which building a model fails, in a
-    ValueError in the place of Detectron2's KeyError and AssertionError.
-    """
+    """Within the ``with``, name the key of the value because of which building a model fails, in a
+    ValueError in the place of Detectron2's KeyError and AssertionError."""
     try:
         yield
     except AssertionError as error:
         raise ValueError(f"The model cannot be built: {error}") from error
     except KeyError as error:
-        values = dict(walk(cfg))
-        for key, registry in _REGISTRIES.items():
-            if repr(values[key]) in str(error) and values[key] not in registry:
-                check_choice(key, values[key], sorted(name for name, _ in registry))
-        feature = error.args[0] if error.args else None
+        values, feature = dict(walk(cfg)), error.args[0] if error.args else None
+        if found := _UNKNOWN_NAME.search(str(feature)):
+            registry = getattr(modeling, f"{found[2]}_REGISTRY", ())
+            for key in [key for key, value in values.items() if value == found[1]]:
+                check_choice(key, found[1], sorted(name for name, _ in registry))
         lists = {
             key: value
             for key, value in values.items()
@@ -188,27 +188,88 @@ def config_keys_in_errors(cfg: CfgNode) -> Iterator[None]:
 
 def use_own_data(
     cfg: CfgNode,
-    train_json: str,
-    train_images: str,
-    val_json: str,
-    val_images: str,
+    train_json: str | None = None,
+    train_images: str | None = None,
+    val_json: str | None = None,
+    val_images: str | None = None,
     *,
     eval_only: bool = False,
 ) -> None:
+    """Let a config train and evaluate on a user's data, in place, and register them: what is None
+    stays as ``DATASETS.OWN`` has it. ValueError: something is missing, or see
+    :func:`register_datasets`."""
+    cfg.DATASETS.OWN = own = own_data(cfg)
+    for key, path in zip(_OWN_PATHS, (train_json, train_images, val_json, val_images)):
+        own[key] = os.path.abspath(path) if path else own[key]
+    if not all(own[key] for key in _OWN_PATHS[2 if eval_only else 0 :]):
+        raise ValueError(
+            "--train-json, --train-images, --val-json and --val-images are needed together, with "
+            "--eval-only the last two"
+        )
+    cfg.DATASETS.TEST = ("val",)
+    cfg.DATASETS.TRAIN = ("train",) if own.TRAIN_JSON else cfg.DATASETS.TRAIN
+    register_datasets(cfg, eval_only=eval_only)
+
+
+def own_data(cfg: CfgNode) -> CfgNode:
+    """``DATASETS.OWN``; where a config has none, an empty one."""
+    empty = {**dict.fromkeys(_OWN_PATHS, ""), "CATEGORIES": []}
+    return cfg.DATASETS.get("OWN") or CfgNode(empty)
+
+
+def register_datasets(cfg: CfgNode, *, eval_only: bool = False) -> None:
     """
-    Register a user's data as "train" and "val", and fit a config to them, in place: see
-    :func:`register_coco_json` and :func:`configure_for_dataset`. The headers of all pictures are
+    Register what a config trains and evaluates on: built-in sets, and what ``DATASETS.OWN`` has
+    for the names "train" and "val", to which the config is fitted, in place
+    (:func:`configure_for_dataset`). Of own data the headers of all pictures that are used are
     read, so that none ends the run, or is read as something else, after hours of training.
+
+    Raises:
+        FileNotFoundError: own data are not where the config says; the message names the key.
+        ValueError: they have another error, or other classes than the model was trained on.
     """
-    looks = "present" if eval_only else "header"
-    register_coco_json(
-        "train", train_json, train_images, pictures=looks, keep_records=not eval_only
-    )
-    register_coco_json("val", val_json, val_images, pictures="header")
+    own, (train, test) = own_data(cfg), (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST)
+    trained_on = own.CATEGORIES if eval_only else []
+    names = {*test, *(() if trained_on else train)}
+    register_built_in(names if not eval_only else test)
+    used = [name for name in ("train", "val") if name in names and own[f"{name.upper()}_JSON"]]
+    for name in used:
+        looks = "present" if eval_only and name not in test else "header"
+        is_trained = name in train and not eval_only
+        _register_own(name, own, pictures=looks, keep_records=is_trained)
+    if not used:
+        return
+    files = ", ".join(own[f"{name.upper()}_JSON"] for name in used)
     try:
-        configure_for_dataset(cfg, "train", "val", eval_only=eval_only)
+        configure_for_dataset(cfg, used[0], used[-1], eval_only=eval_only)
     except ValueError as error:
-        raise ValueError(f"{train_json}, {val_json}: {error}") from error
+        raise ValueError(f"{files}: {error}") from error
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = train, test
+    metadata = MetadataCatalog.get(used[0])
+    if trained_on:
+        classes = category_metadata(trained_on)["thing_classes"]
+        if metadata.thing_classes != classes:
+            raise ValueError(
+                f"{files} has the classes {metadata.thing_classes} (in the order of their ids), "
+                f"but the model was trained on {classes}"
+            )
+        return
+    cfg.DATASETS.OWN = own
+    own.CATEGORIES = [
+        {key: category[key] for key in _OF_CATEGORIES if key in category}
+        for category in metadata.categories
+    ]
+
+
+def _register_own(name: str, own: CfgNode, **options: Any) -> None:
+    keys = (f"{name.upper()}_JSON", f"{name.upper()}_IMAGES")
+    for key in keys:
+        if not own[key] or not Path(own[key]).exists():
+            raise FileNotFoundError(
+                f"DATASETS.OWN.{key} is {own[key]!r}, which does not exist: name where it is now "
+                f"by DATASETS.OWN.{key} PATH (or --{key.lower().replace('_', '-')} PATH)"
+            )
+    register_coco_json(name, *(own[key] for key in keys), **options)
 
 
 def device_here(key: str, device: str) -> str:
@@ -225,11 +286,9 @@ def use_cpu_without_cuda(cfg: CfgNode) -> None:
 
 
 def use_sync_bn_of_cpu(cfg: CfgNode) -> None:
-    """
-    With many processes on CPUs, make ``NORM: SyncBN`` "naiveSyncBN_N", in place, anywhere in the
+    """With many processes on CPUs, make ``NORM: SyncBN`` "naiveSyncBN_N", in place, anywhere in the
     config: PyTorch's own needs CUDA. Detectron2's does the same (without RoIs, too), more slowly;
-    the names of its weights are the same. Its running variance is the biased one.
-    """
+    the names of its weights are the same. Its running variance is the biased one."""
     if comm.get_world_size() == 1 or not cfg.MODEL.DEVICE.startswith("cpu"):
         return
     norms = [key for key, value in walk(cfg) if key.endswith("NORM") and value in _SYNC_BN]

@@ -19,7 +19,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nl_detectron.config import keys_for_arguments, nonlocal_node
-from nl_detectron.data import CompletingCOCOEvaluator, TrainLoader, build_train_loader
+from nl_detectron.data import (
+    CompletingCOCOEvaluator,
+    FastCOCOEvaluator,
+    TrainLoader,
+    build_train_loader,
+)
 from nl_detectron.engine.checkpoint import NonLocalCheckpointer
 from nl_detectron.engine.exact_resume import ExactResume
 from nl_detectron.engine.hooks import BestCheckpointHook, BlockWeightsHook, hooks_of_run
@@ -32,11 +37,9 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """
-    Trains and evaluates what a config describes; see Detectron2's ``DefaultTrainer``. A resumed
+    """Trains and evaluates what a config describes; see Detectron2's ``DefaultTrainer``. A resumed
     run goes on exactly (see :class:`ExactResume`), and signals end it with a checkpoint (see
-    :class:`Interruption`).
-    """
+    :class:`Interruption`)."""
 
     checkpointer: NonLocalCheckpointer
 
@@ -100,19 +103,15 @@ class Trainer(DefaultTrainer):
         return self._results
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """
-        With ``resume``, go on from the last sound checkpoint in ``cfg.OUTPUT_DIR``; without one, or
-        without ``resume``, load ``cfg.MODEL.WEIGHTS`` and start at 0.
-        """
+        """With ``resume``, go on from the last sound checkpoint in ``cfg.OUTPUT_DIR``; without one,
+        or without ``resume``, load ``cfg.MODEL.WEIGHTS`` and start at 0."""
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         # A checkpoint holds the iteration that was just finished.
         self.start_iter = self.iter + 1 if self.checkpointer.resumed else 0
 
     def train(self) -> dict[str, Any] | None:
-        """
-        Train, as ``DefaultTrainer.train`` does, until the end or a signal; return the results of
-        the last evaluation, if ``cfg.TEST.EXPECTED_RESULTS`` are met.
-        """
+        """Train, as ``DefaultTrainer.train`` does, until the end or a signal; return the results of
+        the last evaluation, if ``cfg.TEST.EXPECTED_RESULTS`` are met."""
         with self._interruption.watch():
             TrainerBase.train(self, self.start_iter, self.max_iter)
         if not (self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process()):
@@ -168,11 +167,10 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> CompletingCOCOEvaluator:
-        """
-        Build what computes COCO's box, mask and keypoint AP, for what the model predicts; the
-        predictions go to ``output_folder``, by default ``inference`` in ``cfg.OUTPUT_DIR``.
-        """
-        return CompletingCOCOEvaluator(
+        """Build what computes COCO's box, mask and keypoint AP, for what the model predicts; the
+        predictions go to ``output_folder``, by default ``inference`` in ``cfg.OUTPUT_DIR``."""
+        evaluator = FastCOCOEvaluator if cfg.TEST.get("FAST_EVAL") else CompletingCOCOEvaluator
+        return evaluator(
             dataset_name,
             output_dir=output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"),
             # The official implementation; Detectron2's faster one says of itself that it is not.
@@ -182,11 +180,9 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
-        """
-        Evaluate a ``GeneralizedRCNN`` without keypoints with test-time augmentation: what ``test``
-        returns, each name with "_TTA" behind it. Predictions are in ``inference_TTA`` in
-        ``cfg.OUTPUT_DIR``.
-        """
+        """Evaluate a ``GeneralizedRCNN`` without keypoints with test-time augmentation: what
+        ``test`` returns, each name with "_TTA" behind it. Predictions are in ``inference_TTA`` in
+        ``cfg.OUTPUT_DIR``."""
         logger.info("Evaluating with test-time augmentation ...")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]

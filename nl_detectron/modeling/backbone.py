@@ -6,12 +6,14 @@ import math
 from functools import partial
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from torch import nn
+from torch.nn import functional
 
 from nl_detectron.config import OUR_BACKBONES, nonlocal_node
 from nl_detectron.layers import BalancedPyramid
-from nl_detectron.modeling.blocks import build_block
+from nl_detectron.modeling.blocks import NONLOCAL_BLOCK_REGISTRY, build_block
 from nl_detectron.modeling.first_step import Inserted, announce_at_first_step, expect_lr_factors
 from nl_detectron.modeling.insertion import put_blocks
 from nl_detectron.modeling.stages import PlacementError
@@ -48,7 +50,8 @@ def build_balanced_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
     """
     Build ``cfg.MODEL.NONLOCAL.BACKBONE``, an FPN, and balance its levels, as Libra R-CNN does, with
     the block that ``cfg.MODEL.NONLOCAL`` describes: the child ``nonlocal``, applied to what the FPN
-    returns. Its places for other blocks are not read.
+    returns. Its places for other blocks are not read. ``IdentityBlock`` and ``ConvReLUBlock`` are
+    Libra R-CNN's other refinements.
 
     Raises:
         ValueError: a value in ``MODEL.NONLOCAL`` is not legal, or the levels have different numbers
@@ -65,8 +68,21 @@ def build_balanced_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbon
     middle = min(levels, key=lambda name: abs(math.log2(levels[name].stride / 16)))
     block = build_block(cfg, *channels)
     attach(fpn, BalancedPyramid(block, middle))
-    announce_at_first_step(fpn, [(CHILD, block, *channels)])
+    if any(True for _ in block.parameters()):
+        announce_at_first_step(fpn, [(CHILD, block, *channels)])
     return fpn
+
+
+@NONLOCAL_BLOCK_REGISTRY.register()
+def IdentityBlock(cfg: CfgNode, in_channels: int) -> nn.Module:
+    """What changes nothing: with it a pyramid is balanced without being refined."""
+    return nn.Identity()
+
+
+@NONLOCAL_BLOCK_REGISTRY.register()
+def ConvReLUBlock(cfg: CfgNode, in_channels: int) -> nn.Module:
+    """A 3x3 convolution and a ReLU, Libra R-CNN's other refinement."""
+    return Conv2d(in_channels, in_channels, 3, padding=1, activation=functional.relu)
 
 
 def _build_wrapped(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

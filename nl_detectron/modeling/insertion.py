@@ -8,18 +8,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
-from numbers import Integral
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nl_detectron.layers import NonLocalBlock
 from nl_detectron.modeling.blocks import is_nonlocal_block, nonlocal_blocks
+from nl_detectron.modeling.bottleneck import attach_to_sum
 from nl_detectron.modeling.first_step import Inserted, announce_at_first_step
-from nl_detectron.modeling.stages import MODULES, Network, PlacementError, Stages, stages_of
+from nl_detectron.modeling.stages import (
+    MODULES,
+    Network,
+    PlacementError,
+    Stages,
+    checked_indices,
+    stages_of,
+)
 from nl_detectron.surgery import (
     CHILD,
     HEIGHT,
@@ -80,7 +88,8 @@ def insert_blocks(module: Model, places: Places, make_block: Callable[[int], nn.
             - names, or patterns as in ``fnmatch``, of modules that return one tensor
               (B, C, H, W): ``["fpn_output4", "bottom_up.res4.*.conv3"]``. The block becomes the
               module's child ``nonlocal``, and is applied to what the module returns. Of modules in
-              one another that fit a pattern, a block comes after the outermost.
+              one another that fit a pattern, a block comes after the outermost. A pattern that ends
+              in ``.sum`` means the sum of Detectron2's bottlenecks, before their last ReLU.
         make_block: from a number of channels to a block, any module that keeps shape and dtype.
 
     Returns:
@@ -110,14 +119,19 @@ def put_blocks(
         for place in _find_places(module, places)
     ]
     with ExitStack() as undo:  # everything is legal; only now change the model
-        for place, block, frozen in planned:
+        for place, block, _ in planned:
             undo.callback(place.put(block))
-            logger.log(
-                logging.WARNING if frozen else logging.INFO,
-                f"{type(block).__name__} {place.name} after {place.after} ({place.channels} "
-                "channels)" + (": frozen, as its stage is; it will not learn" if frozen else ""),
-            )
         undo.pop_all()
+    lines: dict[bool, list[str]] = {False: [], True: []}
+    for place, block, is_frozen in planned:
+        text = (
+            f"{type(block).__name__} {place.name} after {place.after} ({place.channels} channels)"
+        )
+        lines[is_frozen].append(text)
+    if lines[False]:
+        logger.info(", ".join(lines[False]))
+    if lines[True]:
+        logger.warning(f"{', '.join(lines[True])}: frozen, as its stage is; it will not learn")
     return [(place.name, block, place.channels) for place, block, _ in planned]
 
 
@@ -130,9 +144,12 @@ class _Place(NamedTuple):
     behind: str | None
     owner: nn.Module  # whose device, type, mode and frozen state the block takes
     channels: int
+    is_sum: bool = False  # before the last ReLU of the parent, a bottleneck
 
     def put(self, block: nn.Module) -> Callable[[], None]:
         """Gives what takes the block away again."""
+        if self.is_sum:
+            return attach_to_sum(self.parent, block)
         if self.behind is None:
             return attach(self.parent, block)
         own_name = self.name.rpartition(".")[2]
@@ -183,7 +200,8 @@ def _find_places(model: nn.Module, places: Places) -> list[_Place]:
     if not names and any(places):
         stages = stages_of(network)
         return _in_stages(network, stages, stages.by_name(cast(Any, places)))
-    found = {place.parent: place for name in names for place in _after_modules(network, name)}
+    after = [place for name in names for place in _after_modules(network, name)]
+    found = {(place.parent, place.is_sum): place for place in after}
     return list(found.values())
 
 
@@ -194,6 +212,9 @@ def _after_modules(network: Network, pattern: str) -> Iterator[_Place]:
     names = {raw: _WRAPPED.sub("", raw).lstrip(".") for raw in all_names}
     blocks = tuple(f"{block}." for block in nonlocal_blocks(model))
     names = {raw: name for raw, name in names.items() if not f"{raw}.".startswith(blocks)}
+    units = [raw for raw in names if type(model.get_submodule(raw)) is BottleneckBlock]
+    sums = {f"{raw}.sum": raw for raw in units if pattern.endswith(".sum")}
+    names |= {place: f"{names[raw]}.sum" for place, raw in sums.items()}
     found = [raw for raw, name in names.items() if fnmatchcase(name, pattern) or raw == pattern]
     outermost = [raw for raw in found if not any(raw.startswith(f"{o}.") for o in found)]
     if not outermost:
@@ -203,14 +224,15 @@ def _after_modules(network: Network, pattern: str) -> Iterator[_Place]:
             f"{did_you_mean(pattern, list(names.values()))} (its children are {children})"
         )
     for raw in outermost:
-        module, name = model.get_submodule(raw), names[raw]
+        module, name = model.get_submodule(sums.get(raw, raw)), names[raw]
         while _WRAPPED.fullmatch(held := next((n for n, _ in module.named_children()), "")):
             module = module.get_submodule(held)
-        if hasattr(module, CHILD):
+        if raw not in sums and hasattr(module, CHILD):
             raise PlacementError(f"there is a block after {name} already")
         around = reversed(network.around(module))
         owner = next((m for m in around if next(m.parameters(), None) is not None), model)
-        yield _Place(f"{name}.{CHILD}", name, module, None, owner, network.channels(module, name))
+        channels = network.channels(module, name)
+        yield _Place(f"{name}.{CHILD}", name, module, None, owner, channels, raw in sums)
 
 
 def _in_stages(
@@ -233,7 +255,7 @@ def _in_stages(
             )
         stage = stages.in_order.get(name, units[name])
         blocks = [n for n, child in stage.named_children() if not is_nonlocal_block(n, child)]
-        checked = _checked(indices, name, stage, blocks)
+        checked = checked_indices(indices, name, stage, blocks)
         if name not in stages.in_order or (checked and not _takes_in(network, stages, stage)):
             example = f', as in ["{name}.{blocks[-1]}"]' if blocks else ""
             raise PlacementError(
@@ -260,38 +282,3 @@ def _takes_in(network: Network, stages: Stages, stage: nn.Module) -> bool:
         return probe in Network(network.model).run(stage).outputs
     finally:
         delattr(stage, "nonlocal")
-
-
-def _checked(
-    indices: Sequence[int], stage_name: str, stage: nn.Module, blocks: Sequence[str]
-) -> list[int]:
-    """Indices into a stage's blocks, from its start."""
-    if not isinstance(indices, Sequence) or isinstance(indices, str):
-        raise PlacementError(
-            f"{stage_name} is given {indices!r}, but needs a list of block indices, such as [-2]"
-        )
-    count = len(blocks)
-    checked: list[int] = []
-    for index in indices:
-        is_integer = isinstance(index, Integral) and not isinstance(index, bool)
-        if not is_integer or not -count <= index < count:
-            raise PlacementError(
-                f"block index {index!r} in {stage_name}: {stage_name} has {count} blocks, so it "
-                f"must be an integer from {-count} to {count - 1}"
-            )
-        from_start = int(index) % count
-        block = stage.get_submodule(blocks[from_start])
-        # TridentNet's; only the last block of such a stage gives a tensor.
-        if getattr(block, "concat_output", True) is False:
-            raise PlacementError(
-                f"block index {index} in {stage_name}: a {type(block).__name__} gives a list of "
-                "tensors, one for each of its branches, to the next; put the block after the last "
-                f"one of {stage_name} (index -1), or into another stage"
-            )
-        if from_start in checked or hasattr(stage, f"nonlocal{from_start}"):
-            raise PlacementError(
-                f"block index {index} in {stage_name}: there is a non-local block after "
-                f"{stage_name}'s block {from_start} already"
-            )
-        checked.append(from_start)
-    return checked

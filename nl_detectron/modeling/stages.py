@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from detectron2.layers import CNNBlockBase
@@ -200,17 +201,25 @@ def _doubt(units: dict[str, nn.Module], names: Sequence[str], why: str) -> str:
 
 
 def _find_body(model: nn.Module) -> Any:
-    """In the innermost backbone, the first network, by breadth, with children that run in order."""
-    level = [body := _innermost_backbone(model)]
+    """The network with stages in the only innermost backbone that has one."""
     backbones = [module for module in model.modules() if isinstance(module, Backbone)]
-    if not all(body in backbone.modules() for backbone in backbones):
+    innermost = [b for b in backbones if _innermost_backbone(b) is b] or [model]
+    # Others, such as the layers of a BiFPN, are backbones without stages.
+    bodies = [body for backbone in innermost if _in_order(body := _first_in_order(backbone))]
+    if len(bodies) > 1:
         raise PlacementError(f"{type(model).__name__} has several backbones: give one of them")
+    return bodies[0] if bodies else innermost[0]
+
+
+def _first_in_order(backbone: nn.Module) -> nn.Module:
+    """The first network in it, by breadth, with children that run in order; itself if none has."""
+    level = [backbone]
     while level:
         for module in level:
             if _in_order(module):
                 return module
         level = [child for module in level for _, child in units_of(module)]
-    return body
+    return backbone
 
 
 def _in_order(body: nn.Module) -> dict[str, nn.Module]:
@@ -228,3 +237,38 @@ def _runs_in_order(module: nn.Module) -> bool:
 
 def _is_block(module: nn.Module) -> bool:
     return isinstance(module, CNNBlockBase)
+
+
+def checked_indices(
+    indices: Sequence[int], stage_name: str, stage: nn.Module, blocks: Sequence[str]
+) -> list[int]:
+    """Indices into a stage's blocks, from its start."""
+    if not isinstance(indices, Sequence) or isinstance(indices, str):
+        raise PlacementError(
+            f"{stage_name} is given {indices!r}, but needs a list of block indices, such as [-2]"
+        )
+    count = len(blocks)
+    checked: list[int] = []
+    for index in indices:
+        is_integer = isinstance(index, Integral) and not isinstance(index, bool)
+        if not is_integer or not -count <= index < count:
+            raise PlacementError(
+                f"block index {index!r} in {stage_name}: {stage_name} has {count} blocks, so it "
+                f"must be an integer from {-count} to {count - 1}"
+            )
+        from_start = int(index) % count
+        block = stage.get_submodule(blocks[from_start])
+        # TridentNet's; only the last block of such a stage gives a tensor.
+        if getattr(block, "concat_output", True) is False:
+            raise PlacementError(
+                f"block index {index} in {stage_name}: a {type(block).__name__} gives a list of "
+                "tensors, one for each of its branches, to the next; put the block after the last "
+                f"one of {stage_name} (index -1), or into another stage"
+            )
+        if from_start in checked or hasattr(stage, f"nonlocal{from_start}"):
+            raise PlacementError(
+                f"block index {index} in {stage_name}: there is a non-local block after "
+                f"{stage_name}'s block {from_start} already"
+            )
+        checked.append(from_start)
+    return checked

@@ -45,7 +45,8 @@ DeepSpeed; and, if there is none, a moving average of it.
 """
 
 # What torch.compile and checkpoint_wrapper put into names.
-_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_checkpoint_wrapped_module)\.")
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+_IN_NAMES = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 
 
 class CheckpointError(ValueError):
@@ -149,9 +150,9 @@ def split_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], 
 def with_plain_names(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     A state dict without what wrappers add to names: ``module.`` of data-parallel training and of
-    averaged models, where all names have it, and anywhere what :data:`_WRAPPERS` matches.
+    averaged models, where all names have it, and anywhere those of :data:`WRAPPERS`.
     """
-    names = {name: _WRAPPERS.sub("", name) for name in state_dict}
+    names = {name: _IN_NAMES.sub("", name) for name in state_dict}
     # An averaged model has a counter beside its module.
     while (dotted := [n for n in names.values() if "." in n]) and all(
         name.startswith("module.") for name in dotted
@@ -223,7 +224,8 @@ def _check_weights(content: Any) -> None:
 def _write_pickle(tensors: dict[str, Tensor], path: Path) -> None:
     arrays = {name: _as_array(tensor) for name, tensor in tensors.items()}
     content = {"model": arrays, "__author__": "nl_detectron", "matching_heuristics": True}
-    path.write_bytes(pickle.dumps(content, protocol=4))
+    with path.open("wb") as file:
+        pickle.dump(content, file, protocol=4)
 
 
 def _as_array(tensor: Tensor) -> np.ndarray:

@@ -1,5 +1,5 @@
 """
-Detectors of mmdetection 1.x, such as GCNet's own, in the form that 2.x gave them.
+Detectors of mmdetection 1.x, such as GCNet's and DNL's own, in the form that 2.x gave them.
 
 In 1.x the background is the first class, RoIAlign is not aligned, and a box ends with its last
 pixel: with a box that ends behind it, Detectron2's arithmetic is the same if anchors are centred in
@@ -8,6 +8,7 @@ their cells. What stays different is that 1.x rounds its anchors to whole pixels
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,11 +16,20 @@ import torch
 from torch import Tensor
 
 from nl_detectron.weights.conversion import ConversionError
+from nl_detectron.weights.families import FAMILIES
 
 NOTE = (
     "mmdetection 1.x rounds its anchors to whole pixels, and its boxes are a pixel wider; here "
     "anchors are not rounded, so that boxes differ by up to a pixel and AP by a little."
 )
+# What has norms, their kinds that are in-place ABN, and the names of their weights.
+_PARTS, _IN_PLACE = ("backbone", "neck", "bbox_head", "mask_head"), ("ABN", "SyncABN")
+_NORM_WEIGHT = re.compile(r".*\.(bn\d?|downsample\.1)\.weight")
+# The keys of blocks in a backbone, and their kinds as plug-ins.
+_BLOCKS: Mapping[str, dict[str, Any]] = {
+    "gcb": {"type": "ContextBlock"},
+    "nlb": {"type": "NonLocal2D", "fixbug": False},
+}
 _ROI_HEAD = ("bbox_roi_extractor", "bbox_head", "mask_roi_extractor", "mask_head")
 
 
@@ -66,21 +76,43 @@ def modern_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "model": model}
 
 
-def modern_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors as 2.x has them, by their names in 2.x; and for those changed, how."""
+def modern_tensors(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """
+    The tensors as 2.x has them, by their names in 2.x; and for those changed, how. ``config`` is
+    1.x's.
+    """
     modern, notes = {}, {}
+    in_place = tuple(f"{part}." for part in _PARTS if _norm_of(config, part) in _IN_PLACE)
+    after_sum = _is_after_sum(config["model"]["backbone"].get("stage_with_gcb"))
     for name, tensor in tensors.items():
+        note = ""
+        if name.startswith(in_place) and _NORM_WEIGHT.fullmatch(name):
+            tensor, note = tensor.abs() + 1e-5, "|weight| + 1e-5, as in-place ABN computes"
         if name.startswith(("bbox_head.", "mask_head.")):
             name = f"roi_head.{name}"
+        if after_sum:
+            name = name.replace(".context_block.", ".sum.context_block.")
         if name.startswith("roi_head.bbox_head.fc_cls."):
-            tensor = torch.cat([tensor[1:], tensor[:1]])
-            notes[name] = "the background last, not first"
+            tensor, note = torch.cat([tensor[1:], tensor[:1]]), "the background last, not first"
         elif name.startswith("roi_head.bbox_head.fc_reg.") and len(tensor) > 4:
-            tensor, notes[name] = tensor[4:], "without the background's box"
+            tensor, note = tensor[4:], "without the background's box"
         elif name.startswith("roi_head.mask_head.conv_logits.") and len(tensor) > 1:
-            tensor, notes[name] = tensor[1:], "without the background's mask"
-        modern[name] = tensor
+            tensor, note = tensor[1:], "without the background's mask"
+        modern[name], notes[name] = tensor, note
     return modern, notes
+
+
+def _norm_of(config: Mapping[str, Any], part: str) -> Any:
+    values = config["model"].get(part)
+    norm = values.get("norm_cfg") if isinstance(values, Mapping) else None
+    return norm.get("type") if isinstance(norm, Mapping) else None
+
+
+def _is_after_sum(stages: Any) -> bool:
+    """Does it name blocks of stages, as DNL-Object-Detection does, and not whole stages?"""
+    return any(isinstance(stage, list) for stage in stages or ())
 
 
 def _renamed(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -95,18 +127,20 @@ def _with_coder(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_plugins(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a backbone whose blocks 2.x has as plug-ins."""
-    backbone = dict(values)
-    block, stages = backbone.pop("gcb", None), backbone.pop("stage_with_gcb", None)
-    if block is None:
-        return backbone
-    if any(isinstance(stage, list) for stage in stages or ()):
-        raise ConversionError(
-            "model.backbone.stage_with_gcb has lists, as in DNL-Object-Detection: its blocks come "
-            "between the sum and the last ReLU of a residual block, where Detectron2 has no place"
-        )
-    cfg = {"type": "ContextBlock", **block}
-    return {**backbone, "plugins": [{"cfg": cfg, "stages": stages, "position": "after_conv3"}]}
+    """
+    Of a backbone whose blocks 2.x has as plug-ins. "after_sum", before the last ReLU of a residual
+    block, is the place that DNL-Object-Detection's blocks have; 2.x has no such.
+    """
+    backbone, plugins = dict(values), []
+    if backbone.pop("nlgcb", None) is not None:
+        raise ConversionError(f"model.backbone.nlgcb: {FAMILIES['dnl'].refusal}")
+    backbone.pop("stage_with_nlgcb", None)
+    for key, default in _BLOCKS.items():
+        block, stages = backbone.pop(key, None), backbone.pop(f"stage_with_{key}", None)
+        if block is not None:
+            position = "after_sum" if _is_after_sum(stages) else "after_conv3"
+            plugins.append({"cfg": default | block, "stages": stages, "position": position})
+    return {**backbone, "plugins": plugins}
 
 
 def _thresholds(test: Any) -> dict[str, Any]:

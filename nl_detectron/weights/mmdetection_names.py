@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from nl_detectron.weights.resnets import DEPTHS
+
 _FROM_1 = {str(i): str(i + 1) for i in range(16)}  # they count from 0, Detectron2 from 1
 
 _LEAF = r"(?P<leaf>weight|bias|running_mean|running_var|num_batches_tracked)"
 _BLOCK, _OUR_BLOCK = r"backbone\.layer(?P<stage>[1-4])\.(?P<block>\d+)", "res{stage}.{block}"
+_CONTEXT = r"(?P<part>conv_mask|channel_add_conv\.[013])"
+_NONLOCAL = r"(?P<part>theta|phi|g|conv_out)"
 _FPN, _HEAD, _MASK = r"neck\.(?:0\.)?", r"roi_head\.bbox_head", r"roi_head\.mask_head"
 
 _PATTERNS = {
@@ -18,14 +22,18 @@ _PATTERNS = {
     rf"{_BLOCK}\.[bg]n(?P<i>[123])": f"backbone.bottom_up.{_OUR_BLOCK}.conv{{i}}.norm",
     rf"{_BLOCK}\.downsample\.0": f"backbone.bottom_up.{_OUR_BLOCK}.shortcut",
     rf"{_BLOCK}\.downsample\.1": f"backbone.bottom_up.{_OUR_BLOCK}.shortcut.norm",
-    rf"{_BLOCK}\.context_block\.(?P<part>conv_mask|channel_add_conv\.[013])": (
-        f"backbone.bottom_up.{_OUR_BLOCK}.conv3.nonlocal.{{part}}"
+    rf"{_BLOCK}\.(?P<place>(?:sum\.)?context_block)\.{_CONTEXT}": (
+        f"backbone.bottom_up.{_OUR_BLOCK}.{{place}}.nonlocal.{{part}}"
+    ),
+    rf"{_BLOCK}\.(?P<place>nonlocal_block)\.{_NONLOCAL}\.conv": (
+        f"backbone.bottom_up.{_OUR_BLOCK}.{{place}}.nonlocal.{{part}}"
     ),
     rf"{_FPN}lateral_convs\.(?P<level>[0-3])\.conv": "backbone.fpn_lateral{level}",
     rf"{_FPN}lateral_convs\.(?P<level>[0-3])\.[bg]n": "backbone.fpn_lateral{level}.norm",
     rf"{_FPN}fpn_convs\.(?P<level>[0-3])\.conv": "backbone.fpn_output{level}",
     rf"{_FPN}fpn_convs\.(?P<level>[0-3])\.[bg]n": "backbone.fpn_output{level}.norm",
-    r"neck\.1\.refine\.(?P<part>theta|phi|g|conv_out)\.conv": "backbone.nonlocal.refine.{part}",
+    rf"neck\.1\.refine\.{_NONLOCAL}\.conv": "backbone.nonlocal.refine.{part}",
+    r"neck\.1\.refine\.conv": "backbone.nonlocal.refine",
     r"rpn_head\.(?P<part>rpn_conv|rpn_cls|rpn_reg)": "proposal_generator.rpn_head.{part}",
     rf"{_HEAD}\.shared_convs\.(?P<number>\d+)\.conv": "roi_heads.box_head.conv{number}",
     rf"{_HEAD}\.shared_convs\.(?P<number>\d+)\.[bg]n": "roi_heads.box_head.conv{number}.norm",
@@ -42,6 +50,7 @@ WORDS = {
     "stage": _FROM_1,
     "number": _FROM_1,
     "level": {str(i): str(i + 2) for i in range(4)},
+    "place": {"context_block": "conv3", "sum.context_block": "sum", "nonlocal_block": "sum"},
     "part": {
         "conv_mask": "context",
         "channel_add_conv.0": "reduce",
@@ -109,14 +118,13 @@ def _nms(key: str) -> dict[str, Any]:
     return {"type": ("nms",), "iou_threshold": To(key)}
 
 
+BLOCKS_OF_DEPTH = {depth: blocks for (bottlenecks, blocks), depth in DEPTHS.items() if bottlenecks}
 RESNET = {
     "type": ("ResNet", "ResNeXt"),
     "depth": To("MODEL.RESNETS.DEPTH"),
     "groups": To("MODEL.RESNETS.NUM_GROUPS", 1),
-    "base_width": To("MODEL.RESNETS.WIDTH_PER_GROUP", 64),
+    **dict.fromkeys(("base_width", "base_channels", "stem_channels"), ANY),
     "in_channels": (3,),
-    "stem_channels": (None, 64),
-    "base_channels": (64,),
     "num_stages": (4,),
     "strides": ([1, 2, 2, 2],),
     "dilations": ([1, 1, 1, 1],),
@@ -129,23 +137,33 @@ RESNET = {
     "norm_cfg": Norm("MODEL.RESNETS.NORM"),
     **dict.fromkeys(("frozen_stages", "norm_eval", "plugins", "stage_with_dcn"), ANY),
     **dict.fromkeys(("init_cfg", "pretrained", "with_cp", "zero_init_residual"), ANY),
+    "non_inplace": ANY,
 }
 NORM = {
-    "type": ("BN", "SyncBN", "GN"),
+    "type": ("BN", "SyncBN", "GN", "ABN", "SyncABN"),
+    "activation": ("identity",),
     "requires_grad": ANY,
     "eps": (1e-5,),
     "num_groups": (32,),
     "momentum": ANY,
 }
-PLUGIN = {
-    "cfg": {
-        "type": ("ContextBlock",),
-        "ratio": ANY,
-        "pooling_type": ("att",),
-        "fusion_types": (["channel_add"],),
-    },
-    "position": ("after_conv3",),
-    "stages": ANY,
+PLUGIN = {"cfg": ANY, "position": ("after_conv3", "after_sum"), "stages": ANY}
+CONTEXT_BLOCK = {
+    "type": ("ContextBlock",),
+    "ratio": ANY,
+    "pooling_type": ("att",),
+    "fusion_types": (["channel_add"],),
+    "simple": (False,),
+}
+NONLOCAL_BLOCK = {
+    "type": ("NonLocal2D",),
+    "mode": ("embedded_gaussian",),
+    "reduction": To("MODEL.NONLOCAL.REDUCTION", 2),
+    "use_scale": To("MODEL.NONLOCAL.SCALE", True),
+    "fixbug": (True,),  # without it, the logits are multiplied by d^1/2, not by d^-1/2
+    "temp": (1.0,),
+    **dict.fromkeys(("learn_t", "downsample"), (False,)),
+    **dict.fromkeys(("conv_cfg", "norm_cfg", "whiten_type", "gcb"), (None,)),
 }
 FPN = {
     "type": ("FPN",),
@@ -160,18 +178,18 @@ FPN = {
     "act_cfg": (None,),
     "upsample_cfg": ({"mode": "nearest"},),
     **dict.fromkeys(("in_channels", "init_cfg"), ANY),
-    **dict.fromkeys(("relu_before_extra_convs", "extra_convs_on_inputs"), ANY),
+    **dict.fromkeys(("relu_before_extra_convs", "extra_convs_on_inputs", "non_inplace"), ANY),
 }
 BFP = {
     "type": ("BFP",),
     "num_levels": (5,),
     "refine_level": (2,),
-    "refine_type": ("non_local",),
+    "refine_type": (None, "conv", "non_local"),
     "conv_cfg": (None,),
     "norm_cfg": (None,),
     **dict.fromkeys(("in_channels", "init_cfg"), ANY),
 }
-BFP_BLOCK = {
+PLAIN_BLOCK = {
     "BLOCK": "NonLocalBlock",
     "PAIRWISE": "embedded_gaussian",
     "REDUCTION": 1,
@@ -179,7 +197,9 @@ BFP_BLOCK = {
     "SUBSAMPLE": "none",
     "NORM": "",
 }
-"""The block in it, in the keys of MODEL.NONLOCAL."""
+"""Their non-local block, in the keys of MODEL.NONLOCAL, as the balanced pyramid has it."""
+BFP_BLOCKS = {None: {"BLOCK": "IdentityBlock"}, "conv": {"BLOCK": "ConvReLUBlock"}}
+"""What else a balanced pyramid is refined by, in the same keys."""
 RPN_HEAD = {
     "type": ("RPNHead",),
     "num_convs": (1,),

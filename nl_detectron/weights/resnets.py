@@ -19,7 +19,7 @@ from nl_detectron.weights.conversion import Conversion, ConversionError
 CAFFE2_NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 # Whether it is of bottlenecks, and the blocks in each stage, to MODEL.RESNETS.DEPTH.
-_DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
+DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
     (True, (3, 4, 6, 3)): 50,
@@ -187,11 +187,11 @@ def _depth_and_width(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         for stage in range(2, 6)
     )
     is_bottleneck = "res2.0.conv3.weight" in shapes
-    depth = _DEPTHS.get((is_bottleneck, counts))
+    depth = DEPTHS.get((is_bottleneck, counts))
     if depth is None:
         raise ConversionError(
             f"a ResNet of {'bottlenecks' if is_bottleneck else 'basic blocks'}, {counts} in its "
-            f"stages; Detectron2 has the depths {', '.join(map(str, _DEPTHS.values()))}"
+            f"stages; Detectron2 has the depths {', '.join(map(str, DEPTHS.values()))}"
         )
     resnets: dict[str, Any] = {"DEPTH": depth}
     if is_bottleneck:

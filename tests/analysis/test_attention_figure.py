@@ -8,7 +8,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.text import Annotation
 
-from nl_detectron.analysis.attention_figure import draw_attention, heat_colors, on_scale
+from nl_detectron.analysis.attention_figure import (
+    draw_attention,
+    fitted_scale,
+    heat_colors,
+    on_scale,
+)
 from nl_detectron.analysis.attention_map import AttentionMap, AttentionMaps, BlockAttention
 
 IMAGE = np.full((48, 80, 3), 128, np.uint8)
@@ -17,10 +22,10 @@ WEIGHTS[0, 0], WEIGHTS[0, 5], WEIGHTS[2, 0], WEIGHTS[1, 2] = 0.5, 0.25, 0.004, 0
 EVEN = np.full((3, 6), 1 / 18, np.float32)
 
 
-def one_map(pairwise="gaussian", weights=WEIGHTS, outside=0.0, what="weights"):
+def one_map(pairwise="gaussian", weights=WEIGHTS, outside=0.0, what="weights", right=96):
     """Of a point in the cell in row 1, column 4 of 3 x 6."""
     keys = round(weights.size / (1 - outside))
-    attention_map = AttentionMap(weights, (0, 0, 96, 48), (64, 16, 80, 32), outside, keys)
+    attention_map = AttentionMap(weights, (0, 0, right, 48), (64, 16, 80, 32), outside, keys)
     block = BlockAttention("res4.nonlocal4", pairwise, [attention_map])
     return AttentionMaps(IMAGE, [(72.0, 24.0)], [block], what)
 
@@ -138,18 +143,67 @@ def test_the_map_lies_where_its_cells_do():
     assert panel.get_ylim() == (48, 0)
 
 
-def test_one_scale_for_all():
+def test_places_on_the_scale():
     multiples = np.array([0, 1 / 32, 1 / 4, 1, 4, 32])
-    assert on_scale(multiples, "weights") == pytest.approx([-1, -1, -0.5, 0, 0.5, 1])
-    assert on_scale(-multiples, "weights") == pytest.approx([-1, -1, -0.5, 0, 0.5, 1])
-    assert on_scale(multiples, "effect") == pytest.approx([0, 0, 0, 0, 0.5, 1])
-    assert on_scale(-multiples, "effect") == pytest.approx([0, 0, 0, 0, -0.5, -1])
+    assert on_scale(multiples, "weights", 16) == pytest.approx([-1, -1, -0.5, 0, 0.5, 1])
+    assert on_scale(-multiples, "weights", 16) == pytest.approx([-1, -1, -0.5, 0, 0.5, 1])
+    assert on_scale(multiples, "effect", 16) == pytest.approx([0, 0, 0, 0, 0.5, 1])
+    assert on_scale(-multiples, "effect", 16) == pytest.approx([0, 0, 0, 0, -0.5, -1])
+    assert on_scale(multiples, "weights", 4) == pytest.approx([-1, -1, -1, 0, 1, 1])
     for what in ("weights", "effect"):
         low, even, high = heat_colors(what)([0.0, 0.5, 1.0])
         assert even[3] < 0.02
         assert high[3] > 0.5
         assert low[3] == pytest.approx({"weights": 0.4, "effect": 0.7}[what])
         assert to_rgb(tuple(low)) != to_rgb(tuple(high))
+
+
+@pytest.mark.parametrize(
+    ("multiple", "end"), [(0.5, 2), (1.5, 2), (3, 4), (-3, 4), (16, 16), (17, 32), (900, 64)]
+)
+def test_the_scale_is_fitted_to_all_but_a_point(multiple, end):
+    multiples = np.full(2000, multiple)
+    multiples[0] = 1000
+    assert fitted_scale([multiples, np.ones(3)]) == end
+    assert fitted_scale([]) == 2
+
+
+def test_one_scale_for_all_panels():
+    maps = one_map()
+    (block,) = maps.blocks
+    weaker = replace(block.maps[0], values=np.sqrt(WEIGHTS))
+    both = replace(maps, blocks=[block, replace(block, maps=[weaker])])
+    figure = draw_attention(both)
+    *_, bar = figure.axes
+    labels = [label.get_text() for label in bar.get_xticklabels()]
+    assert labels == ["1/16", "1/4", "1", "4", "16"]
+    assert [panel.images[1].get_array().max() for panel in panels(figure)] == pytest.approx(
+        [np.log(values.max() / values.mean()) / np.log(16) for values in (WEIGHTS, weaker.values)]
+    )
+    assert "the scale is fitted to this picture" in bar.get_xlabel()
+
+
+def test_the_point_itself_may_have_the_most():
+    weights = np.where(np.arange(18).reshape(3, 6) == 10, 0.9, EVEN / 10).astype(np.float32)
+    (panel,) = panels(draw_attention(one_map(weights=weights)))
+    assert legend_of(panel).startswith("no arrow: nowhere but at the point is there a peak")
+    assert "times an even share (the point itself)" in legend_of(panel)
+
+
+def test_plain_has_but_image_point_and_arrows():
+    figure = draw_attention(one_map(), plain=True)
+    (panel,) = figure.axes
+    assert len(panel.images) == 1
+    assert len(panel.lines) == 1
+    assert len(arrows_of(panel)) == 2
+    assert not panel.get_title() + panel.get_xlabel()
+
+
+def test_the_strip_without_keys_is_explained():
+    """An image of 80 x 48 pixels, and cells that end at its right edge, before or behind it."""
+    for right, is_told in ((80, False), (72, True), (96, False)):
+        (panel,) = panels(draw_attention(one_map(right=right)))
+        assert ("pooling leaves out" in legend_of(panel)) is is_told
 
 
 @pytest.mark.parametrize(

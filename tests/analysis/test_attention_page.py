@@ -81,7 +81,8 @@ def test_has_what_counts_for_every_cell(tmp_path, mirrored, what):
             y = top + (np.arange(region["rows"]) + 0.5) * (bottom - top) / region["rows"]
             maps = record.maps([(column, row) for row in y for column in x], what).blocks[i].maps
             multiples = np.array([attention_map.multiples for attention_map in maps])
-            assert places == pytest.approx(on_scale(multiples, what), abs=1 / 255)
+            places_there = on_scale(multiples, what, block["scale"])
+            assert places == pytest.approx(places_there, abs=1 / 255)
             # A block that is the identity contributes nothing.
             highest = np.abs(multiples).max((1, 2)) * [m.mean > 0 for m in maps]
             assert region["highest"] == pytest.approx(highest, rel=1e-3)
@@ -191,7 +192,7 @@ def page(browser, tmp_path):
 # 12 times an even share of 24 cells, 98 of 196, and a small part of one.
 TWELVE, MUCH, DARK = (
     pytest.approx([255 * part for part in heat_colors("weights")((place + 1) / 2)], abs=3)
-    for place in on_scale(np.array([12, 98, 0.01]), "weights")
+    for place in on_scale(np.array([12, 98, 0.01]), "weights", 16)
 )
 
 

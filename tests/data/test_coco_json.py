@@ -56,7 +56,10 @@ def hand_made_coco():
                 "image_id": 0,
                 "category_id": 3,
                 "bbox": [40, 5, 10, 30],
-                "segmentation": [[40, 5, 50, 5, 50, 35, 40, 35]],
+                "segmentation": [
+                    [40, 5, 50, 5, 50, 20, 40, 20],
+                    [40, 20, 50, 20, 50, 35, 40, 35],
+                ],
             },
             {
                 "id": 2,
@@ -70,9 +73,11 @@ def hand_made_coco():
     }
 
 
-def rle_of(top, left, bottom, right, compressed):
+def rle_of(bbox, compressed):
+    """The mask of a box."""
+    x, y, width, height = bbox
     mask = np.zeros((48, 64), np.uint8, order="F")
-    mask[top:bottom, left:right] = 1
+    mask[y : y + height, x : x + width] = 1
     if compressed:
         rle = mask_util.encode(mask)
         return {"size": rle["size"], "counts": rle["counts"].decode()}
@@ -166,85 +171,77 @@ def test_fills_in_what_evaluation_reads(register, tmp_path, caplog):
     assert [a["area"] for a in completed["annotations"]] == pytest.approx([200, 300, 200], abs=15)
 
 
-IDS = {
-    "UUIDs": ["6f1c-1", "6f1c-2", "6f1c-3"],
-    "quoted from 0": ["0", "1", "2"],
-    "beyond a float's digits": [2**53, 2**53 + 1, 2**53 + 2],
-    "beyond floats": [10**400, 10**400 + 1, 10**400 + 2],
-    "floats": [1.0, 2.0, 3.0],
-    "from 0": [0, 1, 2],
-    "negative": [-1, -2, -3],
-    "the same": [5, 5, 5],
-    "some null": [1, None, 2],
-    "numbers and texts": [1, "2", 3],
+def each(section, key, values):
+    """Set a key of the three entries of a section, and what points to it."""
+
+    def apply(coco):
+        new = {}
+        for entry, value in zip(coco[section], values):
+            new[entry.get(key)] = entry[key] = value
+        if section == "images" and key == "id":
+            for annotation in coco["annotations"]:
+                annotation["image_id"] = new[annotation["image_id"]]
+
+    return apply
+
+
+def whole_sizes_as_floats(coco):
+    for image in coco["images"]:
+        image.update(height=48.0, width=64.0)
+    for annotation, is_compressed in (
+        (coco["annotations"][1], True),
+        (coco["annotations"][2], False),
+    ):
+        rle = rle_of(annotation["bbox"], is_compressed)
+        annotation["segmentation"] = rle | {"size": [48.0, 64.0]}
+
+
+ANNOTATION_IDS = [
+    ["6f1c-1", "6f1c-2", "6f1c-3"],
+    ["0", "1", "2"],
+    [2**53, 2**53 + 1, 2**53 + 2],  # beyond a float's digits
+    [10**400, 10**400 + 1, 10**400 + 2],
+    [1.0, 2.0, 3.0],
+    [0, 1, 2],
+    [-1, -2, -3],
+    [5, 5, 5],
+    [1, None, 2],
+    [1, "2", 3],
+]
+IMAGE_IDS = [["x", "y", "z"], [2**62 + 1, 2**63 - 1, 7], [-1, -5, -9]]
+AREAS = [0, None, -200.0, 1e10 + 1e4]  # which evaluation would not count
+ODD = {
+    **{f"ids {str(ids)[:20]}": each("annotations", "id", ids) for ids in ANNOTATION_IDS},
+    **{f"image ids {ids}": each("images", "id", ids) for ids in IMAGE_IDS},
+    **{f"area {area}": each("annotations", "area", [area] * 3) for area in AREAS},
+    **{f"num {n}": each("annotations", "num_keypoints", [n]) for n in (0, None)},
+    "whole sizes as floats": whole_sizes_as_floats,
 }
 
 
-@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
-def test_annotation_ids_are_numbered_anew(register, evaluate_ground_truth, ids):
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+def test_odd_values_are_evaluated_as_they_are_meant(register, evaluate_ground_truth, change):
     coco = hand_made_coco()
-    for annotation, id_ in zip(coco["annotations"], ids):
-        annotation["id"] = id_
+    change(coco)
     register(coco)
-    assert [a["id"] for a in evaluated("mine")["annotations"]] == [1, 2, 3]
-    assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
-
-
-@pytest.mark.parametrize("ids", [["x", "y", "z"], [2**62 + 1, 2**63 - 1, 7], [-1, -5, -9]])
-def test_image_ids_of_any_kind(register, evaluate_ground_truth, ids):
-    coco = hand_made_coco()
-    new = dict(zip([0, 5, 6], ids))
-    for image in coco["images"]:
-        image["id"] = new[image["id"]]
-    for annotation in coco["annotations"]:
-        annotation["image_id"] = new[annotation["image_id"]]
-    register(coco)
-    assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
-
-
-@pytest.mark.parametrize("area", [0, 0.0, None, -1, -200.0, 1e10 + 1e4, 1e13])
-def test_area_that_evaluation_would_not_count(register, evaluate_ground_truth, area, caplog):
-    coco = hand_made_coco()
-    for annotation in coco["annotations"]:
-        annotation["area"] = area
-    with caplog.at_level(logging.INFO):
-        register(coco)
-    assert "lacks area" in caplog.text
-    areas = [annotation["area"] for annotation in evaluated("mine")["annotations"]]
-    assert areas == pytest.approx([200, 300, 200], abs=15)
-    assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
-
-
-@pytest.mark.parametrize("area", [0.5, 1e10])
-def test_area_that_evaluation_counts_stays(register, area):
-    coco = hand_made_coco()
-    coco["annotations"][1]["area"] = area
-    register(coco)
-    assert evaluated("mine")["annotations"][1]["area"] == area
-
-
-@pytest.mark.parametrize("count", [0, None, 2])
-def test_visible_keypoints_count(register, evaluate_ground_truth, count):
-    coco = hand_made_coco()
-    coco["annotations"][0]["num_keypoints"] = count
-    register(coco)
-    assert [a["num_keypoints"] for a in evaluated("mine")["annotations"]] == [count or 3, 0, 0]
-    results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
-    assert results["keypoints"]["AP"] == pytest.approx(100)
-
-
-def test_whole_sizes_written_as_floats(register, evaluate_ground_truth):
-    coco = hand_made_coco()
-    rle = rle_of(5, 40, 35, 50, compressed=True)
-    coco["annotations"][1]["segmentation"] = rle | {"size": [48.0, 64.0]}
-    rle = rle_of(0, 0, 10, 20, compressed=False)
-    coco["annotations"][2]["segmentation"] = rle | {"size": [48.0, 64.0]}
-    for image in coco["images"]:
-        image.update(height=48.0, width=64.0)
-    register(coco)
+    annotations = evaluated("mine")["annotations"]
+    assert [a["id"] for a in annotations] == [1, 2, 3]
+    assert [a["num_keypoints"] for a in annotations] == [3, 0, 0]
+    assert [a["area"] for a in annotations] == pytest.approx([200, 300, 200], abs=15)
+    masks = [a["segmentation"] for a in annotations if isinstance(a["segmentation"], dict)]
+    assert all(type(side) is int for mask in masks for side in mask["size"])
     records = DatasetCatalog.get("mine")
     assert {type(r[side]) for r in records for side in ("height", "width")} == {int}
+    assert [r["image_id"] for r in records] == sorted(image["id"] for image in coco["images"])
     assert aps_of(evaluate_ground_truth) == pytest.approx([100] * 3)
+
+
+@pytest.mark.parametrize(("key", "value"), [("area", 0.5), ("area", 1e10), ("num_keypoints", 2)])
+def test_what_evaluation_counts_stays(register, key, value):
+    coco = hand_made_coco()
+    coco["annotations"][0][key] = value
+    register(coco)
+    assert evaluated("mine")["annotations"][0][key] == value
 
 
 def test_complete_file_is_used_as_it_is(register, tmp_path, caplog):
@@ -277,7 +274,9 @@ def test_kept_records_are_handed_over_once(write, forget, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr("nl_detectron.data.coco_json.read_coco", None)  # the file is not read again
         first = DatasetCatalog.get("mine")
-    assert DatasetCatalog.get("mine") == first
+    again = DatasetCatalog.get("mine")
+    assert again == first
+    assert again is not first
 
 
 @pytest.mark.parametrize("with_keypoints", [True, False])
@@ -291,10 +290,7 @@ def test_ground_truth_scores_one(register, evaluate_ground_truth, with_keypoints
         if segmentation is None:
             del annotation["segmentation"]
         elif segmentation != "polygons":
-            x, y, width, height = annotation["bbox"]
-            annotation["segmentation"] = rle_of(
-                y, x, y + height, x + width, compressed=segmentation == "compressed"
-            )
+            annotation["segmentation"] = rle_of(annotation["bbox"], segmentation == "compressed")
     register(coco)
     results = evaluate_ground_truth("mine", kpt_oks_sigmas=[0.05] * 3)
     assert ("segm" in results) == (segmentation is not None)
@@ -314,64 +310,11 @@ def test_registering_again_replaces(register):
 
 
 def change(section, i, **values):
-    def apply(coco):
-        coco[section][i].update(values)
-
-    return apply
+    return lambda coco: coco[section][i].update(values)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda coco: coco.pop("categories"), "no list 'categories'"),
-        (lambda coco: coco["images"].append(3), r"images\[3\] is 3, not an object"),
-        (change("images", 0, file_name=None), "file_name None, not a text"),
-        (change("images", 0, height=0), "height 0, not an integer from 1 to"),
-        (change("annotations", 0, bbox=[1, 2, "3", 4]), r"bbox \[1, 2, '3', 4\], not"),
-        (change("annotations", 0, area="x"), "area 'x', not a number"),
-        (change("annotations", 0, iscrowd=7), "iscrowd 7, not 0 or 1"),
-        (change("annotations", 0, keypoints=["x"]), r"keypoints \['x'\], not a list of numbers"),
-        (change("annotations", 0, segmentation=[[1e9] * 6]), "nor a list of polygons"),
-        (change("annotations", 0, segmentation={"counts": [5]}), "not an RLE"),
-        (
-            change("annotations", 0, segmentation={"size": [48, 64], "counts": [5]}),
-            "not an RLE",
-        ),
-        (
-            change("annotations", 0, segmentation={"size": [48, 64], "counts": "oo"}),
-            "not an RLE",
-        ),
-        (change("categories", 0, name=7), "name 7, not a text"),
-        (lambda coco: coco.update(images={}), "no list 'images'"),
-        (lambda coco: coco["categories"].clear(), "has no categories"),
-        # What has no category at hand, VIA leaves out: the first cause first.
-        (
-            lambda coco: (coco["annotations"].clear(), coco["categories"].clear()),
-            "has no categories",
-        ),
-        (lambda coco: coco["images"][1].pop("height"), r"images\[1\] has no 'height'"),
-        (lambda coco: coco["annotations"][2].pop("bbox"), r"annotations\[2\] has no 'bbox'"),
-        (change("annotations", 1, category_id=4), "category_id 4, not among the categories"),
-        (change("annotations", 1, image_id="0"), "image_id '0', not among the images"),
-        (change("annotations", 1, bbox=[1, 2]), r"bbox \[1, 2\], not \[x, y, width, height\]"),
-        (change("annotations", 1, segmentation=TRIANGLE[0]), "nor a list of polygons"),
-        (change("annotations", 1, segmentation=[[1, 1, 5, 5]]), "nor a list of polygons"),
-        (change("annotations", 0, keypoints=[1, 1, 2]), "has 3 numbers in 'keypoints'"),
-        (
-            lambda coco: [a.update(bbox=[0.1, 0.2, 0.5, 0.5]) for a in coco["annotations"]],
-            "COCO's are in pixels",
-        ),
-    ],
-)
-def test_explains_what_is_wrong_with_a_file(write, spoil, message):
-    json_file, image_root = write(hand_made_coco())
-    coco = hand_made_coco()
-    spoil(coco)
-    json_file.write_text(json.dumps(coco))
-    with pytest.raises(ValueError, match=message) as error:
-        register_coco_json("mine", json_file, image_root)
-    assert str(json_file) in str(error.value)
-    assert "mine" not in DatasetCatalog
+def emptied(*sections):
+    return json.dumps(hand_made_coco() | {key: [] for key in sections})
 
 
 @pytest.mark.parametrize(
@@ -380,14 +323,21 @@ def test_explains_what_is_wrong_with_a_file(write, spoil, message):
         ("{images: []}", "is not JSON"),
         ("", "is not JSON"),
         ("[1, 2]", r"is not in COCO's format: it has no list 'categories', but is \[1, 2\]"),
+        ("{}", "it has no list 'categories', but is {}"),
         ('{"_via_settings": {}, "_via_img_metadata": {}}', "with the keys '_via_settings', '_via"),
         ('{"shapes": [], "imagePath": "1.png"}', "with the keys 'shapes', 'imagePath'"),
+        ('{"categories": [{}], "images": {}}', "no list 'images'"),
+        (emptied("images"), "has no images"),
+        (emptied("categories"), "has no categories"),
+        # What has no category at hand, VIA leaves out: the first cause first.
+        (emptied("annotations", "categories"), "has no categories"),
     ],
 )
 def test_explains_files_of_another_format(tmp_path, text, message):
     (tmp_path / "mine.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"mine\.json.* {message}"):
         register_coco_json("mine", tmp_path / "mine.json", tmp_path)
+    assert "mine" not in DatasetCatalog
 
 
 def test_corrupt_files(write, cfg, tmp_path):
@@ -455,7 +405,7 @@ def test_configure_replaces_sigmas_of_another_length(register, cfg, num_keypoint
 def test_configured_training_data_load(register, cfg, is_crowd, mask_format):
     """Also with keypoints in one category only, RLE masks and an image without annotations."""
     coco = hand_made_coco()
-    rle = rle_of(5, 40, 35, 50, compressed=False)
+    rle = rle_of([40, 5, 10, 30], compressed=False)
     coco["annotations"][1].update(segmentation=rle, iscrowd=is_crowd)
     register(coco)
     configure_for_dataset(cfg, "mine", "mine")
@@ -471,20 +421,18 @@ def test_configured_training_data_load(register, cfg, is_crowd, mask_format):
     assert all(x.gt_masks.nonempty().all() for x in instances)
 
 
-def crowds_alone(coco):
-    for annotation in coco["annotations"]:
-        annotation["iscrowd"] = 1
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda coco: coco["annotations"].clear(), "'mine' has no annotations"),
         (lambda coco: coco.pop("annotations"), "'mine' has no annotations"),
-        (crowds_alone, "all 3 annotations of 'mine' have iscrowd 1"),
+        (
+            lambda coco: [a.update(iscrowd=1) for a in coco["annotations"]],
+            "all 3 annotations of 'mine' have iscrowd 1",
+        ),
     ],
 )
-def test_what_cannot_be_trained_on_can_be_evaluated_on(register, cfg, spoil, message, tmp_path):
+def test_what_cannot_be_trained_on_can_be_evaluated_on(register, cfg, spoil, message):
     register(hand_made_coco(), "mine_val")
     coco = hand_made_coco()
     spoil(coco)
@@ -540,14 +488,10 @@ def test_the_pairs_of_keypoints_are_logged(register, caplog):
     assert len(MetadataCatalog.get("mine").keypoint_connection_rules) == 2
 
 
-def without_person_keypoints(coco):
-    del coco["categories"][0]["keypoints"]
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (without_person_keypoints, "no category of 'mine' has a list 'keypoints'"),
+        (change("categories", 0, keypoints=None), "no category of 'mine' has a list 'keypoints'"),
         (change("annotations", 0, keypoints=[0] * 9), "visibility above 0"),
         (change("annotations", 1, segmentation=[]), "1 of 3 annotations of 'mine' have no segm"),
         (change("categories", 1, keypoints=["tail"]), "or categories have different ones"),
@@ -562,6 +506,14 @@ def test_configure_explains_what_the_model_lacks(register, cfg, spoil, message):
         configure_for_dataset(cfg, "mine", "mine")
     cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
     configure_for_dataset(cfg, "mine", "mine")
+
+
+def test_evaluation_needs_nothing_of_the_training_set(register, cfg):
+    coco = hand_made_coco()
+    coco["annotations"][1]["segmentation"] = []
+    register(coco)
+    register(hand_made_coco(), "mine_val")
+    configure_for_dataset(cfg, "mine", "mine_val", eval_only=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ FORMS = {
     "macaque": (["nose", "left_ear", "right_ear"], 1),
     "zebra": (["snout", "head", "forelegL1", "forelegR1", "hindlegL1", "hindlegR1", "tailtip"], 2),
     "OpenPose": (["Nose", "RShoulder", "LShoulder", "REye", "LEye"], 2),
-    "capitals": (["LEFT_EYE", "RIGHT_EYE", "EYE_L", "EYE_R"], 2),
+    "capitals": (["LEFT_EYE", "RIGHT_EYE", "EYE_L", "EYE_R", "MIDLEFTEAR", "MIDRIGHTEAR"], 3),
     "camelCase": (["leftEye", "rightEye", "lShoulder", "rShoulder", "hipLeft", "hipRight"], 3),
     "side last": (["eye_l", "eye_r", "ear.L", "ear.R", "paw left", "paw right"], 3),
     "in the middle": (

@@ -36,9 +36,9 @@ def drawn_maps(monkeypatch):
     drawn = []
     draw = attention.draw_attention
 
-    def spy(maps, *, arrows):
+    def spy(maps, *, arrows, plain):
         drawn.append((maps, arrows))
-        return draw(maps, arrows=arrows)
+        return draw(maps, arrows=arrows, plain=plain)
 
     monkeypatch.setattr(attention, "draw_attention", spy)
     return drawn
@@ -59,6 +59,12 @@ def test_points_blocks_and_arrows(run, image, tmp_path, monkeypatch):
         assert maps.points == [(10, 20), (79.5, 3)]
         assert [block.name for block in maps.blocks] == ["backbone.bottom_up.res4.nonlocal0"]
         assert arrows == 2
+
+
+def test_a_run_and_an_image(trained, image, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    attention.main([str(trained), str(image), "--at", "grid", "--block", "nonlocal0"])
+    assert (tmp_path / "output" / "attention" / "noise.html").exists()
 
 
 def test_on_a_grid(run, image, monkeypatch):

@@ -11,6 +11,7 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from demo import demo
+from nl_detectron.config import build_config
 from tests.random_model import QUICK_START
 
 SIZE = (64, 48)
@@ -79,6 +80,39 @@ def test_images_folders_and_patterns(run, tmp_path):
     assert picture.shape == (SIZE[0] * enlarged, SIZE[1] * enlarged, 3)
     assert min(picture.shape[:2]) > 200  # large enough for labels
     assert (picture != random_image().repeat(enlarged, 0).repeat(enlarged, 1)).any()
+
+
+@pytest.mark.parametrize("name", ["", "model_final.pth"])
+def test_a_run_and_photographs(name, trained, tmp_path, monkeypatch):
+    """In any order with options and overrides; names in capitals are no config keys."""
+    monkeypatch.chdir(write_images(tmp_path / "in", "IMG_1.JPG", "b.png"))
+    words = ["MODEL.DEVICE", "cpu", trained / name, "--confidence", 0, "IMG_1.JPG"]
+    assert demo.main([*map(str, words), "b.png", "TEST.DETECTIONS_PER_IMAGE", "1"]) == 0
+    pictures = sorted(path.name for path in Path("output/demo").iterdir())
+    assert pictures == ["IMG_1.JPG", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["in/x.png", "in"], "in/config.yaml does not exist: name the config with --config-file"),
+        (["no", "in/x.png"], "the run or checkpoint is no, a file that does not exist"),
+        (["--input", "in/x.png"], "a RUN is needed"),
+        (["{trained}"], "images behind RUN or one of the arguments --input"),
+        (["{trained}", "in/x.png", "--webcam"], "images behind RUN or one of the arguments"),
+        (["{trained}", "MODEL.DEVIC", "cpu", "in/x.png"], "did you mean 'MODEL.DEVICE'"),
+        (["{trained}", "in/x.png", "MODEL.DEVICE"], "pairs of KEY VALUE"),
+        (["{trained}", "in/x.png", "--no"], "unrecognized arguments: --no"),
+    ],
+)
+@pytest.mark.usefixtures("no_model")
+def test_bad_runs(words, message, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "in", "x.png")
+    with pytest.raises(SystemExit) as exit_info:
+        demo.main([word.format(trained=trained) for word in words])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def save_rotated(image, path):
@@ -228,6 +262,14 @@ def test_names_of_own_classes(run, trained, tmp_path, monkeypatch):
     assert run(*own, "--input", tmp_path / "x.png") == 0
     assert labels
     assert all(label.startswith("own") for label in labels)
+
+    labels.clear()  # as train_net.py keeps them in config.yaml: no option is needed
+    cfg = build_config(trained / "config.yaml", ["DATASETS.TEST", "('val',)"])
+    cfg.DATASETS.OWN.CATEGORIES = [{**c, "name": f"kept {c['id']}"} for c in coco["categories"]]
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert run("--input", tmp_path / "x.png", config_file=tmp_path / "config.yaml") == 0
+    assert labels
+    assert all(label.startswith("kept ") for label in labels)
 
     coco["categories"].pop()
     (tmp_path / "val.json").write_text(json.dumps(coco))

@@ -1,16 +1,16 @@
-"""A small training for command lines: it takes a tenth of a second a step."""
+"""The code of the project that small_config.py names: a small model and a few pictures."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from commands import CONFIG, OVERRIDES  # it is the script that imports this
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_model
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+from small_config import CONFIG, OVERRIDES  # this folder is on the path of a project
 from torch import nn
 
 import nl_detectron.data.toy  # noqa: F401  its datasets

@@ -6,7 +6,8 @@ import torch
 from detectron2.engine import default_argument_parser
 
 import train_net
-from nl_detectron.data.toy import default_root, make_shapes
+from nl_detectron.data.toy import make_shapes
+from nl_detectron.data.toy.built_in import cache_folder
 from nl_detectron.engine import build_config, parse_arguments
 from tests.corruption import read_corrupted
 
@@ -31,32 +32,16 @@ def config(*arguments, config_file=QUICK_START):
 
 
 def test_config_file_then_overrides():
-    no_data = ("DATASETS.TRAIN", "()", "DATASETS.TEST", "()")
-    cfg = config("SOLVER.BASE_LR", "0.5", *no_data, config_file=MASK)
+    """They may be lists and negative numbers, and options may follow them."""
+    after_blocks = ["MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[], [], [-1], []]"]
+    numbers = ["SOLVER.BASE_LR", "0.5", "SEED", "-1", "SOLVER.GAMMA", "-1e-4"]
+    no_data = ["DATASETS.TRAIN", "()", "DATASETS.TEST", "()"]
+    cfg = config(*after_blocks, *numbers, *no_data, "--resume", config_file=MASK)
     assert cfg.MODEL.BACKBONE.NAME == "build_nonlocal_backbone"
-    assert cfg.SOLVER.BASE_LR == 0.5
-
-
-def test_lists_and_negative_numbers_as_overrides():
-    cfg = config(
-        "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE",
-        "[[], [], [-1], []]",
-        "SEED",
-        "-1",
-        "SOLVER.GAMMA",
-        "-1e-4",
-    )
     assert cfg.MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE == [[], [], [-1], []]
-    assert (cfg.SEED, cfg.SOLVER.GAMMA) == (-1, -1e-4)
-
-
-@pytest.mark.parametrize("resume_first", [True, False])
-def test_options_may_follow_the_overrides(resume_first):
-    overrides = ["SOLVER.BASE_LR", "0.5"]
-    words = ["--resume", *overrides] if resume_first else [*overrides, "--resume"]
-    args = parse_arguments(["--config-file", QUICK_START, *words])
-    assert args.resume
-    assert args.opts == overrides
+    assert (cfg.SOLVER.BASE_LR, cfg.SEED, cfg.SOLVER.GAMMA) == (0.5, -1, -1e-4)
+    args = parse_arguments(["--config-file", QUICK_START, *numbers, "--resume"])
+    assert (args.resume, args.opts) == (True, numbers)
 
 
 def test_options_are_detectron2s():
@@ -64,7 +49,7 @@ def test_options_are_detectron2s():
     ours = vars(parse_arguments(["--config-file", QUICK_START]))
     assert theirs.items() <= ours.items()
     data = {"train_json", "train_images", "val_json", "val_images"}
-    own = data | {"weights_report", "strict_weights", "traceback", "timeout", "project"}
+    own = data | {"weights_report", "strict_weights", "traceback", "timeout", "project", "finetune"}
     assert ours.keys() - theirs.keys() == own
 
 
@@ -93,7 +78,7 @@ def test_runs_on_the_cpu_without_cuda(overrides):
         ([], "--config-file is needed"),
         (["--config-file", "no.yaml"], "no.yaml does not exist"),
         (["--config-file", QUICK_START, "SOLVER.BASE_LR"], "pairs of KEY VALUE"),
-        (["--config-file", QUICK_START, "--train-json", "a.json"], "--val-images are needed"),
+        (["--config-file", QUICK_START, "--train-json", "a.json"], "a.json does not exist"),
         (["--config-file", QUICK_START, "--num-gpus", "99"], "--num-gpus is 99"),
         (["--config-file", QUICK_START, "--resum-e"], "unrecognized arguments"),
     ],
@@ -161,7 +146,7 @@ def test_other_files_are_named(text, tmp_path):
 
 
 def test_own_data_sets_classes_and_keypoints(tmp_path):
-    root = make_shapes(default_root())
+    root = make_shapes(cache_folder("shapes-v1"))
     paths = {}
     for split in ("train", "val"):
         coco = json.loads((root / f"{split}.json").read_text())

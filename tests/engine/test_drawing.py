@@ -5,7 +5,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.catalog import Metadata
 from detectron2.structures import BitMasks, Boxes, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import VisImage
 
 import nl_detectron.data.toy  # noqa: F401  its datasets
 from nl_detectron.engine.drawing import draw_annotations, draw_predictions, side_by_side
@@ -23,16 +23,16 @@ def gray():
 def labels(monkeypatch):
     """The labels that are drawn, and after the drawing what they cover: (2, 2) corners."""
     drawn = {}
-    draw_text = Visualizer.draw_text
+    get_image = VisImage.get_image
 
-    def spy(self, text, *arguments, **options):
-        output = draw_text(self, text, *arguments, **options)
-        height = output.fig.bbox.height
-        box = output.ax.texts[-1].get_window_extent().get_points()
-        drawn[text] = np.sort(np.abs([[0, height], [0, height]] - box), axis=0)
-        return output
+    def spy(self):
+        for label in self.ax.texts:
+            box = label.get_window_extent().get_points()
+            corners = np.abs([[0, self.fig.bbox.height]] * 2 - box)
+            drawn[label.get_text()] = np.sort(corners, axis=0)
+        return get_image(self)
 
-    monkeypatch.setattr(Visualizer, "draw_text", spy)
+    monkeypatch.setattr(VisImage, "get_image", spy)
     return drawn
 
 
@@ -112,6 +112,21 @@ def test_labels_lie_in_the_picture_and_leave_small_objects_free(boxes, labels):
         assert -1 <= top < bottom <= 201
         assert y1 - y0 > 100 or bottom <= y0 + 1 or y1 - 1 <= top
         assert abs(left - max(x0, 0)) < 2 or abs(right - min(x1, 300)) < 2
+
+
+def test_labels_avoid_each_other(labels):
+    image = np.full((400, 400, 3), 128, np.uint8)
+    boxes = [[60 + i, 60 + i, 250 + 2 * i, 250 + i] for i in range(6)]
+    instances = Instances(image.shape[:2])
+    instances.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32))
+    instances.scores, instances.pred_classes = torch.ones(6), torch.arange(6)
+    names = [f"name {i}" for i in range(6)]
+    draw_predictions(image, instances, Metadata(thing_classes=names))
+    corners = list(labels.values())
+    assert len(corners) == 6
+    for i, (a, b) in enumerate(corners):
+        for c, d in corners[:i]:
+            assert (b <= c + 1).any() or (d <= a + 1).any()
 
 
 @pytest.mark.parametrize("parts", [(), ("segmentation",)])

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from tests.engine.commands import CONFIG, OVERRIDES, ROOT, Commands
+from tests.commands import ROOT, shared_commands
+from tests.engine.small_config import SMALL
 
 pytestmark = pytest.mark.slow
 
@@ -15,29 +16,21 @@ SECONDS = 20  # a step, a checkpoint and the exit take about one
 STATUSES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 138}
 
 
-@pytest.fixture(scope="module")
-def commands():
-    with Commands(
-        TRAIN_NET, LAZY_TRAIN_NET, ROOT / "tests" / "engine" / "small_runs.py"
-    ) as started:
-        yield started
-
-
 @pytest.fixture
-def start(commands, tmp_path):
+def start(tmp_path):
     """Starts train_net.py with two loader workers; as some of the processes of one run, if many."""
 
     def start_all(*words, world_size=1, script=TRAIN_NET):
         own = ["DATALOADER.NUM_WORKERS", "2", "SOLVER.IMS_PER_BATCH", "2", "OUTPUT_DIR", tmp_path]
-        words = ["--config-file", CONFIG, *OVERRIDES, "SOLVER.MAX_ITER", "10000", *own, *words]
+        words = [*SMALL, "SOLVER.MAX_ITER", "10000", *own, *words]
         if world_size == 1:
-            return [commands.start(tmp_path / "output.txt", script, *words)]
+            return [shared_commands().start(tmp_path / "output.txt", script, *words)]
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         size = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         size.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         return [
-            commands.start(
+            shared_commands().start(
                 tmp_path / f"output{rank}.txt", script, *words, RANK=rank, LOCAL_RANK=rank, **size
             )
             for rank in range(world_size)
@@ -105,11 +98,12 @@ train.init_checkpoint = ""
 """
 
 
-def test_the_end_of_a_lazy_config(commands, tmp_path):
+def test_the_end_of_a_lazy_config(tmp_path):
     config = tmp_path / "config.py"
     config.write_text(LAZY.format(str(tmp_path)))
     output = f"train.output_dir={tmp_path}"
-    run = commands.start(tmp_path / "o.txt", LAZY_TRAIN_NET, "--config-file", config, output)
+    words = [LAZY_TRAIN_NET, *SMALL[:2], "--config-file", config, output]
+    run = shared_commands().start(tmp_path / "o.txt", *words)
     assert run.wait(60) == 0, run.printed
     assert (tmp_path / "model_final.pth").exists()
 

@@ -9,7 +9,7 @@ from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from torch import nn
 
-from nl_detectron import GlobalContextBlock, NonLocalBlock
+from nl_detectron import GlobalContextBlock, NonLocalBlock, model_zoo
 from nl_detectron.config import build_config
 from nl_detectron.engine import Trainer, get_optimizer_params, scale_block_lr
 
@@ -17,7 +17,7 @@ OPTIONS = [
     *("MODEL.DEVICE", "cpu", "MODEL.NONLOCAL.GAMMA_LR_FACTOR", 100.0),
     *("MODEL.NONLOCAL.LR_FACTOR", 0.5, "SOLVER.BASE_LR", 0.04),
 ]
-CONFIG = "configs/long_range.yaml"
+CONFIG = model_zoo.get_config_file("long_range")
 
 
 class OneScale(nn.Module):

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,13 +15,12 @@ from detectron2.modeling.proposal_generator import proposal_utils
 import nl_detectron.data.toy  # noqa: F401  its datasets
 import train_net
 from nl_detectron.engine import Trainer, build_config, parse_arguments
-from tests.engine.commands import group_of
+from tests.commands import ROOT, group_of, shared_commands
 from tests.engine.processes import run_processes
 from tests.engine.same_pictures import make_pictures
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ["--config-file", str(ROOT / "configs" / "quick_start.yaml")]
 SMALL = [
     *("MODEL.KEYPOINT_ON", "False", "MODEL.FPN.OUT_CHANNELS", "32"),
@@ -57,12 +54,14 @@ def pictures(tmp_path_factory):
 
 
 def start_torchrun(folder, data, *words):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    """The ranks are processes of their own, from the start to the end of Python."""
+    for name in ("stdout", "stderr"):
+        (folder / name).write_text("")
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", ROOT / "train_net.py"]
     overrides = ["OUTPUT_DIR", str(folder / "run"), "SOLVER.CHECKPOINT_PERIOD", "2"]
-    command += [str(ROOT / "train_net.py"), *CONFIG, *data, *SMALL, *overrides, *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with open(folder / "stdout", "w") as out, open(folder / "stderr", "w") as err:
-        return subprocess.Popen(command, cwd=folder, stdout=out, stderr=err, env=environment)
+    command += [*CONFIG, *data, *SMALL, *overrides, *words]
+    output, errors = folder / "stdout", folder / "stderr"
+    return shared_commands().start(output, *command, errors=errors, cwd=folder)
 
 
 def config_of(args):
@@ -74,7 +73,7 @@ def config_of(args):
 def wait_for(file, process, seconds=120):
     deadline = time.monotonic() + seconds
     while not file.exists():
-        assert process.poll() is None, "ended"
+        assert process.status() is None, process.printed
         assert time.monotonic() < deadline, f"no {file}"
         time.sleep(0.1)
 
@@ -96,9 +95,9 @@ def test_torchrun_is_one_run_and_ends_with_any_of_its_processes(pictures, tmp_pa
     words = ["SOLVER.MAX_ITER", "100000", "DATALOADER.NUM_WORKERS", "1"]
     torchrun = start_torchrun(tmp_path, pictures, *words)
     wait_for(run / "last_checkpoint", torchrun)
-    ranks = [process_of_rank(rank, torchrun.pid) for rank in range(2)]
-    torchrun.kill()
-    torchrun.wait(60)
+    ranks = [process_of_rank(rank, torchrun.process) for rank in range(2)]
+    torchrun.send(signal.SIGKILL)
+    assert torchrun.wait(60) == -signal.SIGKILL
     (run / "last_checkpoint").unlink()
     torchrun = start_torchrun(tmp_path, pictures, "--resume", *words)
     deadline = time.monotonic() + 30
@@ -108,7 +107,7 @@ def test_torchrun_is_one_run_and_ends_with_any_of_its_processes(pictures, tmp_pa
     assert "Stopped by SIGTERM" in (run / "log.txt").read_text()  # with a checkpoint
     (run / "last_checkpoint").unlink()
     wait_for(run / "last_checkpoint", torchrun)
-    os.kill(process_of_rank(1, torchrun.pid), signal.SIGKILL)
+    os.kill(process_of_rank(1, torchrun.process), signal.SIGKILL)
     assert torchrun.wait(60) == 1
     cause = (tmp_path / "stderr").read_text().split("Root Cause")[1]
     assert "rank      : 1" in cause

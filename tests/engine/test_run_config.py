@@ -11,7 +11,7 @@ from nl_detectron.config import build_config
 from nl_detectron.engine import run_config
 from nl_detectron.engine.run_config import keep_values_of_checkpoint, values_to_keep
 
-CONFIG = "configs/quick_start.yaml"
+CONFIG = model_zoo.get_config_file("quick_start")
 LAZY = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x.py"
 
 

@@ -24,7 +24,7 @@ def backbone():
     overrides = [
         *("MODEL.DEVICE", "cpu", "MODEL.NONLOCAL.BACKBONE", "build_resnet_fpn_backbone"),
         *("MODEL.RESNETS.OUT_FEATURES", stages, "MODEL.FPN.IN_FEATURES", stages),
-        *("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[],[0],[0,1],[]]"),
+        *("MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE", "[[],[],[0],[]]"),
     ]
     cfg = build_config(QUICK_START, overrides)
     torch.manual_seed(1)

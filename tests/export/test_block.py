@@ -18,12 +18,10 @@ GLOBAL_CONTEXT = {"block_class": GlobalContextBlock, "reduction": 2}
 # Exporting and compiling take seconds: each pairwise function and each subsampling once.
 VARIANTS = [
     {"pairwise": "gaussian", "subsample": "none"},
-    {"pairwise": "embedded_gaussian", "subsample": "input"},
-    {"pairwise": "dot_product", "subsample": "embeddings"},
+    {"pairwise": "dot_product", "subsample": "input"},
     {"pairwise": "concatenation", "subsample": "embeddings"},
-    {"pairwise": "disentangled", "subsample": "embeddings"},
     {"pairwise": "embedded_gaussian", "subsample": "pyramid"},
-    {"pairwise": "disentangled", "subsample": "pyramid"},
+    {"pairwise": "disentangled", "subsample": "none"},
     GLOBAL_CONTEXT,
 ]
 

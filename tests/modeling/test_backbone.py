@@ -11,6 +11,13 @@ from nl_detectron import NonLocalBlock, add_nonlocal_config
 
 MASK = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
 AFTER_BLOCKS = "MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE"
+# Of the channels a quarter or less: res4 has 256.
+NARROW = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 16, "MODEL.RESNETS.WIDTH_PER_GROUP", 16),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.FPN.OUT_CHANNELS", 32),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 64, "MODEL.ROI_MASK_HEAD.CONV_DIM", 32),
+    *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [32, 32]),
+]
 
 
 def zoo_config(name, *overrides):
@@ -18,7 +25,7 @@ def zoo_config(name, *overrides):
     add_nonlocal_config(cfg)
     cfg.merge_from_file(model_zoo.get_config_file(name))
     cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list(list(overrides))
+    cfg.merge_from_list([*NARROW, *overrides])
     return cfg
 
 
@@ -146,7 +153,7 @@ def test_options_from_the_config():
     )
     (block,) = nonlocal_blocks(build_model(cfg)).values()
     assert (block.pairwise, block.subsample, block.norm) == ("gaussian", "input", None)
-    assert (block.theta, block.g.out_channels, block.logit_scale) == (None, 256, 1.0)
+    assert (block.theta, block.g.out_channels, block.logit_scale) == (None, 64, 1.0)
     assert block.out.weight.any()
 
 
@@ -162,7 +169,7 @@ def test_no_blocks_is_the_wrapped_backbone():
         ("SUBSAMPLE", "embedding", "MODEL.NONLOCAL.SUBSAMPLE.*did you mean 'embeddings'"),
         ("NORM", "bn", "MODEL.NONLOCAL.NORM is 'bn'.*'BN'"),
         ("REDUCTION", 0, "MODEL.NONLOCAL.REDUCTION is 0"),
-        ("REDUCTION", 2000, "MODEL.NONLOCAL.REDUCTION is 2000.*in_channels=1024"),
+        ("REDUCTION", 2000, "MODEL.NONLOCAL.REDUCTION is 2000.*in_channels=256"),
         ("BACKBONE", "build_resnet_fpn", "MODEL.NONLOCAL.BACKBONE.*'build_resnet_fpn_backbone'"),
         ("BACKBONE", "build_nonlocal_backbone", "MODEL.NONLOCAL.BACKBONE is"),
         ("AFTER_BLOCKS_PER_STAGE", [[], [], [6], []], "AFTER_BLOCKS_PER_STAGE.*6 in res4.*-6 to 5"),

@@ -27,7 +27,7 @@ def build(name="build_resnet_backbone", *overrides):
 
 
 def resnet(depth=18, *overrides):
-    narrow = ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64] if depth < 50 else []
+    narrow = ["MODEL.RESNETS.RES2_OUT_CHANNELS", 64, "MODEL.RESNETS.WIDTH_PER_GROUP", 16]
     return build("build_resnet_backbone", "MODEL.RESNETS.DEPTH", depth, *narrow, *overrides)
 
 
@@ -53,9 +53,7 @@ def test_every_depth(depth):
     assert names(backbone.res4)[-2] == f"nonlocal{blocks - 2}"
     assert names(backbone.res5)[1] == "nonlocal0"
     assert isinstance(backbone.res5[-1], NonLocalBlock)
-    assert backbone.res4.get_submodule(f"nonlocal{blocks - 2}").in_channels == (
-        256 if depth < 50 else 1024
-    )
+    assert backbone.res4.get_submodule(f"nonlocal{blocks - 2}").in_channels == 256
 
 
 def test_the_block_takes_part_in_forward():
@@ -89,7 +87,7 @@ def test_resnext_and_dilated_c5():
         "MODEL.RESNETS.RES5_DILATION", 2,
     )  # fmt: skip
     insert_nonlocal_blocks(backbone, {"res5": [-2]})
-    assert backbone(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 2048, 4, 4)
+    assert backbone(torch.zeros(1, 3, 64, 64))["res5"].shape == (1, 512, 4, 4)
 
 
 def test_regnet():

@@ -158,6 +158,30 @@ class TopLevels(Backbone):
         return {**self.backbone.output_shape(), "res6": ShapeSpec(channels=CHANNELS, stride=64)}
 
 
+class Merge(Backbone):
+    """As AdelaiDet's SingleBiFPN, a backbone that runs on features and has no stages."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+
+    def forward(self, features):
+        return {name: self.outputs(x) for name, x in features.items()}
+
+
+class BiFPN(Backbone):
+    def __init__(self, layer=Merge):
+        super().__init__()
+        self.bottom_up = TopLevels()
+        self.layers = nn.ModuleList(layer() for _ in range(2))
+
+    def forward(self, x):
+        x = self.bottom_up(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def fpn(bottom_up):
     return FPN(bottom_up, ["res3", "res4", "res5"], CHANNELS)
 
@@ -238,6 +262,7 @@ def wrapped(name, wrap, **units):
         (lpf(outputs=(2, 3, 4)), "layer3.nonlocal1"),
         (fpn(Body()), "bottom_up.layer3.nonlocal1"),
         (fpn(TopLevels()), "bottom_up.backbone.layer3.nonlocal1"),
+        (BiFPN(), "bottom_up.backbone.layer3.nonlocal1"),
         (torchvision_body(), "layer3.nonlocal0"),
         (torchvision_body((2, 3, 4)), "layer3.nonlocal0"),
         (Wrapper(torchvision_body()), "held.layer3.nonlocal0"),
@@ -288,6 +313,7 @@ STEM = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, 4, 1))
         ),
         (SwinLike(), r"SwinLike has no stages.*\(patch_embed, layers.0, .*AFTER_MODULES"),
         (Body(outputs=(2, 4), layer4=sequential(stride=1)), r"layer3 .* may be none"),
+        (BiFPN(Body), "BiFPN has several backbones: give one of them"),
     ],
 )
 def test_a_list_by_position_is_refused_where_the_stages_are_in_doubt(backbone, message):
@@ -359,6 +385,42 @@ def test_names_and_patterns():
     assert torch.equal(conv3(y), block(conv3.norm(plain)))
     with pytest.raises(ValueError, match="there is a block after fpn_output4 already"):
         insert_nonlocal_blocks(model, ["fpn_output4"])
+
+
+def resnet50():
+    cfg = cfg_of("build_resnet_fpn_backbone", "MODEL.RESNETS.DEPTH", 50)
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = cfg.MODEL.RESNETS.WIDTH_PER_GROUP = CHANNELS
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS, cfg.MODEL.FPN.OUT_CHANNELS = 4 * CHANNELS, CHANNELS
+    return build_backbone(cfg, ShapeSpec(channels=3))
+
+
+@torch.no_grad()
+def test_a_block_before_the_last_relu_of_a_bottleneck():
+    model = resnet50().eval()
+    x, keys, before = torch.randn(1, 3, 64, 96), list(model.state_dict()), str(model)
+    expected = model(x)
+    for places in (["bottom_up.res4.*.sum", "no.sum"], ["bottom_up.res4.6.sum"]):
+        with pytest.raises(ValueError, match=r"no module '(no\.sum|bottom_up\.res4\.6\.sum)'"):
+            insert_nonlocal_blocks(model, places)
+    with pytest.raises(ValueError, match="must keep shape"):
+        insert_blocks(model, ["bottom_up.res4.4.sum"], lambda channels: nn.Flatten())
+    assert str(model) == before
+    insert_nonlocal_blocks(model, ["bottom_up.res4.4.sum", "bottom_up.res4.4"])
+    blocks = nonlocal_blocks(model)
+    assert set(blocks) == {f"bottom_up.res4.4{n}.nonlocal" for n in ("", ".sum")}
+    assert [key for key in model.state_dict() if ".nonlocal." not in key] == keys
+    actual = model(x)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"a block after bottom_up.res4.4.sum already"):
+        insert_nonlocal_blocks(model, ["bottom_up.res4.4.sum"])
+
+    block, unit = blocks["bottom_up.res4.4.sum.nonlocal"], model.bottom_up.res4[4]
+    nn.init.ones_(block.norm.weight)
+    y = torch.randn(1, unit.in_channels, 4, 6)
+    total = unit.conv3(unit.conv2(unit.conv1(y).relu()).relu()) + y
+    for other in (unit, copy.deepcopy(unit), pickle.loads(pickle.dumps(unit))):
+        assert torch.equal(other(y), block(total).relu())
+    assert not torch.equal(unit(y), total.relu())
 
 
 def learnt(model):

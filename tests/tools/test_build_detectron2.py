@@ -1,7 +1,5 @@
 """The wheel builder, on small made-up archives; and the wheel itself where it is installed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -28,7 +26,7 @@ ours = pytest.mark.skipif(
 
 
 @pytest.fixture
-def tree(tmp_path: Path) -> Path:
+def tree(tmp_path):
     """What the source archive holds, in small."""
     tree = tmp_path / "pb1-detectron2-0.6"
     files = {
@@ -48,7 +46,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def output(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def output(tree, tmp_path, monkeypatch):
     """An output folder that already holds the archive."""
     output = tmp_path / "output"
     output.mkdir()
@@ -61,7 +59,7 @@ def output(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return output
 
 
-def test_wrong_hash_is_an_error_that_names_file_and_hashes(tmp_path: Path) -> None:
+def test_wrong_hash_is_an_error_that_names_file_and_hashes(tmp_path):
     archive = tmp_path / "pb1-detectron2-0.6.tar.gz"
     archive.write_bytes(b"something else")
     with pytest.raises(BuildError) as error:
@@ -70,25 +68,25 @@ def test_wrong_hash_is_an_error_that_names_file_and_hashes(tmp_path: Path) -> No
         assert (part.hexdigest() if hasattr(part, "hexdigest") else str(part)) in str(error.value)
 
 
-def test_patch_replaces_text(tree: Path) -> None:
+def test_patch_replaces_text(tree):
     build_detectron2.apply_patches(tree / "detectron2", (PATCH,))
     assert (tree / "detectron2" / PATCH.file).read_text() == "x = int(1)\n"
 
 
 @pytest.mark.parametrize("text", ["x = int(1)\n", "x = np.int(np.int(1))\n"])
-def test_patch_that_no_longer_applies_is_an_error(tree: Path, text: str) -> None:
+def test_patch_that_no_longer_applies_is_an_error(tree, text):
     (tree / "detectron2" / PATCH.file).write_text(text)
     with pytest.raises(BuildError, match=rf"{PATCH.file} holds 'np.int' \d times, not 1"):
         build_detectron2.apply_patches(tree / "detectron2", (PATCH,))
 
 
-def test_patch_of_a_missing_file_is_an_error(tree: Path) -> None:
+def test_patch_of_a_missing_file_is_an_error(tree):
     (tree / "detectron2" / PATCH.file).unlink()
     with pytest.raises(BuildError, match=PATCH.file):
         build_detectron2.apply_patches(tree / "detectron2", (PATCH,))
 
 
-def test_wheel_holds_the_patched_package_and_its_projects(output: Path) -> None:
+def test_wheel_holds_the_patched_package_and_its_projects(output):
     with zipfile.ZipFile(build_detectron2.build(output)) as wheel:
         assert wheel.read("detectron2/__init__.py") == b"x = int(1)\n"
         assert "detectron2/_C.py" in wheel.namelist()
@@ -100,21 +98,21 @@ def test_wheel_holds_the_patched_package_and_its_projects(output: Path) -> None:
         )
 
 
-def test_finished_wheel_is_not_built_again(output: Path) -> None:
+def test_finished_wheel_is_not_built_again(output):
     wheel = build_detectron2.build(output)
     (output / build_detectron2.ARCHIVE_NAME).unlink()  # building again would miss it
     assert build_detectron2.build(output) == wheel
 
 
-def test_wheel_older_than_the_tool_is_built_again(output: Path) -> None:
+def test_wheel_older_than_the_tool_is_built_again(output):
     wheel = build_detectron2.build(output)
     wheel.write_bytes(b"old")
     os.utime(wheel, (0, 0))
     assert zipfile.is_zipfile(build_detectron2.build(output))
 
 
-def test_interrupted_build_leaves_no_wheel(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*command: str) -> None:
+def test_interrupted_build_leaves_no_wheel(output, monkeypatch):
+    def interrupted(*command):
         folder = command[command.index("--wheel-dir") + 1]
         Path(folder, build_detectron2.WHEEL_NAME).write_bytes(b"half")
         raise KeyboardInterrupt
@@ -125,13 +123,11 @@ def test_interrupted_build_leaves_no_wheel(output: Path, monkeypatch: pytest.Mon
     assert [path.name for path in output.iterdir()] == [build_detectron2.ARCHIVE_NAME]
 
 
-def test_download_asks_the_index_that_pip_is_configured_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_download_asks_the_index_that_pip_is_configured_for(tmp_path, monkeypatch):
     class Asked(Exception):
         pass
 
-    def run(*command: str, env: dict[str, str]) -> None:
+    def run(*command, env):
         raise Asked(" ".join(command))
 
     monkeypatch.setenv("PIP_INDEX_URL", "https://mirror.example/simple")
@@ -141,9 +137,7 @@ def test_download_asks_the_index_that_pip_is_configured_for(
         build_detectron2.download(tmp_path / build_detectron2.ARCHIVE_NAME)
 
 
-def test_installed_detectron2_is_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_installed_detectron2_is_left_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_detectron2, "installed_package", lambda: tmp_path / "detectron2")
     monkeypatch.setattr(build_detectron2, "build", lambda output: pytest.fail("it was built"))
     build_detectron2.main(["--install"])
@@ -151,7 +145,7 @@ def test_installed_detectron2_is_left_alone(
 
 
 @ours
-def test_every_compiled_operation_in_use_says_how_to_get_it() -> None:
+def test_every_compiled_operation_in_use_says_how_to_get_it():
     from detectron2 import _C
 
     package = Path(detectron2.__path__[0])
@@ -164,7 +158,7 @@ def test_every_compiled_operation_in_use_says_how_to_get_it() -> None:
 
 
 @ours
-def test_substitute_allows_introspection() -> None:
+def test_substitute_allows_introspection():
     from detectron2 import _C
 
     assert not hasattr(_C, "__wrapped__")
@@ -172,7 +166,7 @@ def test_substitute_allows_introspection() -> None:
 
 
 @ours
-def test_coco_evaluation_works_with_its_defaults(tmp_path: Path) -> None:
+def test_coco_evaluation_works_with_its_defaults(tmp_path):
     import torch
     from detectron2.data import MetadataCatalog
     from detectron2.evaluation import COCOEvaluator
@@ -203,14 +197,14 @@ def test_coco_evaluation_works_with_its_defaults(tmp_path: Path) -> None:
 
 
 @ours
-def test_environment_report_says_not_compiled() -> None:
+def test_environment_report_says_not_compiled():
     from detectron2.utils.collect_env import collect_env_info
 
     assert re.search(r"detectron2\._C +not compiled", collect_env_info())
 
 
 @ours
-def test_state_of_torch_schedulers_is_saved() -> None:
+def test_state_of_torch_schedulers_is_saved():
     import torch
     from detectron2.engine.hooks import LRScheduler
 
@@ -220,7 +214,7 @@ def test_state_of_torch_schedulers_is_saved() -> None:
 
 
 @ours
-def test_image_without_annotations_is_replaced_by_another() -> None:
+def test_image_without_annotations_is_replaced_by_another():
     from detectron2.data import MapDataset
 
     dataset = MapDataset(list(range(10)), lambda item: item if item > 4 else None)
@@ -229,7 +223,7 @@ def test_image_without_annotations_is_replaced_by_another() -> None:
 
 
 @ours
-def test_model_zoo_and_export_can_be_used() -> None:
+def test_model_zoo_and_export_can_be_used():
     from detectron2 import model_zoo
     from detectron2.export import TracingAdapter, scripting_with_instances
 

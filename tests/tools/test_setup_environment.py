@@ -1,7 +1,5 @@
 """How `make setup` replaces an incomplete environment and finds an existing Detectron2."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import venv
@@ -14,13 +12,13 @@ from setup_environment import Environment
 
 
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Environment:
+def environment(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     venv.create(tmp_path / "an environment", with_pip=False)
     return Environment(tmp_path / "an environment")
 
 
-def install_detectron2(site_packages: Path) -> Path:
+def install_detectron2(site_packages):
     """Something that can be imported as Detectron2 and PyTorch."""
     package = site_packages / "detectron2"
     package.mkdir(parents=True)
@@ -29,7 +27,7 @@ def install_detectron2(site_packages: Path) -> Path:
     return package
 
 
-def test_environment_that_works_stays(environment: Environment) -> None:
+def test_environment_that_works_stays(environment):
     package = install_detectron2(environment.site_packages)
     (environment.site_packages / "pip.py").touch()
     environment.create()
@@ -38,7 +36,7 @@ def test_environment_that_works_stays(environment: Environment) -> None:
 
 
 @pytest.mark.parametrize("damage", ["interrupted while it was filled", "Python is gone"])
-def test_incomplete_environment_is_made_anew(environment: Environment, damage: str) -> None:
+def test_incomplete_environment_is_made_anew(environment, damage):
     package = install_detectron2(environment.site_packages)
     if damage == "Python is gone":
         environment.python.unlink()
@@ -50,10 +48,8 @@ def test_incomplete_environment_is_made_anew(environment: Environment, damage: s
     assert environment.incomplete.exists()  # until it is filled
 
 
-def test_interrupted_removal_leaves_no_environment_that_seems_to_work(
-    environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: object, **__: object) -> None:
+def test_interrupted_removal_leaves_no_environment_that_seems_to_work(environment, monkeypatch):
+    def interrupted(*_, **__):
         environment.incomplete.unlink()
         raise KeyboardInterrupt
 
@@ -64,7 +60,7 @@ def test_interrupted_removal_leaves_no_environment_that_seems_to_work(
     assert not setup_environment.succeeds(environment.python, "-c", "")
 
 
-def test_detectron2_that_needs_pkg_resources_gets_it(environment: Environment) -> None:
+def test_detectron2_that_needs_pkg_resources_gets_it(environment):
     package = install_detectron2(environment.site_packages)
     model_zoo = package / "model_zoo.py"
     model_zoo.touch()
@@ -74,11 +70,9 @@ def test_detectron2_that_needs_pkg_resources_gets_it(environment: Environment) -
 
 
 @pytest.mark.parametrize("source", [None, "a folder"])
-def test_detectron2_of_a_source_is_compiled_with_pkg_resources(
-    environment: Environment, monkeypatch: pytest.MonkeyPatch, source: str | None
-) -> None:
-    installed: list[tuple[str, ...]] = []
-    built: list[object] = []
+def test_detectron2_of_a_source_is_compiled_with_pkg_resources(environment, monkeypatch, source):
+    installed = []
+    built = []
     monkeypatch.setattr(Environment, "create", lambda _: None)
     monkeypatch.setattr(Environment, "pip_install", lambda _, *words: installed.append(words))
     monkeypatch.setattr(setup_environment, "find_existing_detectron2", lambda _: None)
@@ -91,16 +85,14 @@ def test_detectron2_of_a_source_is_compiled_with_pkg_resources(
         assert ("--no-build-isolation", source) in installed[first:]
 
 
-def test_detectron2_of_the_environment_itself_is_kept(environment: Environment) -> None:
+def test_detectron2_of_the_environment_itself_is_kept(environment):
     package = install_detectron2(environment.site_packages)
     found = setup_environment.find_existing_detectron2(environment)
     assert Path(found or "").samefile(package)
     assert not (environment.site_packages / setup_environment.LINK).exists()
 
 
-def test_detectron2_of_another_python_is_made_visible(
-    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_detectron2_of_another_python_is_made_visible(environment, tmp_path, monkeypatch):
     other = tmp_path / "other"
     venv.create(other, with_pip=False)
     other_environment = Environment(other)
@@ -112,25 +104,20 @@ def test_detectron2_of_another_python_is_made_visible(
 
     assert Path(found or "").samefile(package)
     script = "import detectron2; print(detectron2.__path__[0])"
-    seen = subprocess.run(
-        [environment.python, "-c", script], cwd="/", capture_output=True, text=True, check=True
-    )
+    command = [environment.python, "-c", script]
+    seen = subprocess.run(command, cwd="/", capture_output=True, text=True, check=True, timeout=60)
     assert Path(seen.stdout.strip()).samefile(package)
 
 
-def test_without_any_detectron2_nothing_is_found(
-    environment: Environment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_any_detectron2_nothing_is_found(environment, tmp_path, monkeypatch):
     bare = tmp_path / "bare"
     venv.create(bare, with_pip=False)
     monkeypatch.setattr(sys, "executable", str(Environment(bare).python))
     assert setup_environment.find_existing_detectron2(environment) is None
 
 
-def test_pip_does_not_complain_of_what_was_there_before(
-    environment: Environment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[object]] = []
+def test_pip_does_not_complain_of_what_was_there_before(environment, monkeypatch):
+    commands = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
     environment.pip_install("numpy")
     assert "--no-warn-conflicts" in commands[0]

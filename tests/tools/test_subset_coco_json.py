@@ -1,8 +1,7 @@
 import json
-import subprocess
-import sys
 
 import subset_coco_json
+from tests.commands import run
 
 
 def test_first_images(tmp_path):
@@ -13,11 +12,9 @@ def test_first_images(tmp_path):
         "categories": [{"id": 1}, {"id": 2}],
     }
     source.write_text(json.dumps(coco))
-    command = [sys.executable, subset_coco_json.__file__, str(source), str(target), "--images", "2"]
-    assert (
-        "2 images, 2 annotations"
-        in subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    )
+    done = run(subset_coco_json.__file__, source, target, "--images", 2)
+    assert done.returncode == 0
+    assert "2 images, 2 annotations" in done.stdout
     subset = json.loads(target.read_text())
     assert [image["id"] for image in subset["images"]] == [7, 3]
     assert [a["id"] for a in subset["annotations"]] == [1, 2]

@@ -115,14 +115,18 @@ def context_block(channels):
 
 
 @pytest.mark.parametrize(
-    ("make_block", "name", "said"),
+    ("make_block", "name", "said", "prefix"),
     [
-        (timm_block, "se", {"scale": True}),
-        (mmcv_block, "nonlocal_block1", {"scale": False, "pairwise": "embedded_gaussian"}),
-        (context_block, "context_block", {}),
+        (timm_block, "se", {"scale": True}, ""),
+        (
+            mmcv_block,
+            "nonlocal_block1",
+            {"scale": False, "pairwise": "embedded_gaussian"},
+            "backbone.",
+        ),
+        (context_block, "context_block", {}, "backbone."),
     ],
 )
-@pytest.mark.parametrize("prefix", ["", "backbone."])
 def test_blocks_after_conv3(make_block, name, said, prefix, photos):
     """timm's "se" is where mmdetection has its plug-ins after conv3."""
     theirs = pytest.importorskip("timm").create_model("resnet50")

@@ -10,7 +10,6 @@ import pickle
 import re
 import subprocess
 import tarfile
-import zipfile
 from datetime import datetime
 from pathlib import Path
 
@@ -379,15 +378,16 @@ def test_tensors_that_are_no_weights(kind, suffix, tmp_path):
     except Exception:
         pytest.skip("this PyTorch does not write it")
     assert torch.equal(load_checkpoint(path)["model"]["b"], torch.ones(2))
-    path = write({"model": {"a.weight": tensor, **sound}}, path)
-    if kind == "uint8":
-        assert load_checkpoint(path)["model"]["a.weight"].tolist() == [1, 1]
-        return
-    with pytest.raises(
-        CheckpointError, match=r"model.*: a\.weight in it is a (tensor|\w+)"
-    ) as error:
-        load_checkpoint(path)
-    assert "\n" not in str(error.value)
+    weights = {"a.weight": tensor, **sound}
+    for content in (weights, {"model": weights}):
+        path = write(content, path)
+        if kind == "uint8":
+            loaded = load_checkpoint(path)
+            assert loaded.get("model", loaded)["a.weight"].tolist() == [1, 1]
+            continue
+        with pytest.raises(CheckpointError, match=r"model.*: a\.weight in it is a \w+") as error:
+            load_checkpoint(path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["sparse", "meta", "nested", "quantised"])
@@ -418,18 +418,6 @@ def test_names_without_wrappers(prefix, wrapper):
         with_plain_names({**plain, "res4.0._orig_mod.b": 2})
 
 
-def test_a_hostile_pickle_in_a_sound_archive(tmp_path):
-    evidence, sound, path = (tmp_path / name for name in ("evidence", "sound.pth", "model.pth"))
-    save_checkpoint(state_dict(), sound)
-    with zipfile.ZipFile(sound) as old, zipfile.ZipFile(path, "w") as new:
-        for name in old.namelist():
-            hostile = name.endswith("data.pkl") and pickle.dumps(Calls(os.mkdir, str(evidence)), 2)
-            new.writestr(name, hostile or old.read(name))
-    with pytest.raises(CheckpointError, match="mkdir"):
-        load_checkpoint(path)
-    assert not evidence.exists()
-
-
 def test_opcodes_that_need_no_call(tmp_path):
     path = tmp_path / "model.pkl"
     for content in (
@@ -457,14 +445,15 @@ def test_opcodes_that_need_no_call(tmp_path):
         np.zeros(2, [("a", "f4"), ("b", "O")]),
         np.zeros(1, "datetime64[s]"),
         np.zeros(1, "V8"),
+        np.zeros(1, np.longdouble),
     ],
     ids=lambda array: array.dtype.str,
 )
-def test_arrays_of_anything_but_numbers_are_refused(array, tmp_path):
-    path = tmp_path / "model.pkl"
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".legacy.pth"])
+def test_arrays_of_anything_but_numbers_are_refused(array, suffix, tmp_path):
     array = array if array.dtype != object else numpy_array_of(1)
-    path.write_bytes(pickle.dumps({"model": {"a": array}}))
-    with pytest.raises(CheckpointError, match=r"model\.pkl.*a in it is an array of '[|<]?\w+.*num"):
+    path = write({"model": {"a": array}}, tmp_path / f"model{suffix}")
+    with pytest.raises(CheckpointError, match=r"model\..*a in it is an array of '[|<]?\w+.*num"):
         load_checkpoint(path)
 
 

@@ -1,6 +1,5 @@
 """Weights of every kind into a model: what loads, and the one line that says why not."""
 
-import logging
 import pickle
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from nl_detectron import NonLocalBlock
 from nl_detectron.engine import NonLocalCheckpointer
 from nl_detectron.weights.checkpoint_io import CheckpointError, load_checkpoint, save_checkpoint
-from tests.weights.test_checkpoint_io import tensors_that_are_no_weights, trainer_states, write
+from tests.weights.test_checkpoint_io import write
 
 SUFFIXES = (".pth", ".legacy.pth", ".pkl")
 
@@ -49,9 +48,10 @@ WRAPPERS = {
 }
 
 
-@pytest.mark.parametrize("saved", WRAPPERS)
-@pytest.mark.parametrize("loaded", WRAPPERS)
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("saved", "loaded", "whole"),
+    [*((one, two, False) for one in WRAPPERS for two in WRAPPERS), ("both", "plain", True)],
+)
 def test_wrapped_modules_have_plain_names_in_files(saved, loaded, whole, tmp_path):
     first, second = model(WRAPPERS[saved]), model(WRAPPERS[loaded], seed=1)
     names = [name for name, _ in second.named_modules()]
@@ -90,21 +90,13 @@ def containers(weights):
     }
 
 
-@pytest.mark.parametrize("kind", [*containers({}), *trainer_states()])
+@pytest.mark.parametrize("kind", containers({}))
 @pytest.mark.parametrize("suffix", [".pth", ".legacy.pth"])
-def test_containers_of_other_programs(kind, suffix, tmp_path, caplog):
+def test_containers_of_other_programs(kind, suffix, tmp_path):
     trained, fresh = model(), model(seed=1)
-    weights = trained.state_dict()
-    if kind in trainer_states():
-        others, name = trainer_states()[kind]
-        content = {"state_dict": weights, **others}
-    else:
-        content, name = containers(weights)[kind], ""
-    with caplog.at_level(logging.INFO, "nl_detectron"):
-        logging.getLogger("nl_detectron").propagate = True
-        NonLocalCheckpointer(fresh).load(str(write(content, tmp_path / f"m{suffix}")))
+    content = containers(trained.state_dict())[kind]
+    NonLocalCheckpointer(fresh).load(str(write(content, tmp_path / f"m{suffix}")))
     assert same(fresh, trained)
-    assert name in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -128,24 +120,6 @@ def test_weights_of_every_type(dtype, suffix, tmp_path):
     expected = model()
     expected.load_state_dict({name: t.to(torch.float32) for name, t in weights.items()})
     assert same(fresh, expected)
-
-
-@pytest.mark.parametrize("kind", [*tensors_that_are_no_weights()][:-1])
-@pytest.mark.parametrize("bare", [False, True])
-def test_tensors_that_are_no_weights(kind, bare, tmp_path):
-    weights = model().state_dict() | {"0.0.weight": tensors_that_are_no_weights()[kind]}
-    line = refusal(write(weights if bare else {"model": weights}, tmp_path / "m.pth"))
-    assert "0.0.weight in it is a" in line
-
-
-@pytest.mark.parametrize(
-    "array", [np.array("a"), np.array([None]), np.zeros(2, "M8[s]"), np.zeros(2, np.longdouble)]
-)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_arrays_that_are_no_weights(array, suffix, tmp_path):
-    weights = {name: t.numpy() for name, t in model().state_dict().items()}
-    content = {"model": {**weights, "0.0.weight": array}, "__author__": "x"}
-    assert "0.0.weight in it is an array of" in refusal(write(content, tmp_path / f"m{suffix}"))
 
 
 @pytest.mark.parametrize("content", [{"model": model()}, model(), {"ema": model()}, [1]])

@@ -6,8 +6,7 @@ import json
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +20,52 @@ from nl_detectron.data.coco_format import Record
 
 logger = logging.getLogger(__name__)
 
-Draw = Callable[[np.random.Generator], tuple[Image.Image, list[Record]]]
-"""Draws a picture from random numbers; returns it and its annotations, which have no ids yet."""
+Draw = Callable[[np.random.Generator, str], tuple[Image.Image, list[Record]]]
+"""Draws a picture of "train" or "val"; returns it and its annotations, which have no ids yet."""
 
 
 def make_dataset(
-    root: Path,
-    name: str,
-    draw: Draw,
-    categories: list[Record],
-    num_train: int,
-    num_val: int,
-    draw_val: Draw | None = None,
+    root: str | Path, name: str, draw: Draw, categories: list[Record], num_images: dict[str, int]
 ) -> Path:
-    """
-    Draw a dataset, ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``, and return
+    """Draw a dataset, ``{train,val}.json`` in COCO's format and ``{train,val}/*.png``, and return
     ``root``. Picture i of a split is the same on every machine.
 
     Everything is made in a folder beside ``root`` that takes its name when complete; a complete
     ``root`` is left as it is, and one with something else is a FileExistsError. Of processes that
-    start at once, one draws and the others wait. ``draw_val`` draws for validation, if not
-    ``draw``.
+    start at once, one draws and the others wait.
     """
+    root = Path(root)
     complete = root / "val.json"
-    if complete.exists():
-        return root
-    if root.exists():
+    if root.exists() and not complete.exists():
         raise FileExistsError(
             f"{root} exists but holds no {name}; delete it or name another folder"
         )
-    with _one_at_a_time(root):
-        if not complete.exists():
-            splits = {"train": (num_train, draw), "val": (num_val, draw_val or draw)}
-            _make(root, name, splits, categories)
+    if complete.exists():
+        return root
+    with file_lock(str(root)):
+        try:
+            if not complete.exists():
+                _make(root, name, draw, categories, num_images)
+        finally:
+            # A process that comes now may overtake those that wait; the renaming bears it.
+            root.with_name(f"{root.name}.lock").unlink(missing_ok=True)
     return root
 
 
 def _make(
-    root: Path, name: str, splits: dict[str, tuple[int, Draw]], categories: list[Record]
+    root: Path, name: str, draw: Draw, categories: list[Record], num_images: dict[str, int]
 ) -> None:
-    counts = " + ".join(str(num_images) for num_images, _ in splits.values())
+    counts = " + ".join(map(str, num_images.values()))
     logger.info(f"Drawing {counts} images of {name} into {root} ...")
     for left in root.parent.glob(f"{root.name}.{'[0-9a-f]' * 32}"):  # by one that was killed
         shutil.rmtree(left, ignore_errors=True)
     draft = root.with_name(f"{root.name}.{uuid.uuid4().hex}")
-    draft.mkdir(parents=True)
     try:
-        for seed, (split, (num_images, draw)) in enumerate(splits.items()):
+        for seed, (split, count) in enumerate(num_images.items()):
             coco = {
                 "info": {"description": f"nl_detectron {name}", "version": "1"},
                 "licenses": [],
-                **_make_split(draft / split, seed, num_images, draw),
+                **_draw_split(draft / split, seed, count, draw),
                 "categories": categories,
             }
             (draft / f"{split}.json").write_text(json.dumps(coco))
@@ -83,15 +77,20 @@ def _make(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """One process after the other; nothing is left behind."""
-    with file_lock(str(path)):
-        try:
-            yield
-        finally:
-            # A process that comes now may overtake those that wait; the renaming bears it.
-            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+def _draw_split(folder: Path, seed: int, num_images: int, draw: Draw) -> Record:
+    """Draw the pictures of a split into a folder of its name; return its images and annotations."""
+    folder.mkdir(parents=True)
+    images: list[Record] = []
+    annotations: list[Record] = []
+    for image_id in range(1, num_images + 1):
+        picture, drawn = draw(np.random.default_rng([seed, image_id]), folder.name)
+        file_name = f"{image_id:06d}.png"
+        picture.save(folder / file_name)
+        width, height = picture.size
+        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
+        for annotation in drawn:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **annotation})
+    return {"images": images, "annotations": annotations}
 
 
 def register_dataset(
@@ -101,9 +100,8 @@ def register_dataset(
     annotation_keys: Sequence[str] = (),
     **metadata: Any,
 ) -> None:
-    """
-    Register ``{name}_train`` and ``_val``, anew if need be, to be made by ``make(root)`` on first
-    use.
+    """Register ``{name}_train`` and ``_val``, anew if need be, to be made by ``make(root)`` on
+    first use.
 
     ``annotation_keys`` are what annotations have beside COCO's keys; ``metadata`` is for
     Detectron2's ``MetadataCatalog`` and has ``thing_classes``.
@@ -121,7 +119,7 @@ def register_dataset(
         MetadataCatalog.get(split).set(
             **metadata,
             thing_dataset_id_to_contiguous_id={
-                i + 1: i for i in range(len(metadata["thing_classes"]))
+                i: i - 1 for i, _ in enumerate(metadata["thing_classes"], start=1)
             },
             json_file=f"{folder}.json",
             image_root=folder,
@@ -132,20 +130,3 @@ def register_dataset(
 def cache_folder(name: str) -> Path:
     """The path of a folder in Detectron2's cache (``$FVCORE_CACHE``); it need not exist."""
     return Path(get_cache_dir()) / "nl_detectron" / name
-
-
-def _make_split(folder: Path, seed: int, num_images: int, draw: Draw) -> Record:
-    """Draw the pictures of a split into ``folder``; return COCO's images and annotations."""
-    folder.mkdir()
-    images: list[Record] = []
-    annotations: list[Record] = []
-    for image_id in range(1, num_images + 1):
-        picture, annotations_of_picture = draw(np.random.default_rng([seed, image_id]))
-        file_name = f"{image_id:06d}.png"
-        picture.save(folder / file_name)
-        width, height = picture.size
-        images.append({"id": image_id, "file_name": file_name, "height": height, "width": width})
-        for annotation in annotations_of_picture:
-            ids = {"id": len(annotations) + 1, "image_id": image_id}
-            annotations.append(ids | annotation)
-    return {"images": images, "annotations": annotations}

@@ -36,7 +36,7 @@ CUE_RADIUS = 8
 KEYPOINT_NAMES = ["side"]
 
 
-def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[Record]]:
+def _draw(rng: np.random.Generator, split: str, *, cue: str) -> tuple[Image.Image, list[Record]]:
     # The same random numbers for every cue, so that the three sets have the same squares.
     category, is_mirrored = (int(i) for i in rng.integers(2, size=2))
     square_x, cue_x = rng.uniform(15, 30), WIDTH - rng.uniform(10, 20)
@@ -58,10 +58,7 @@ def _draw(rng: np.random.Generator, *, cue: str) -> tuple[Image.Image, list[Reco
 
 
 def rotated_square(x: float, y: float, half: float, degrees: float) -> tuple[Polygon, LineString]:
-    """
-    A square, turned around its centre, and the line from its left
-    side's middle to its right's.
-    """
+    """A square turned around its centre, and the line between its left and right side's middles."""
     parts = box(x - half, y - half, x + half, y + half), LineString([(x - half, y), (x + half, y)])
     square, axis = (rotate(part, degrees, (x, y)) for part in parts)
     return square, axis
@@ -84,17 +81,16 @@ def annotate_square(category: int, square: Polygon, axis: LineString) -> Record:
 
 
 def make_long_range(root: str | Path, cue: str, num_train: int = 1000, num_val: int = 200) -> Path:
-    """
-    Draw one of the long-range datasets, and return ``root``.
+    """Draw one of the long-range datasets, and return ``root``.
 
     Raises:
         ValueError: ``cue`` is not "far", "near" or "none".
         FileExistsError: ``root`` exists and holds something else.
     """
     check_choice("cue", cue, CUES)
-    name = f"long_range with cue {cue!r}"
-    draw = partial(_draw, cue=cue)
-    return make_dataset(Path(root), name, draw, square_categories(CUE_COLORS), num_train, num_val)
+    name, draw = f"long_range with cue {cue!r}", partial(_draw, cue=cue)
+    counts = {"train": num_train, "val": num_val}
+    return make_dataset(root, name, draw, square_categories(CUE_COLORS), counts)
 
 
 def square_categories(names: Iterable[str]) -> list[Record]:
@@ -105,31 +101,29 @@ def square_categories(names: Iterable[str]) -> list[Record]:
     ]
 
 
-def register_long_range(root: str | Path) -> None:
-    """
-    Register ``long_range_train`` and ``_val``, ``long_range_near_train`` and ``_val``, and
-    ``long_range_none_train`` and ``_val``, anew if need be, to be made in folders of ``root``.
+def register_long_range(root: str | Path | None = None) -> None:
+    """Register ``long_range``, ``long_range_near`` and ``long_range_none``, each ``_train`` and
+    ``_val``, anew if need be, to be made in folders of ``root``, by default in Detectron2's cache.
     """
     makers = {cue: partial(make_long_range, cue=cue) for cue in CUES}
-    register_square_sets("long_range", Path(root), makers, CUE_COLORS)
+    register_square_sets("long_range", root, makers, CUE_COLORS)
 
 
 def register_square_sets(
     name: str,
-    root: Path,
+    root: str | Path | None,
     makers: Mapping[str, Callable[[Path], Path]],
     classes: Mapping[str, Color],
     annotation_keys: Sequence[str] = (),
 ) -> None:
-    """
-    Register sets of squares: ``name`` of the kind "far", with the kind behind it of others.
+    """Register sets of squares: ``name`` of the kind "far", with the kind behind it of others.
 
     ``makers`` map a kind to what makes its set, ``classes`` names to their colours for drawing.
     """
     for kind, make in makers.items():
         register_dataset(
             name if kind == "far" else f"{name}_{kind}",
-            root / kind,
+            Path(root or cache_folder(f"{name}-v1")) / kind,
             make,
             annotation_keys,
             thing_classes=list(classes),
@@ -138,8 +132,3 @@ def register_square_sets(
             keypoint_flip_map=[],
             keypoint_connection_rules=[],
         )
-
-
-def default_long_range_root() -> Path:
-    """The folder of the registered datasets, in Detectron2's cache (``$FVCORE_CACHE``)."""
-    return cache_folder("long_range-v1")

@@ -22,7 +22,7 @@ from PIL import Image
 from shapely.geometry import Point
 
 from nl_detectron.data.coco_format import Record
-from nl_detectron.data.toy.built_in import cache_folder, make_dataset
+from nl_detectron.data.toy.built_in import make_dataset
 from nl_detectron.data.toy.long_range import (
     BACKGROUND_COLOR,
     HEIGHT,
@@ -51,9 +51,10 @@ TRAIN_COUNTS = (1, 2, 4)
 
 
 def _draw(
-    rng: np.random.Generator, *, partner: str, is_val: bool
+    rng: np.random.Generator, split: str, *, partner: str
 ) -> tuple[Image.Image, list[Record]]:
     # The same random numbers for both sets, so that they have the same squares.
+    is_val = split == "val"
     count = len(DISCS) if is_val else int(rng.choice(TRAIN_COUNTS))
     is_mirrored = bool(rng.integers(2))
     steps = np.arange(count) + rng.uniform(-HUE_JITTER, HUE_JITTER, size=count)
@@ -92,30 +93,21 @@ def _disc(x: float, y: float, radius: float, color: Color) -> SceneObject:
 def make_long_range_match(
     root: str | Path, partner: str, num_train: int = 2000, num_val: int = 200
 ) -> Path:
-    """
-    Draw one of the datasets, and return ``root``. An annotation has beside COCO's keys "partner":
-    x, y and radius, in pixels, of the far disc that tells the square's class.
+    """Draw one of the datasets, and return ``root``. An annotation has beside COCO's keys
+    "partner": x, y and radius, in pixels, of the far disc that tells the square's class.
 
     Raises:
         ValueError: ``partner`` is not "far" or "near".
         FileExistsError: ``root`` exists and holds something else.
     """
     check_choice("partner", partner, PARTNERS)
-    name = f"long_range_match with partner {partner!r}"
-    draw, draw_val = (partial(_draw, partner=partner, is_val=is_val) for is_val in (False, True))
-    categories = square_categories(VALUES)
-    return make_dataset(Path(root), name, draw, categories, num_train, num_val, draw_val)
+    name, draw = f"long_range_match with partner {partner!r}", partial(_draw, partner=partner)
+    counts = {"train": num_train, "val": num_val}
+    return make_dataset(root, name, draw, square_categories(VALUES), counts)
 
 
-def register_long_range_match(root: str | Path) -> None:
-    """
-    Register ``long_range_match_train`` and ``_val``, and ``long_range_match_near_train`` and
-    ``_val``, anew if need be, to be made in folders of ``root``.
-    """
+def register_long_range_match(root: str | Path | None = None) -> None:
+    """Register ``long_range_match`` and ``long_range_match_near``, each ``_train`` and ``_val``,
+    anew if need be, to be made in folders of ``root``, by default in Detectron2's cache."""
     makers = {partner: partial(make_long_range_match, partner=partner) for partner in PARTNERS}
-    register_square_sets("long_range_match", Path(root), makers, CLASS_COLORS, ["partner"])
-
-
-def default_long_range_match_root() -> Path:
-    """The folder of the registered datasets, in Detectron2's cache (``$FVCORE_CACHE``)."""
-    return cache_folder("long_range_match-v1")
+    register_square_sets("long_range_match", root, makers, CLASS_COLORS, ["partner"])

@@ -33,12 +33,6 @@ COLORS = [
 LIGHT, DARK = (252, 250, 242), (20, 18, 24)
 
 
-def picture_frame(size: Size) -> Polygon:
-    """The area of a picture."""
-    height, width = size
-    return box(0, 0, width, height)
-
-
 def _circle(radius: float, num_points: int, start: float = -90) -> list[tuple[float, float]]:
     """Points evenly around the origin; the first at `start` degrees (-90 is up)."""
     angles = [math.radians(start + 360 * i / num_points) for i in range(num_points)]
@@ -65,10 +59,7 @@ class SceneObject:
     nearer: BaseGeometry = NOTHING  # all objects in front of this one
 
     def visible(self, image: Polygon) -> BaseGeometry:
-        """
-        What shows in the picture, without slivers thinner than a pixel, which would stretch its
-        box.
-        """
+        """What shows in the picture, without slivers below a pixel, which would stretch its box."""
         visible = (self.outline & image) - self.nearer
         return visible.buffer(-0.5, join_style="mitre").buffer(0.5, join_style="mitre")
 
@@ -127,7 +118,7 @@ def _propose_objects(rng: np.random.Generator, size: Size) -> Iterator[SceneObje
 
 def sample_scene(rng: np.random.Generator, size: Size) -> list[SceneObject]:
     """The objects of one picture, at least one, the nearest first."""
-    image = picture_frame(size)
+    image = box(0, 0, *size[::-1])
     scene: list[SceneObject] = []
     nearer = NOTHING
     while not scene:
@@ -157,10 +148,7 @@ def plain_background(color: Color, size: Size) -> Image.Image:
 def draw_scene(
     rng: np.random.Generator, scene: list[SceneObject], background: Image.Image
 ) -> Image.Image:
-    """
-    Draw objects, the nearest first, on a background, which is
-    changed; anti-aliased, with grain.
-    """
+    """Draw objects, the nearest first, on a background, which changes; smooth, with grain."""
     draw = ImageDraw.Draw(background)
     for item in reversed(scene):
         for polygon in hole_free_polygons(item.outline):
@@ -177,8 +165,7 @@ def draw_scene(
 
 
 def hole_free_polygons(geometry: BaseGeometry) -> list[Polygon]:
-    """
-    Cut a geometry into polygons without holes, which is all that COCO's lists of polygons hold.
+    """Cut a geometry into polygons without holes, which is all that COCO's lists of polygons hold.
 
     A polygon with holes is cut along a vertical line through one; vertical, because a rasteriser
     then gives each column of pixels to one side and leaves no seam.

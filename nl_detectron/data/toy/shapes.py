@@ -8,13 +8,13 @@ head and a dark dot at its tail. Picture i of a split is the same on every machi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
-from shapely.geometry import MultiPolygon, Point, Polygon
+from shapely.geometry import MultiPolygon, Point, Polygon, box
 
+from nl_detectron.data.coco_format import Record
 from nl_detectron.data.toy.built_in import cache_folder, make_dataset, register_dataset
 from nl_detectron.data.toy.scene import (
     SHAPES,
@@ -23,7 +23,6 @@ from nl_detectron.data.toy.scene import (
     cloudy_background,
     draw_scene,
     hole_free_polygons,
-    picture_frame,
     sample_scene,
 )
 
@@ -35,7 +34,7 @@ IMAGE_SIZES = [(128, 128)] * 8 + [(96, 128), (128, 96), (128, 160), (160, 128)] 
 
 def _segmentation(
     item: SceneObject, visible: list[Polygon], size: Size
-) -> list[list[float]] | dict[str, Any]:
+) -> list[list[float]] | Record:
     """Lists of polygons [x1, y1, x2, y2, ...]; for a crowd an RLE, as in COCO."""
     polygons = [np.asarray(p.exterior.coords[:-1]).round(2).ravel().tolist() for p in visible]
     if item.axis is not None:
@@ -59,9 +58,9 @@ def _keypoints(item: SceneObject, image: Polygon) -> list[float]:
     return keypoints or [0, 0, 0] * len(KEYPOINT_NAMES)
 
 
-def annotate(item: SceneObject, size: Size) -> dict[str, Any]:
+def annotate(item: SceneObject, size: Size) -> Record:
     """The COCO annotation, without ids, of what can be seen of an object in a picture."""
-    image = picture_frame(size)
+    image = box(0, 0, *size[::-1])
     visible = hole_free_polygons(item.visible(image))
     left, top, right, bottom = MultiPolygon(visible).bounds
     keypoints = _keypoints(item, image)
@@ -76,7 +75,7 @@ def annotate(item: SceneObject, size: Size) -> dict[str, Any]:
     }
 
 
-def _draw(rng: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any]]]:
+def _draw(rng: np.random.Generator, split: str) -> tuple[Image.Image, list[Record]]:
     size = IMAGE_SIZES[rng.integers(len(IMAGE_SIZES))]
     scene = sample_scene(rng, size)
     picture = draw_scene(rng, scene, cloudy_background(rng, size))
@@ -84,24 +83,24 @@ def _draw(rng: np.random.Generator) -> tuple[Image.Image, list[dict[str, Any]]]:
 
 
 def make_shapes(root: str | Path, num_train: int = 600, num_val: int = 100) -> Path:
-    """
-    Draw the shapes datasets, and return ``root``.
+    """Draw the shapes datasets, and return ``root``.
 
     Raises:
         FileExistsError: ``root`` exists and holds something else.
     """
-    categories: list[dict[str, Any]] = [
+    categories: list[Record] = [
         {"id": i, "name": name, "keypoints": KEYPOINT_NAMES, "skeleton": [[1, 2]]}
         for i, name in enumerate(SHAPES, start=1)
     ]
-    return make_dataset(Path(root), "shapes", _draw, categories, num_train, num_val)
+    return make_dataset(root, "shapes", _draw, categories, {"train": num_train, "val": num_val})
 
 
-def register_shapes(root: str | Path) -> None:
-    """Register ``shapes_train`` and ``shapes_val``, anew if need be, to be made in ``root``."""
+def register_shapes(root: str | Path | None = None) -> None:
+    """Register ``shapes_train`` and ``shapes_val``, anew if need be, to be made in ``root``, by
+    default in Detectron2's cache."""
     register_dataset(
         "shapes",
-        Path(root),
+        Path(root or cache_folder("shapes-v1")),
         make_shapes,
         thing_classes=list(SHAPES),
         thing_colors=CLASS_COLORS,
@@ -109,8 +108,3 @@ def register_shapes(root: str | Path) -> None:
         keypoint_flip_map=[],  # neither is the other's mirror image
         keypoint_connection_rules=[("head", "tail", (255, 255, 255))],
     )
-
-
-def default_root() -> Path:
-    """The folder of the registered datasets, in Detectron2's cache (``$FVCORE_CACHE``)."""
-    return cache_folder("shapes-v1")

@@ -1,12 +1,11 @@
-"""When the built-in datasets are registered, in a process of its own."""
+"""When the built-in datasets are registered: cases in forks of one fresh process."""
 
 import subprocess
 import sys
 
-import pytest
-
 NOT_BEFORE = """
-import sys
+import os, sys
+import detectron2.model_zoo, detectron2.evaluation
 import nl_detectron
 import nl_detectron.data
 from detectron2.data import DatasetCatalog
@@ -15,17 +14,25 @@ assert "shapes_train" not in DatasetCatalog
 register_built_in(["coco_2017_train", "lvis_v1_val"])
 register_built_in([])
 assert not any(name.startswith(("nl_detectron.data.toy", "shapely")) for name in sys.modules)
+
+def in_fork(title, code):
+    if (child := os.fork()) == 0:
+        exec(code, globals())
+        sys.stderr.flush()
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(title)
+"""
+ALL_THERE = "assert {'shapes_train', 'long_range_match_near_val'} <= set(DatasetCatalog.list())"
+CONFIG = """
+from nl_detectron.config import build_config
+from nl_detectron.engine.setup import check_datasets
 """
 WHEN_ASKED = {
     "a name": "register_built_in(['coco_2017_train', 'long_range_match_near_val'])",
-    "a config that is checked": """
-from nl_detectron.config import build_config
-from nl_detectron.engine.setup import check_datasets
-check_datasets(build_config("configs/quick_start.yaml"))
-""",
-    "a misspelt name": """
-from nl_detectron.config import build_config
-from nl_detectron.engine.setup import check_datasets
+    "a config that is checked": CONFIG + "check_datasets(build_config('configs/quick_start.yaml'))",
+    "a misspelt name": CONFIG
+    + """
 try:
     check_datasets(build_config("configs/quick_start.yaml", ["DATASETS.TRAIN", "('shape_val',)"]))
 except ValueError as error:
@@ -42,24 +49,20 @@ model_zoo.get_config("long_range")
 WITHOUT_SHAPELY = """
 sys.modules["shapely"] = None
 register_built_in(["mine"])
-try:
-    register_built_in(["mine", "shapes_val"])
-except ValueError as error:
-    assert "shapes_val is drawn with shapely, which is not installed" in str(error)
-else:
-    raise AssertionError
+for name in ("shapes_val", "long_range_train"):
+    try:
+        register_built_in(["mine", name])
+    except ValueError as error:
+        assert f"{name} is drawn with shapely, which is not installed" in str(error)
+    else:
+        raise AssertionError
 """
 
 
-def run(code):
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-@pytest.mark.parametrize("code", WHEN_ASKED.values(), ids=WHEN_ASKED)
-def test_registered_when_they_are_asked_for_and_not_before(code):
-    all_there = "assert {'shapes_train', 'long_range_match_near_val'} <= set(DatasetCatalog.list())"
-    run(f"{NOT_BEFORE}\n{code}\n{all_there}")
-
-
-def test_without_shapely():
-    run(NOT_BEFORE + WITHOUT_SHAPELY)
+def test_registered_when_they_are_asked_for_and_not_before():
+    cases = {title: f"{code}\n{ALL_THERE}" for title, code in WHEN_ASKED.items()}
+    cases["without shapely"] = WITHOUT_SHAPELY
+    forks = [f"in_fork({title!r}, {code!r})" for title, code in cases.items()]
+    code = "\n".join([NOT_BEFORE, *forks])
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

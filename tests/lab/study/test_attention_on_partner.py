@@ -1,4 +1,3 @@
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,10 +7,8 @@ from detectron2.modeling import build_model
 
 import attention_on_partner
 import even_attention  # noqa: F401  its block is registered
-from lab.study.plan import load_plan
 from nl_detectron import model_zoo
 from nl_detectron.data.toy import make_long_range_match, register_long_range_match
-from nl_detectron.data.toy.long_range_match import default_long_range_match_root
 from nl_detectron.modeling import nonlocal_blocks
 
 
@@ -21,7 +18,7 @@ def data(tmp_path_factory):
     make_long_range_match(root / "far", "far", num_train=1, num_val=3)
     register_long_range_match(root)
     yield
-    register_long_range_match(default_long_range_match_root())
+    register_long_range_match()
 
 
 def predictor_with(*overrides):
@@ -64,9 +61,3 @@ def test_planted_attention_is_found():
 
 def test_models_without_attention_have_nothing_to_measure():
     assert measure(predictor_with("MODEL.NONLOCAL.BLOCK", "LocalBlock")) == {}
-
-
-def test_every_setting_of_the_study_fits_the_config():
-    plan = load_plan(Path(attention_on_partner.__file__).with_name("long_range_match.yaml"))
-    assert len(plan.part(seeds=[1]).runs(Path("unused"))) == len(plan.settings)
-    assert {name for names in plan.groups.values() for name in names} == set(plan.settings)

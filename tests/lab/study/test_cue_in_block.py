@@ -9,7 +9,7 @@ from lab.study.plan import load_plan
 @pytest.fixture(scope="module")
 def runs():
     plan = load_plan(Path(cue_in_block.__file__).with_name("long_range.yaml"))
-    return {run.setting: run for run in plan.runs(Path("unused")) if run.seed == 1}
+    return {run.setting: run for run in plan.part(seeds=[1]).runs(Path("unused"))}
 
 
 def test_share_is_that_of_the_changed_input(runs):

@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 import even_attention  # noqa: F401  the project of even_attention.yaml
 import nl_detectron.data.toy  # noqa: F401  its datasets
 from lab.study.plan import load_plan
+from lab.study.runner import start_command
 
 ROOT = Path(__file__).resolve().parents[3]
 STUDIES = sorted((ROOT / "lab" / "studies").glob("*.yaml"))
@@ -19,6 +20,8 @@ PLAN = {
     "settings": {"nl": None, "dot-product": {"MODEL.NONLOCAL.PAIRWISE": "dot_product"}},
     "groups": {"Pairwise functions": ["nl", "dot-product"]},
 }
+
+DATA = dict.fromkeys(("train_json", "train_images", "val_json", "val_images"), "a")
 
 
 @pytest.fixture
@@ -31,16 +34,14 @@ def load(tmp_path):
     return load
 
 
-def test_every_setting_with_the_first_seed_comes_first(load, tmp_path):
+def test_runs_and_their_configs(load, tmp_path):
+    """Every setting with the first seed comes first."""
     runs = load().runs(tmp_path)
     order = [("nl", 3), ("dot-product", 3), ("nl", 1), ("dot-product", 1)]
     assert [(run.setting, run.seed) for run in runs] == order
     assert runs[3].folder == tmp_path / "dot-product" / "seed_1"
     assert len({run.folder for run in runs}) == 4
-
-
-def test_configs_have_the_overrides_and_the_seed(load, tmp_path):
-    configs = [CfgNode.load_cfg(run.config) for run in load().runs(tmp_path)]
+    configs = [CfgNode.load_cfg(run.config) for run in runs]
     assert [cfg.SEED for cfg in configs] == [3, 3, 1, 1]
     pairwise = [cfg.MODEL.NONLOCAL.PAIRWISE for cfg in configs]
     assert pairwise == ["embedded_gaussian", "dot_product"] * 2
@@ -54,20 +55,32 @@ def test_weights_of_the_same_seed(load, tmp_path):
     assert found == ["base/seed_3/model_final.pth", "base/seed_10/model_final.pth"]
 
 
-def test_config_is_relative_to_the_plan(load, tmp_path):
-    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
-    run = load(config="own.yaml").runs(tmp_path)[0]
-    assert CfgNode.load_cfg(run.config).SOLVER.MAX_ITER == 7
-
-
-def test_a_setting_may_have_a_config_and_a_papers_figures(load, tmp_path):
-    (tmp_path / "own.yaml").write_text("SOLVER: {MAX_ITER: 7}\nVERSION: 2\n")
+def test_configs_are_relative_to_the_plan_and_a_setting_may_have_its_own(load, tmp_path):
+    for name, iterations in (("all", 7), ("own", 9)):
+        (tmp_path / f"{name}.yaml").write_text(f"SOLVER: {{MAX_ITER: {iterations}}}\nVERSION: 2\n")
     own = {"config": "own.yaml", "paper": {"bbox/AP": 38}, "SOLVER.BASE_LR": 0.5}
-    plan = load(settings={"nl": None, "own": own}, groups={"All": ["nl", "own"]})
+    settings = {"nl": None, "own": own}
+    plan = load(config="all.yaml", settings=settings, groups={"All": ["nl", "own"]})
     assert plan.paper == {"own": {"bbox/AP": 38}}
     of_plan, of_setting = (CfgNode.load_cfg(r.config).SOLVER for r in plan.runs(tmp_path)[:2])
-    assert (of_setting.MAX_ITER, of_setting.BASE_LR) == (7, 0.5)
-    assert of_plan.MAX_ITER != 7
+    assert (of_setting.MAX_ITER, of_setting.BASE_LR) == (9, 0.5)
+    assert (of_plan.MAX_ITER, of_plan.BASE_LR) == (7, 0.001)
+
+
+def test_data_are_below_detectron2s_folder(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "elsewhere")
+    files = ("train_json", "train_images", "val_json", "val_images")
+    plan = load(data={**{key: key[:3] for key in files}, "sha256": {"val_json": "08da"}})
+    for run in plan.part(["nl"]).runs(tmp_path):
+        command = start_command(run, ["train"])
+        assert command[2:10:2] == [f"--{key.replace('_', '-')}" for key in files]
+        assert command[3:10:2] == [
+            "elsewhere/tra",
+            "elsewhere/tra",
+            "elsewhere/val",
+            "elsewhere/val",
+        ]
+        assert run.data.sha256 == {"val_json": "08da"}
 
 
 def test_overrides_of_the_command_line_come_last(load, tmp_path):
@@ -88,21 +101,18 @@ def test_a_part_of_a_plan(load, tmp_path):
         plan.part(seeds=[-1])
 
 
-@pytest.mark.parametrize(
-    ("chosen", "titles"),
-    [
-        (["a"], ["First"]),
-        (["a", "b"], ["Second"]),
-        (["b", "c"], ["Second", "Third"]),
-        (["a", "b", "c"], ["Second", "Third"]),
-        (["d"], []),
-        (None, ["First", "Second", "Again", "Third"]),
-    ],
-)
-def test_groups_that_compare_no_more_than_another_are_left_out(load, chosen, titles):
+def test_groups_that_compare_no_more_than_another_are_left_out(load):
     groups = {"First": ["a"], "Second": ["a", "b"], "Again": ["b", "a"], "Third": ["a", "c"]}
     plan = load(settings=dict.fromkeys("abcd"), groups=groups)
-    assert list(plan.part(chosen).groups) == titles
+    for chosen, titles in {
+        "a": ["First"],
+        "ab": ["Second"],
+        "bc": ["Second", "Third"],
+        "abc": ["Second", "Third"],
+        "d": [],
+    }.items():
+        assert list(plan.part([*chosen]).groups) == titles
+    assert list(plan.part().groups) == list(groups)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +123,13 @@ def test_groups_that_compare_no_more_than_another_are_left_out(load, chosen, tit
         ({"settings": {"nl": {"paper": {"bbox/AP": "38"}}}}, "nl: paper: bbox/AP is '38', not a"),
         ({"seed": [1]}, "a key is 'seed', .*did you mean 'seeds'"),
         ({"groups": None}, "it has no groups"),
+        ({"data": ["mine.json"]}, r"data is \['mine.json'\], not a mapping"),
+        ({"data": {"train_jsn": "a"}}, "data: a key is 'train_jsn', .*did you mean 'train_json'"),
+        ({"data": {"source": "a"}}, "data: train_json is None, not a path"),
+        ({"data": {**DATA, "val_json": 3}}, "data: val_json is 3, not a path"),
+        ({"data": {**DATA, "sha256": {"json": "0"}}}, "data: sha256: a file is 'json'"),
+        ({"compare": {"metric": "segm/AP"}}, "compare is .*, not a mapping with a metric and"),
+        ({"compare": {"metric": "a", "to": "nll"}}, "compare: to is 'nll', .*did you mean 'nl'"),
         ({"config": 3}, "config is 3"),
         ({"config": "none.yaml"}, "there is no file .*none.yaml"),
         ({"seeds": [1, 1]}, r"seeds is \[1, 1\]"),
@@ -133,12 +150,12 @@ def test_bad_plans_are_refused(load, changes, message):
         load(**changes)
 
 
-@pytest.mark.parametrize("text", ["settings: [", "- nl", ""])
-def test_other_files_are_named(tmp_path, text):
+def test_other_files_are_named(tmp_path):
     path = tmp_path / "plan.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"plan\.yaml"):
-        load_plan(path)
+    for text in ("settings: [", "- nl", ""):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"plan\.yaml"):
+            load_plan(path)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +176,9 @@ def test_studies_that_come_with_the_package(path, tmp_path):
     plan = load_plan(path)
     grouped = {name for names in plan.groups.values() for name in names}
     assert grouped == set(plan.settings)
-    runs = plan.runs(tmp_path)
+    runs = plan.part(seeds=[1]).runs(tmp_path)
     assert len({run.config for run in runs}) == len(runs)  # no setting is another's twin
-    for run in runs[: len(plan.settings)]:
+    for run in runs:
         cfg = CfgNode.load_cfg(run.config)
         cfg.MODEL.DEVICE = "meta"
         with torch.device("meta"):
@@ -171,6 +188,7 @@ def test_studies_that_come_with_the_package(path, tmp_path):
 
 def test_quick_study_is_a_part_of_the_whole(tmp_path):
     quick, whole = (
-        load_plan(ROOT / "lab" / "studies" / f"{n}.yaml") for n in ("quick", "long_range")
+        load_plan(ROOT / "lab" / "studies" / f"{name}.yaml") for name in ("quick", "long_range")
     )
-    assert set(quick.runs(tmp_path)) <= set(whole.runs(tmp_path))
+    part = whole.part(list(quick.settings), [1])
+    assert set(quick.runs(tmp_path)) == set(part.runs(tmp_path))

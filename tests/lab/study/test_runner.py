@@ -1,8 +1,7 @@
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 
@@ -12,36 +11,21 @@ import torch
 from lab.study import runner
 from lab.study.runner import default_workers, prepare_runs, read_result, run_all
 
-RUN_ALL = """
-import sys
-from pathlib import Path
-from lab.study.plan import TrainingRun
-from lab.study.runner import run_all
-folder = Path(sys.argv[1], "nl")
-config = "SOLVER: {MAX_ITER: 20}"
-runs = [TrainingRun("nl", seed, folder / f"seed_{seed}", config) for seed in (1, 2)]
-run_all(runs, sys.argv[2:], workers=2)
-"""
-
 
 def environments(study):
     """OMP_NUM_THREADS and CUDA_VISIBLE_DEVICES of each start."""
     return [json.loads(line)[1:] for lines in study.starts().values() for line in lines]
 
 
-def test_runs_all_and_keeps_the_last_aps(study):
+def test_runs_what_is_not_finished_and_keeps_the_last_aps(study):
     assert prepare_runs(study.runs) == study.runs
-    assert run_all(study.runs, study.train, workers=2) == []
+    run_all(study.runs[:1], study.train, workers=1)
+    assert prepare_runs(study.runs) == study.runs[1:]
+    assert run_all(study.runs[1:], study.train, workers=2) == []
     for run in study.runs:
         result = read_result(run)
         assert result.pop("seconds") > 0
         assert result == {"bbox/AP": 59.0 + run.seed, "bbox/AP50": 118.0 + 2 * run.seed}
-
-
-def test_finished_runs_are_not_run_again(study):
-    prepare_runs(study.runs)
-    run_all(study.runs[:1], study.train, workers=1)
-    assert prepare_runs(study.runs) == study.runs[1:]
 
 
 def test_the_bar_counts_iterations(study, monkeypatch, capsys):
@@ -86,58 +70,56 @@ def test_other_settings_in_the_same_folder_are_refused(study):
     assert config.read_text() == "another"
 
 
-@pytest.mark.parametrize(("workers", "threads"), [(1, 6), (2, 3), (4, 1), (9, 1)])
-def test_workers_share_the_cores(study, monkeypatch, workers, threads):
+@pytest.mark.parametrize(
+    ("workers", "variables", "threads"),
+    [(1, {}, "6"), (2, {}, "3"), (4, {}, "1"), (9, {}, "1"), (1, {"OMP_NUM_THREADS": "7"}, "7")],
+)
+def test_workers_share_the_cores(study, monkeypatch, workers, variables, threads):
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     prepare_runs(study.runs)
     run_all(study.runs[:2], study.train, workers)
-    assert {threads_ for threads_, _ in environments(study)} == {str(threads)}
+    assert {threads_ for threads_, _ in environments(study)} == {threads}
 
 
-def test_a_chosen_number_of_threads_is_kept(study, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    prepare_runs(study.runs)
-    run_all(study.runs[:1], study.train, workers=1)
-    assert [threads for threads, _ in environments(study)] == ["7"]
-
-
-@pytest.mark.parametrize(("visible", "devices"), [(None, {"0", "1"}), ("3,5", {"3", "5"})])
-def test_each_worker_has_a_gpu(study, monkeypatch, visible, devices):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+@pytest.mark.parametrize(
+    ("count", "per_run", "visible", "devices"),
+    [
+        (2, 1, None, {"0", "1"}),
+        (2, 1, "3,5", {"3", "5"}),
+        (4, 2, None, {"0,1", "2,3"}),
+    ],
+)
+def test_each_worker_has_gpus(study, monkeypatch, count, per_run, visible, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     prepare_runs(study.runs)
-    run_all(study.runs, study.train, default_workers())
+    assert default_workers(per_run) == 2
+    run_all(study.runs, study.train, 2, per_run)
     assert {device for _, device in environments(study)} == devices
 
 
-def test_runs_with_several_gpus(study, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    prepare_runs(study.runs)
-    assert default_workers(gpus_per_run=2) == 2
-    run_all(study.runs, study.train, workers=2, gpus_per_run=2)
-    assert {device for _, device in environments(study)} == {"0,1", "2,3"}
+def run_until_interrupted(study):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    run_all(study.runs[::2], study.train, workers=2)
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_stops_the_children(study, signal_):
     study.behave("hang")
     prepare_runs(study.runs)
-    command = [sys.executable, "-c", RUN_ALL, str(study.output), *study.train]
-    parent = subprocess.Popen(
-        command,
-        stderr=subprocess.DEVNULL,
-        # What runs in the background of a shell ignores SIGINT, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    parent = multiprocessing.get_context("fork").Process(target=run_until_interrupted, args=[study])
+    parent.start()
     deadline = time.monotonic() + 120
     while len(study.starts()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    parent.send_signal(signal_)
-    assert parent.wait(timeout=20)
+    os.kill(parent.pid, signal_)
+    parent.join(20)
+    assert parent.exitcode == 1
     pids = [json.loads(line)[0] for lines in study.starts().values() for line in lines]
     assert len(pids) == 2
     for pid in pids:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from lab.study.runner import prepare_runs
-from lab.study.study_report import draw_group, group_table, paper_table, write_report
+from lab.study.study_report import (
+    difference_table,
+    draw_group,
+    group_table,
+    paper_table,
+    write_report,
+)
 
 
 def finish(run, **aps):
@@ -53,6 +59,23 @@ def test_ours_beside_the_papers(runs):
     assert paper_table(runs, {"nl": {"Kinetics top-1": 72.7}}) == ""
 
 
+def test_the_comparison_that_counts(study, runs):
+    pytest.importorskip("scipy")
+    _, _, row = cells(difference_table(runs, "bbox/AP", "baseline"))
+    assert row == ["`nl`", "+41.50", "", "2, 1"]  # a single run has no deviation
+    finish(study.runs[3], **{"bbox/AP": 52.0})
+    runs["baseline"].append(study.runs[3])
+    _, _, row = cells(difference_table(runs, "bbox/AP", "baseline"))
+    # Variances 4.5 and 2, so 1.803 for the difference of the means, with 1.742 degrees of freedom.
+    low, high = map(float, row[2].split(" to "))
+    assert (float(row[1]), (low + high) / 2) == pytest.approx((40.5, 40.5), abs=0.01)
+    assert (high - low) / 2 == pytest.approx(1.803 * 4.974, abs=0.01)
+    assert difference_table(runs, "bbox/AP", "none") == ""
+    compare = {"metric": "bbox/AP", "to": "baseline"}
+    report = write_report({}, study.runs, study.output, "Study", compare=compare)
+    assert "box AP less that of `baseline`, with Welch's interval:" in report.read_text()
+
+
 def test_a_papers_other_metrics_are_in_the_table(runs):
     header, _, nl, baseline = cells(group_table(runs, {"nl": {"Kinetics top-1": 72.7}}))
     assert header[-2:] == ["n", "paper: Kinetics top-1"]
@@ -78,10 +101,6 @@ def test_report_of_an_unfinished_study(study, runs):
     report = write_report(study.plan.groups, study.runs, study.output, "Study of two")
     text = report.read_text()
     assert "noise" not in text
-    paper = {"nl": {"bbox/AP": 92.5}}
-    write_report(study.plan.groups, study.runs, study.output, "Study of two", paper)
-    assert report.read_text().count("Ours beside the paper's:") == 2
-    assert report.read_text().count("Seed noise: ") == 1
     assert text.startswith(
         "# Study of two\n\n3 of 4 runs are finished. A run took 60 s on average, 3 min in sum.\n"
     )
@@ -89,18 +108,21 @@ def test_report_of_an_unfinished_study(study, runs):
     for name in ("group_1.png", "group_2.png"):
         assert f"]({name})" in text
         assert (report.parent / name).read_bytes().startswith(b"\x89PNG")
+    paper = {"nl": {"bbox/AP": 92.5}}
+    write_report(study.plan.groups, study.runs, study.output, "Study of two", paper)
+    assert report.read_text().count("Ours beside the paper's:") == 2
+    assert report.read_text().count("Seed noise: ") == 1
 
 
-def test_runs_that_predicted_nothing(study, runs):
+def test_reports_without_aps(study, runs):
     for run in runs["nl"]:
         finish(run, **{"bbox/AP": float("nan")})
         line = '{"iteration": 9, "total_loss": 1.0, "bbox/AP": NaN}'
         (run.folder / "metrics.json").write_text(line)
     text = write_report(study.plan.groups, study.runs, study.output, "Study").read_text()
     assert "| nan ± nan " in text
-
-
-def test_report_of_a_study_not_begun(study):
+    for run in study.runs:
+        (run.folder / "result.json").unlink(missing_ok=True)
     text = write_report(study.plan.groups, study.runs, study.output, "Study").read_text()
     assert "0 of 4 runs are finished." in text
     assert text.count("No run of this group is finished.") == 2
