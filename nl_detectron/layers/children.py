@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ def is_plain(module: nn.Module) -> bool:
     )
     return (
         type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        and module.get_parameter("weight")[0, 0].numel() == 1
-        and vars(module)["groups"] == 1
+        and cast(Tensor, module.weight)[0, 0].numel() == 1
+        and bool(module.groups == 1)
         and "forward" not in vars(module)
         and all(type(hook).__module__.startswith("fvcore.") for hook in hooks)
     )
@@ -68,12 +68,9 @@ def is_plain(module: nn.Module) -> bool:
 
 def weight_and_bias(module: nn.Module, like: Tensor) -> Affine:
     """Of a plain convolution, in the dtype of ``like``."""
-    weight = module.get_parameter("weight").flatten(1).t()
-    bias = (
-        weight[0].new_zeros(weight.shape[1])
-        if module.bias is None
-        else module.get_parameter("bias")
-    )
+    # Not by get_parameter, which refuses what torch.func.functional_call puts there.
+    weight, bias = cast(Tensor, module.weight).flatten(1).t(), cast("Tensor | None", module.bias)
+    bias = weight.new_zeros(weight.shape[1]) if bias is None else bias
     return Affine(weight.to(like.dtype), bias.to(like.dtype))
 
 

@@ -111,7 +111,7 @@ def sum_over_keys(
         phi = first if function.weight_sum is None else centred(first)[0]
         keys = phi if theta is None else phi @ theta.matrix.t()
         queries = whitened(x.transpose(1, 2)) if rest else x.transpose(1, 2)
-        pairs = torch.bmm(queries, keys.transpose(1, 2))
+        pairs = torch.bmm(queries, keys.to(x.dtype).transpose(1, 2))
         if theta is not None:
             # Whitening takes the bias off, too, whose gradient is then zero, not None.
             bias = theta.bias - theta.bias if rest else theta.bias

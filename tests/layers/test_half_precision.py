@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from nl_detectron.layers import concatenation_pairwise, dot_product_pairwise, softmax_pairwise
+from nl_detectron.layers import (
+    NonLocalBlock,
+    concatenation_pairwise,
+    dot_product_pairwise,
+    softmax_pairwise,
+)
 from nl_detectron.layers.softmax import SDPA, TILES, SoftmaxPlan
 from tests.layers import reference
 
@@ -148,3 +153,38 @@ def test_softmax_of_magnitude_50(plan, dtype, device):
     right = weights @ tensors[2].double()
     assert (y - right).norm() <= 1e-2 * right.norm()
     assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("subsample", ["none", "embeddings", "pyramid"])
+@pytest.mark.parametrize("pairwise", [*reference.PAIRWISE, "disentangled"])
+def test_blocks_under_autocast(pairwise, subsample):
+    """Folded or not, what they add and all gradients, of x in float32 as a backbone gives it."""
+    torch.manual_seed(0)
+    block = NonLocalBlock(128, pairwise=pairwise, subsample=subsample, norm="", temperature=0.5)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(1, 128, 28, 36) * (0.3 if pairwise == "gaussian" else 1)
+    grad = torch.randn(x.shape)
+    names, parameters = zip(*block.named_parameters())
+
+    def n_by_n(x, *tensors):
+        tensors = dict(zip(names, tensors))
+        return reference.block(x, tensors, pairwise, subsample, True, block.temperature) - x
+
+    def ours(x, *tensors):
+        return torch.func.functional_call(block, dict(zip(names, tensors)), (x,)) - x
+
+    def run(function, dtype, enabled):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, *parameters)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            z = function(*inputs)
+        found = torch.autograd.grad(z, inputs, grad.to(z), allow_unused=True)
+        return [z.detach().double(), *(g.double() for g in found if g is not None)]
+
+    expected = run(n_by_n, torch.float64, False)
+    for right, our, their in zip(
+        expected, run(ours, torch.float32, True), run(n_by_n, torch.float32, True), strict=True
+    ):
+        if right.norm() > 1e-9 * expected[0].norm():  # a bias of phi adds nothing to a softmax
+            our, their = (our - right).norm(), (their - right).norm()
+            assert our <= 2 * their + 0.01 * right.norm()
