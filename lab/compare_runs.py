@@ -183,7 +183,9 @@ def verdict(runs: Sequence[EvaluatedRun]) -> str:
         if sign * change[kind] <= 0:
             said.append(f"B {verb} no kind of error.")
             continue
-        text = f"B {verb} most of: {KINDS[kind]} ({a.kinds[kind]:.1f} to {b.kinds[kind]:.1f} points)"
+        text = (
+            f"B {verb} most of: {KINDS[kind]} ({a.kinds[kind]:.1f} to {b.kinds[kind]:.1f} points)"
+        )
         for pair in most_confused(a, b):
             x, y = a.confusions[pair], b.confusions[pair]
             if kind == "Cls" and sign * (y - x) > 0:
