@@ -53,7 +53,7 @@ from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.data.coco_records import read_completed
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
-from nl_detectron.engine.drawing import draw_annotations, legible_scale, side_by_side
+from nl_detectron.engine.drawing import draw_annotations, side_by_side
 from nl_detectron.engine.setup import check_datasets
 from nl_detectron.files import check_target
 
@@ -242,7 +242,7 @@ def draw_triple(
     ]
     parts = {key for run in runs for prediction in run.predictions[:1] for key in prediction}
     parts &= {"segmentation", "keypoints"}
-    scale = legible_scale(image)
+    scale = max(1, MAX_SIZE // (3 * image.shape[1]))
     pictures = [
         draw_annotations(image, annotations, metadata, scale, parts)
         for annotations in (record["annotations"], *found)
