@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from torchvision.ops import nms
 
 from nl_detectron.analysis.attention import attention_of
+from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.metrics import last_aps
 from nl_detectron.analysis.partner import (
     attention_at,
@@ -34,7 +36,10 @@ NUM_INSPECTED = 100
 
 
 def draw_proof(output: Path) -> str:
-    """Write proof.png, what a model without a block gets wrong and one with a block right; HTML."""
+    """
+    Write proof.png, what a model without a block gets wrong and one with a block right, and
+    proof.html, where its block looks; HTML.
+    """
     folders = [output / "proof" / setting / "seed_1" for setting in PROOF_SETTINGS]
     if not all((folder / "model_final.pth").is_file() for folder in folders):
         return ""  # of a run of --skip-training that had no proof
@@ -43,21 +48,29 @@ def draw_proof(output: Path) -> str:
         for folder in folders
     )
     records = DatasetCatalog.get(nonlocal_.cfg.DATASETS.TEST[0])
-    proofs = (proof_of(record, baseline, nonlocal_) for record in records)
-    proof = next((picture for picture in proofs if picture is not None), None)
-    if proof is None:
+    for record in records:
+        if (proof := proof_of(record, baseline, nonlocal_)) is not None:
+            break
+    else:
         return "<p>No picture was found that only the model with a block gets right.</p>"
     cv2.imwrite(str(output / "proof.png"), proof)
+    attention = attention_of(nonlocal_, read_image(record["file_name"], "BGR"))
+    write_attention_page(output / "proof.html", attention, title="Where the block looks")
     figures = " and ".join(
         f"{last_aps(folder)['bbox/AP50']:.0f} {text}"
         for folder, text in zip(folders, PROOF_SETTINGS.values())
     )
     (squares,) = inspect_squares(nonlocal_, records[:NUM_INSPECTED]).values()
+    command = f"tools/inspect_blocks.py {folders[1]}/model_final.pth --num-images {NUM_INSPECTED}"
     return (
-        "<p>Whether a square is <i>bright</i> or <i>dark</i> only the disc of its own hue tells, "
-        f"one of four, 180 pixels away. Box AP50: {figures}; to guess gives 50. "
-        f"{describe_squares(squares)}</p>"
-        '<figure><img src="proof.png" alt="wrong without a block, right with one"></figure>'
+        "<p>Each square has the colour of one of the four discs at the other end. If that disc is "
+        "bright, the square's class is <i>bright</i>, else <i>dark</i>. A detector that cannot see "
+        f"the disc has to guess, and reaches a box AP50 of about 50. Here it is {figures}. "
+        f"{describe_squares(squares)} So says <code>{escape(command)}</code>, too.</p>"
+        '<figure><img src="proof.png" alt="wrong without a block, right with one">'
+        "<figcaption>Each arrow ends in the middle of the disc on which the block's strongest "
+        'weight is. <a href="proof.html">Move the pointer over the picture</a> to see the weights '
+        "of any point.</figcaption></figure>"
     )
 
 
@@ -71,7 +84,8 @@ def proof_of(record: Record, baseline: Predictor, nonlocal_: Predictor) -> np.nd
     (attended,) = attention_at(attention_of(nonlocal_, image), squares).values()
     if not all(square.is_strongest_on_partner for square in attended):
         return None
-    arrows = [(center_of(square), to.strongest) for square, to in zip(squares, attended)]
+    # The strongest key is one of the disc's; its centre need not be the disc's.
+    arrows = [(center_of(square), square["partner"][:2]) for square in squares]
     pictures = {
         "truth": draw_annotations(image, squares, nonlocal_.metadata, SCALE, parts=()),
         f"{PROOF_SETTINGS['baseline']}: {len(wrong)} of {len(squares)} wrong": draw_best(

@@ -3,9 +3,9 @@
     $ tools/quick_start.py                    # after an interruption, too: it goes on
     $ tools/quick_start.py --skip-training    # write the page again
 
-That is the detector of configs/quick_start.yaml; KEY VALUE pairs override its config, as for
-train_net.py. Beside it, on half of the cores, two are trained that have to find one disc among four
-at the other end of the picture (lab/studies/long_range_match.yaml), one of them with a block.
+That is the detector of configs/quick_start.yaml, with its blocks and without; KEY VALUE pairs
+override its config, as for train_net.py. Beside them two are trained that have to find one disc
+among four at the other end of the picture (lab/studies/long_range_match.yaml), one with a block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -31,9 +30,6 @@ from demo.proof import PROOF_SETTINGS, SCALE, draw_proof
 from lab.study.__main__ import train_command
 from lab.study.plan import TrainingRun, load_plan
 from lab.study.runner import LOG, prepare_runs, run_all
-from nl_detectron.analysis.attention import attention_of
-from nl_detectron.analysis.attention_figure import draw_attention
-from nl_detectron.analysis.attention_page import write_attention_page
 from nl_detectron.analysis.block_report import inspect_records
 from nl_detectron.analysis.curves import plot_metrics
 from nl_detectron.analysis.metrics import TASKS, last_aps, metrics_file
@@ -48,13 +44,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG_FILE = ROOT / "configs" / "quick_start.yaml"
 PROOF = ROOT / "lab" / "studies" / "long_range_match.yaml"
 NUM_PICTURES = 6
-NUM_ATTENTION = 2  # pictures, and points in each
-NUM_INSPECTED = 16
+NUM_LOOKED_AT = 24  # to choose the pictures from
+NUM_INSPECTED = 4  # as many as tools/inspect_blocks.py looks at
 MIN_SCORE = 0.5
-ATTENTION_TEXT = """<h2>What counts in its blocks</h2>
-<p>The centre of an object, and arrows to the places that contribute most to what a block adds
-there. The block in the backbone sees the whole image; one in the keypoint head sees the box of an
-object.</p>"""
+WITHOUT = "without_blocks"  # the folder of the same detector without them
 
 
 @exit_on_user_error()
@@ -89,11 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan_runs(cfg: CfgNode, output: Path) -> list[TrainingRun]:
-    """The detector of the page, in ``output`` itself, and the models of the proof."""
+    """
+    The detector of the page, in ``output`` itself; the models of the proof; and the detector
+    without blocks.
+    """
     cfg = cfg.clone()
     cfg.OUTPUT_DIR = ""
     detector = TrainingRun("quick_start", cfg.SEED, output, cfg.dump())
-    return [detector, *load_plan(PROOF).part(list(PROOF_SETTINGS), [1]).runs(output / "proof")]
+    cfg.MODEL.NONLOCAL.AFTER_BLOCKS_PER_STAGE = [[], [], [], []]
+    cfg.MODEL.NONLOCAL.AFTER_MODULES = []
+    cfg.MODEL.NONLOCAL.KEYPOINT_HEAD_EVERY = 0
+    without = TrainingRun(WITHOUT, cfg.SEED, output / WITHOUT, cfg.dump())
+    proof = load_plan(PROOF).part(list(PROOF_SETTINGS), [1]).runs(output / "proof")
+    return [detector, *proof, without]
 
 
 def train(runs: Sequence[TrainingRun], command: Sequence[str], is_new: bool) -> list[TrainingRun]:
@@ -101,8 +102,8 @@ def train(runs: Sequence[TrainingRun], command: Sequence[str], is_new: bool) -> 
     Two at a time: two processes of one thread each take less time than two threads of one. Returns
     those that failed.
     """
-    text = "up to 10 minutes on two cores" if is_new else "what was interrupted goes on"
-    print(f"Small models are trained, {len(runs)} of 3: {text}. Each has a {LOG}:", flush=True)
+    text = "up to 15 minutes on two cores" if is_new else "what was interrupted goes on"
+    print(f"Small models are trained, {len(runs)} of 4: {text}. Each has a {LOG}:", flush=True)
     print(*(f"    {run.folder / LOG}" for run in runs), sep="\n", flush=True)
     return run_all(runs, command, workers=2)
 
@@ -112,45 +113,57 @@ def write_page(cfg: CfgNode, output: Path, minutes: float | None) -> None:
     Write ``index.html`` and its pictures, of the trained model of a config and the folder that it
     was trained in; ``minutes`` is how long that took, if known.
     """
+    dataset = cfg.DATASETS.TEST[0]
+    blocks = describe_blocks(Predictor(cfg), DatasetCatalog.get(dataset), output)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = MIN_SCORE
     predictor = Predictor(cfg)
-    dataset = cfg.DATASETS.TEST[0]
     records = [r for r in DatasetCatalog.get(dataset) if len(r["annotations"]) > 2]
-    blocks = list(nonlocal_blocks(predictor.model))
+    names = list(nonlocal_blocks(predictor.model))
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = Template(template).substitute(
         dataset=dataset,
-        blocks=", ".join(f"<code>{escape(name)}</code>" for name in blocks) or "none",
+        blocks=", ".join(f"<code>{escape(name)}</code>" for name in names) or "none",
+        learnt=blocks,
         results=results(output, minutes),
         min_score=f"{MIN_SCORE:.0%}",
         proof=draw_proof(output),
-        pictures=draw_pictures(predictor, records[:NUM_PICTURES], output),
-        attention=draw_blocks(predictor, blocks, records[:NUM_ATTENTION], output),
+        pictures=draw_pictures(predictor, records, output),
         commands=escape(commands(output)),
     )
-    plot_metrics({output.name: output}).savefig(output / "curves.png", dpi=100)
+    runs = {"with blocks": output, "without blocks": output / WITHOUT}
+    curves = {name: folder for name, folder in runs.items() if metrics_file(folder).is_file()}
+    plot_metrics(curves).savefig(output / "curves.png", dpi=100)
     (output / "index.html").write_text(page, encoding="utf-8")
 
 
 def results(output: Path, minutes: float | None) -> str:
-    """HTML: the APs, and the time."""
+    """HTML: the APs with blocks and without, and the time."""
     aps = last_aps(output)
-    tiles = [
-        f"<div>{name} AP<b>{aps[f'{task}/AP']:.1f}</b><small>AP50 {aps[f'{task}/AP50']:.1f}, "
-        f"AP75 {aps[f'{task}/AP75']:.1f}</small></div>"
-        for task, name in TASKS.items()
-        if f"{task}/AP" in aps
-    ]
+    without = last_aps(output / WITHOUT) if metrics_file(output / WITHOUT).is_file() else {}
+    tiles = []
+    for task, name in TASKS.items():
+        if (key := f"{task}/AP") in aps:
+            than = f"; without blocks {without[key]:.1f}" if key in without else ""
+            tiles.append(
+                f"<div>{name} AP<b>{aps[key]:.1f}</b><small>with blocks{than}</small></div>"
+            )
     if minutes is not None:
         tiles.append(f"<div>minutes<b>{minutes:.1f}</b><small>to train and evaluate</small></div>")
     return "\n".join(tiles)
 
 
 def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path) -> str:
-    """Write ground truth and predictions side by side, a PNG for each record; HTML showing them."""
+    """
+    Write ground truth and predictions side by side, PNGs of some records, first those in which
+    something is found; HTML showing them.
+    """
+
+    def finds_nothing(record: Record) -> bool:
+        return not len(predictor(read_image(record["file_name"], "BGR"))["instances"])
+
     (output / "predictions").mkdir(exist_ok=True)
     figures = []
-    for record in records:
+    for record in sorted(records[:NUM_LOOKED_AT], key=finds_nothing)[:NUM_PICTURES]:
         image = read_image(record["file_name"], "BGR")
         truth = draw_annotations(image, record["annotations"], predictor.metadata, SCALE)
         prediction = predictor.draw(image, SCALE)
@@ -161,47 +174,14 @@ def draw_pictures(predictor: Predictor, records: Sequence[Record], output: Path)
     return "\n".join(figures)
 
 
-def draw_blocks(
-    predictor: Predictor, blocks: Sequence[str], records: Sequence[Record], output: Path
-) -> str:
-    """
-    Write what objects attend to in the first block of the backbone and of the heads. HTML, with a
-    sentence on each block, measured on the first validation images.
-    """
-    if not blocks:  # which only overrides can bring about
+def describe_blocks(predictor: Predictor, records: Sequence[Record], output: Path) -> str:
+    """HTML: a sentence on each block, and the command that says the same."""
+    reports = inspect_records(predictor, records[:NUM_INSPECTED])
+    if not reports:  # which only overrides can bring about
         return ""
-    (output / "attention").mkdir(exist_ok=True)
-    first: dict[str, str] = {}
-    for name in blocks:
-        first.setdefault(name.split(".")[0], name)
-    figures = [draw_objects(predictor, set(first.values()), record, output) for record in records]
-    if not any(figures):
-        return ""
-    inspected = DatasetCatalog.get(predictor.cfg.DATASETS.TEST[0])[:NUM_INSPECTED]
-    sentences = " ".join(
-        f"<code>{escape(report.block)}</code>: {escape(report.sentence())}"
-        for report in inspect_records(predictor, inspected)
-    )
-    return "\n".join([ATTENTION_TEXT, f"<p>{sentences}</p>", *figures])
-
-
-def draw_objects(predictor: Predictor, shown: set[str], record: Record, output: Path) -> str:
-    """Write what the centres of the most confident objects attend to, if there are any; HTML."""
-    attention = attention_of(predictor, read_image(record["file_name"], "BGR"), min_score=MIN_SCORE)
-    boxes = attention.boxes[:NUM_ATTENTION]
-    if not len(boxes):
-        return ""
-    centers = [((x0 + x1) / 2, (y0 + y1) / 2) for x0, y0, x1, y1 in boxes.tolist()]
-    maps = attention.maps(centers, "contributions")
-    maps = replace(maps, blocks=[block for block in maps.blocks if block.name in shown])
-    stem = Path(record["file_name"]).stem
-    draw_attention(maps).savefig(output / f"attention/{stem}.png", dpi=150, bbox_inches="tight")
-    write_attention_page(output / f"attention/{stem}.html", attention, title=f"Attention in {stem}")
-    return (
-        f'<figure><img src="attention/{stem}.png" alt="what the centres of objects attend to">'
-        f'<figcaption><a href="attention/{stem}.html">Move the pointer over it</a>: '
-        "any point, all blocks</figcaption></figure>"
-    )
+    sentences = " ".join(f"<code>{escape(r.block)}</code>: {escape(r.sentence())}" for r in reports)
+    command = f"tools/inspect_blocks.py {output}/model_final.pth"
+    return f"<p>{sentences} So says <code>{escape(command)}</code>, too.</p>"
 
 
 def commands(output: Path) -> str:

@@ -53,7 +53,7 @@ from nl_detectron.config import build_config
 from nl_detectron.data.coco_format import Record
 from nl_detectron.data.coco_records import read_completed
 from nl_detectron.engine.command_line import Parser, exit_on_user_error, positive_int
-from nl_detectron.engine.drawing import draw_annotations, legible_scale, side_by_side
+from nl_detectron.engine.drawing import draw_annotations, side_by_side
 from nl_detectron.engine.setup import check_datasets, register_datasets
 from nl_detectron.files import check_target
 
@@ -175,17 +175,25 @@ def most_confused(a: Errors, b: Errors, number: int = 10) -> list[tuple[str, str
 
 
 def verdict(runs: Sequence[EvaluatedRun]) -> str:
-    """A sentence on the kind of error that B makes less often than A; empty if not looked for."""
+    """On the kinds of errors that B makes less and more often than A; empty if not looked for."""
     if not (a := runs[0].errors) or not (b := runs[1].errors):
         return ""
-    kind = max(KINDS, key=lambda kind: a.kinds[kind] - b.kinds[kind])
-    if a.kinds[kind] <= b.kinds[kind]:
-        return "B has less of no kind of error."
-    text = f"B removes most of: {KINDS[kind]} ({a.kinds[kind]:.1f} to {b.kinds[kind]:.1f} points)"
-    for pair in most_confused(a, b, 2) if kind == "Cls" else ():
-        if (x := a.confusions[pair]) > (y := b.confusions[pair]):
-            text += f"; {pair[0]} taken for {pair[1]}: {x} to {y} objects"
-    return f"{text}."
+    change = {kind: b.kinds[kind] - a.kinds[kind] for kind in KINDS}
+    said = []
+    for verb, sign in (("removes", -1), ("adds", 1)):
+        kind = max(KINDS, key=lambda kind: sign * change[kind])
+        if sign * change[kind] <= 0:
+            said.append(f"B {verb} no kind of error.")
+            continue
+        text = (
+            f"B {verb} most of: {KINDS[kind]} ({a.kinds[kind]:.1f} to {b.kinds[kind]:.1f} points)"
+        )
+        for pair in most_confused(a, b):
+            x, y = a.confusions[pair], b.confusions[pair]
+            if kind == "Cls" and sign * (y - x) > 0:
+                text += f"; {pair[0]} taken for {pair[1]}: {x} to {y} objects"
+        said.append(f"{text}.")
+    return " ".join(said)
 
 
 def summary(runs: Sequence[EvaluatedRun], differences: dict[str, Difference]) -> dict[str, object]:
@@ -215,7 +223,8 @@ def draw_pictures(runs: Sequence[EvaluatedRun], dataset: str, records: dict[int,
             url = data_url(draw_triple(record, runs, dataset, aps[:, i]), MAX_SIZE)
             name = escape(Path(record["file_name"]).name)
             image = f'<img src="{url}" alt="truth, A and B in {name}">'
-            parts.append(f"<figure>{image}<figcaption>{name}</figcaption></figure>")
+            enlarged = f'<label><input type="checkbox" aria-label="enlarge {name}">{image}</label>'
+            parts.append(f"<figure>{enlarged}<figcaption>{name}</figcaption></figure>")
     return "\n".join(parts)
 
 
@@ -235,7 +244,7 @@ def draw_triple(
     ]
     parts = {key for run in runs for prediction in run.predictions[:1] for key in prediction}
     parts &= {"segmentation", "keypoints"}
-    scale = legible_scale(image)
+    scale = max(1, MAX_SIZE // (3 * image.shape[1]))
     pictures = [
         draw_annotations(image, annotations, metadata, scale, parts)
         for annotations in (record["annotations"], *found)
@@ -251,6 +260,7 @@ def write_page(folder: Path, about: str, said: str, tables: list[Table], picture
         title="Comparison of two runs",
         about=escape(about),
         verdict=escape(said),
+        min_score=f"{MIN_SCORE:.0%}",
         tables="\n".join(tabulate(t, "firstrow", "html", floatfmt=".1f") for t in tables),
         pictures=pictures,
     )

@@ -1,7 +1,5 @@
 """The configs by name, from a checkout and from a wheel."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,30 +73,6 @@ def test_weights_of_the_config(monkeypatch):
     with torch.device("meta"):
         model_zoo.get_model(f"{NAME}.py", weights="config", device="meta")
     assert loaded == ["detectron2://ImageNetPretrained/MSRA/R-50.pkl"]
-
-
-@pytest.mark.slow
-def test_works_from_what_a_wheel_holds(tmp_path):
-    pytest.importorskip("setuptools")
-    folders = ["--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
-    command = [sys.executable, "setup.py", "--quiet", "build", *folders]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
-    script = (
-        "import nl_detectron.model_zoo as zoo\n"
-        f"assert zoo.__file__.startswith({str(tmp_path)!r}), zoo.__file__\n"
-        f"zoo.get_config({NAME!r}), zoo.get_config({NAME + '.py'!r})\n"
-        "print(*zoo.list_configs(), sep='\\n')"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "lib"), "FVCORE_CACHE": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert result.stdout.split() == model_zoo.list_configs()
 
 
 def test_the_page_of_trained_detectors_has_each_of_them():

@@ -1,18 +1,24 @@
 """The package as it is installed and imported."""
 
 import re
+import shutil
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
+from nl_detectron import model_zoo
 from tests.commands import ROOT, run, start_python
 
 WITHOUT_DETECTRON2 = """
-import importlib.abc, sys
-class OnlyPyTorch(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {absent}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, OnlyPyTorch())
+import importlib.machinery, sys
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        is_absent = name.partition(".")[0] in {absent}
+        return None if is_absent else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 """
 DETECTRON2 = {"detectron2", "fvcore", "iopath", "yacs", "omegaconf", "pycocotools", "cv2", "PIL"}
 ABSENT = {*DETECTRON2, "torchvision", "tabulate", "matplotlib", "yaml", "safetensors", "tqdm"}
@@ -115,13 +121,82 @@ def test_no_notice_of_other_packages_on_the_screen():
         assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_configs_are_installed_with_the_package(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The folder that the wheel's content lies in."""
     pytest.importorskip("setuptools")
-    folders = ["--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
-    result = start_python("setup.py", "--quiet", "build", *folders, cwd=ROOT)
+    folder = tmp_path_factory.mktemp("wheel")
+    folders = ["--bdist-dir", str(folder / "build"), "--dist-dir", str(folder)]
+    source = folder / "source"  # a build leaves files beside setup.py
+    shutil.copytree(ROOT / "nl_detectron", source / "nl_detectron")
+    shutil.copytree(ROOT / "configs", source / "configs")
+    for name in ("setup.py", "README.md", "LICENSE", "pyproject.toml"):
+        shutil.copy(ROOT / name, source)
+    result = start_python("setup.py", "--quiet", "bdist_wheel", *folders, cwd=source)
     assert result.returncode == 0, result.stderr
-    library = tmp_path / "lib"
-    files = [p for suffix in ("yaml", "py") for p in ROOT.glob(f"configs/**/*.{suffix}")]
-    installed = {p for p in (library / "nl_detectron" / "configs").rglob("*") if p.is_file()}
-    assert installed == {library / "nl_detectron" / p.relative_to(ROOT) for p in files}
-    assert {p.name for p in (tmp_path / "lib").iterdir()} == {"nl_detectron"}
+    (file,) = folder.glob("*.whl")
+    shutil.unpack_archive(file, folder / "content", "zip")
+    return folder / "content"
+
+
+def test_the_wheel_has_every_file(wheel):
+    package, configs = ROOT / "nl_detectron", ROOT / "configs"
+    expected = {p.relative_to(ROOT) for p in package.rglob("*.*") if p.suffix != ".pyc"}
+    files = [p for suffix in ("yaml", "py") for p in configs.rglob(f"*.{suffix}")]
+    expected |= {Path("nl_detectron", p.relative_to(ROOT)) for p in files}
+    found = {p.relative_to(wheel) for p in (wheel / "nl_detectron").rglob("*") if p.is_file()}
+    assert found == expected
+    assert {p.name.partition("-")[0] for p in wheel.iterdir()} == {"nl_detectron"}
+
+
+def distributions(requirements):
+    """The names of these and of all that they need, without extras."""
+    names, waiting = set(), [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        marker = requirement.marker
+        if name not in names and (marker is None or marker.evaluate({"extra": ""})):
+            names.add(name)
+            waiting += map(Requirement, metadata.distribution(name).requires or ())
+    return names
+
+
+def test_what_is_declared_is_enough(wheel, tmp_path):
+    """With what the wheel asks for, and Detectron2, and nothing else of what is installed."""
+    (about,) = wheel.glob("*.dist-info/METADATA")
+    declared = metadata.PathDistribution(about.parent).requires
+    assert len(declared) > 20
+    present = distributions([*declared, "detectron2"])
+    absent = {
+        module
+        for module, names in metadata.packages_distributions().items()
+        if present.isdisjoint(re.sub(r"[-_.]+", "-", name).lower() for name in names)
+    }
+    absent -= {"nl_detectron"}  # this checkout
+    assert {"pytest", "shapely", "timm"} <= absent
+    script = """
+import importlib, pkgutil, sys
+import nl_detectron
+from detectron2.config import get_cfg
+assert nl_detectron.__file__.startswith(sys.argv[1])
+for module in pkgutil.walk_packages(nl_detectron.__path__, "nl_detectron."):
+    if module.name.rpartition(".")[2] != "__main__" and ".toy" not in module.name:
+        if not module.name.startswith("nl_detectron.configs."):
+            importlib.import_module(module.name)
+cfg = get_cfg()
+nl_detectron.add_nonlocal_config(cfg)
+cfg.merge_from_file(nl_detectron.model_zoo.get_config_file(sys.argv[2]))
+nl_detectron.use_nonlocal_backbone(cfg)
+nl_detectron.model_zoo.get_config(sys.argv[2] + ".py")
+assert len(nl_detectron.model_zoo.list_trained()) > 40
+print(*nl_detectron.model_zoo.list_configs(), sep="\\n")
+"""
+    name = "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_nl_1x"
+    result = start_python(
+        *("-P", "-c", WITHOUT_DETECTRON2.format(absent=absent) + script, str(wheel), name),
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(wheel), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == model_zoo.list_configs()

@@ -91,8 +91,8 @@ class BlockReport:
 
 
 def in_places(attended_share: float) -> str:
-    """A share of the keys in words: "1 place in 63"."""
-    return f"1 place in {float(f'{1 / attended_share:.2g}'):g}"
+    """A share of the keys in words: "1.6 % of the places"."""
+    return f"{float(f'{100 * attended_share:.2g}'):g} % of the places"
 
 
 def inspect_blocks(model: nn.Module, batches: Iterable[Any]) -> list[BlockReport]:

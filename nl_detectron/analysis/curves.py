@@ -34,7 +34,8 @@ def plot_metrics(runs: Mapping[str, Path]) -> Figure:
     """
     Draw the losses and APs of one or several runs, and ||W_z|| and the mean of |gamma| of their
     non-local blocks, a panel for each that any of them has. Thin lines are the losses as they were
-    written, thick ones their mean over 4 % of the run.
+    written, thick ones their mean over 4 % of the run. The AP of a single evaluation is a level
+    line.
 
     Args:
         runs: label to a folder with ``metrics.json``, or to such a file.
@@ -111,6 +112,9 @@ def _draw_metric(panel: Axes, name: str, curve: Curve, style: dict[str, Any]) ->
     iterations, values = curve
     if _is_ap(name):
         label = f"{values[-1]:.1f}"
+        if len(values) == 1:
+            panel.axhline(values[0], **style, linewidth=1.2, label=label)
+            return
         panel.plot(*curve, **style, linewidth=1.2, marker="o", markersize=4, label=label)
         return
     if not _is_weight(name):
@@ -136,6 +140,8 @@ def _set_axes(panel: Axes, name: str) -> None:
     if _is_ap(name):
         panel.set_ylabel("AP, %", fontsize=8)
         panel.legend(title="last", fontsize=8, title_fontsize=8)
+        if not np.isfinite(panel.dataLim.intervalx).all():  # level lines only
+            panel.set(xticks=[], xlabel="")
         return
     if _is_weight(name):
         panel.ticklabel_format(axis="y", useOffset=False)

@@ -27,8 +27,8 @@ class SquareAttention:
         on_partner: the share of the values, 0 to 1, on its partner: on the keys whose centres lie
             in the disc, and the nearest to the disc's centre.
         even: the share that would be there if all keys counted alike.
-        strongest: x and y of the centre of the strongest of all keys, its own included, in pixels.
-        is_strongest_on_partner: whether that, and any as strong, is one of the partner's.
+        is_strongest_on_partner: whether the strongest of all keys, its own included, and any as
+            strong, is one of the partner's.
         attended_share: exp(-sum_j p_j log p_j) / N_k of the shares p of the N_k keys: the share of
             the keys that it attends to, counted as if it did so evenly.
     """
@@ -36,7 +36,6 @@ class SquareAttention:
     category_id: int
     on_partner: float
     even: float
-    strongest: Point
     is_strongest_on_partner: bool
     attended_share: float
 
@@ -96,12 +95,10 @@ def _measure_square(attention_map: AttentionMap, square: Record) -> SquareAttent
     distance = (centers - torch.tensor(partner)).norm(dim=2)
     is_partner = (distance <= radius) | (distance == distance.min())
     is_strongest = (magnitudes == magnitudes.max()) & (magnitudes > 0)
-    x, y = centers.flatten(0, 1)[magnitudes.argmax()].tolist()
     return SquareAttention(
         category_id=square["category_id"],
         on_partner=shares[is_partner].sum().item(),
         even=is_partner.double().mean().item(),
-        strongest=(x, y),
         is_strongest_on_partner=bool(is_strongest.any() and is_partner[is_strongest].all()),
         attended_share=torch.special.entr(shares).sum().exp().item() / shares.numel(),
     )

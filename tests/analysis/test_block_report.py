@@ -113,7 +113,7 @@ def test_attention_of_each_query_to_itself():
     assert report.query_dependence == pytest.approx(0.5)
     nn.init.constant_(block.out.weight, 1)
     sentence = inspect(block, x).sentence()
-    assert "it attends to 1 place in 4;" in sentence
+    assert "it attends to 25 % of the places;" in sentence
     assert "different queries attend to different places" in sentence
 
 

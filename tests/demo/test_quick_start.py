@@ -6,6 +6,7 @@ import cv2
 import pytest
 import torch
 import yaml
+from detectron2.data import DatasetCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from demo import proof, quick_start
@@ -34,6 +35,10 @@ def run(tmp_path_factory):
             records[-1]["bbox/AP"] = value
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (folder / "metrics.json").write_text(lines)
+        (folder / quick_start.WITHOUT).mkdir()
+        (folder / quick_start.WITHOUT / "metrics.json").write_text(
+            json.dumps({"iteration": 2, "bbox/AP": 60.0}) + "\n"
+        )
         (folder / "inference").mkdir()
         for name in ("log.txt", "inference/coco_instances_results.json"):
             (folder / name).touch()
@@ -66,13 +71,12 @@ def test_all_that_the_page_shows_or_links_is_beside_it(folder):
         assert name in files
     for name in files:
         assert (folder / name).is_file(), name
-    for name, count in (("predictions/", 6), ("attention/", 4)):
-        assert sum(file.startswith(name) for file in files) == count
+    assert sum(file.startswith("predictions/") for file in files) == 6
 
 
 def test_page_says_what_was_reached_and_goes_on(folder):
     text = (folder / "index.html").read_text()
-    for words in ("box AP<b>71.2</b>", "AP50 97.5, AP75 85.3", "shapes_val", *BLOCKS):
+    for words in ("box AP<b>71.2</b>", "without blocks 60.0", "shapes_val", *BLOCKS):
         assert words in text
     for words in ("keypoint AP", "minutes", "$"):
         assert words not in text
@@ -88,7 +92,7 @@ def test_pictures_are_drawn(folder):
 
 def test_a_model_without_blocks(run):
     folder = run(*NO_BLOCKS)
-    assert not any(name.startswith("attention") for name in linked_files(folder / "index.html"))
+    assert "inspect_blocks" not in (folder / "index.html").read_text()
 
 
 def test_summary(run, capsys):
@@ -133,22 +137,23 @@ def test_goes_on_where_it_has_failed_or_was_interrupted(tmp_path, monkeypatch, c
         monkeypatch.setattr(quick_start, name, lambda *_: None)
     output = tmp_path / "demo"
     command = ["OUTPUT_DIR", str(output)]
-    proofs = [output / "proof" / name / "seed_1" for name in proof.PROOF_SETTINGS]
+    folders = [output, *(output / "proof" / name / "seed_1" for name in proof.PROOF_SETTINGS)]
+    folders.append(output / quick_start.WITHOUT)
 
     def starts():
-        return [len((f / "starts").read_text().splitlines()) for f in (output, *proofs)]
+        return [len((f / "starts").read_text().splitlines()) for f in folders]
 
     assert quick_start.main(command) == 1
-    assert starts() == [1, 1, 1]
+    assert starts() == [1, 1, 1, 1]
     assert "FAILED, exit status 3; see" in capsys.readouterr().out
     for _ in range(2):  # then there is nothing left to train
         assert quick_start.main(command) == 0
-        assert starts() == [2, 1, 1]
-    assert "1 of 3: what was interrupted goes on" in capsys.readouterr().out
+        assert starts() == [2, 1, 1, 1]
+    assert "1 of 4: what was interrupted goes on" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         quick_start.main([*command, "SOLVER.MAX_ITER", "7"])
     assert f"{output} holds a run with other settings" in capsys.readouterr().err
-    assert starts() == [2, 1, 1]
+    assert starts() == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -193,10 +198,8 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
     is_right = True
 
     def planted(_, squares):
-        end = (1, 30)
-        return {"block": [SquareAttention(0, 1, 0.1, end, is_right, 0.1)] * len(squares)}
+        return {"block": [SquareAttention(0, 1, 0.1, is_right, 0.1)] * len(squares)}
 
-    monkeypatch.setattr(proof, "attention_of", lambda *_: None)
     monkeypatch.setattr(proof, "attention_at", planted)
     monkeypatch.setattr(proof, "NUM_INSPECTED", 2)
     html = proof.draw_proof(tmp_path)
@@ -204,7 +207,12 @@ def test_proof_shows_pictures_that_only_one_model_gets_right(tmp_path, monkeypat
     assert "% of 4 cases" in html
     picture = cv2.imread(str(tmp_path / "proof.png"))
     assert picture.shape[0] > 3 * 96  # truth and both models
-    assert picture[-7:-4, 3].min() == 255  # the arrow's tip, in a picture three times as large
+    squares = DatasetCatalog.get("long_range_match_val")[0]["annotations"]
+    for x, y, _ in (square["partner"] for square in squares):  # the tips of the arrows
+        column, row = round(proof.SCALE * x), round(proof.SCALE * y)
+        assert picture[-proof.SCALE * 32 + row, column].min() > 200
+    assert (tmp_path / "proof.html").is_file()
+    monkeypatch.setattr(proof, "attention_of", lambda *_: None)
     is_right = False
     assert "No picture was found" in proof.draw_proof(tmp_path)
     is_right = True

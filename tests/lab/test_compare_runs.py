@@ -70,6 +70,7 @@ def test_aps_errors_and_pictures(runs, tmp_path, capsys):
     assert "bbox on compared, 10 pictures, 50 resamples" in out
     assert "B removes most of: another class" in out
     assert "red taken for blue: 7 to 1 objects" in out
+    assert "B adds no kind of error." in out
     figures = json.loads((tmp_path / "c.json").read_text())
     difference = figures["APs"]["AP-red"]
     assert difference["low"] < difference["b"] - difference["a"] < difference["high"]
@@ -83,6 +84,11 @@ def test_aps_errors_and_pictures(runs, tmp_path, capsys):
     assert re.findall(r"<figcaption>(\d+).png", page) == [*"1234567", "9"]
     assert page.count("data:image/jpeg;base64,") == 8
     assert "http" not in page
+    assert "score of at least 50%" in page
+    main(runs[1], runs[0], "--resamples", 5)
+    worse = capsys.readouterr().out
+    assert "B removes no kind of error. B adds most of: another class" in worse
+    assert "red taken for blue: 1 to 7 objects" in worse
 
 
 def test_keypoints_have_aps_but_no_kinds_of_errors(runs, capsys):
