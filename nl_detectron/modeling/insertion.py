@@ -121,18 +121,21 @@ def put_blocks(
     with ExitStack() as undo:  # everything is legal; only now change the model
         for place, block, _ in planned:
             undo.callback(place.put(block))
+        _report(planned)
         undo.pop_all()
+    return [(place.name, block, place.channels) for place, block, _ in planned]
+
+
+def _report(planned: list[tuple[_Place, nn.Module, bool]]) -> None:
+    """A line of all that learn, and one of all that are frozen."""
     lines: dict[bool, list[str]] = {False: [], True: []}
     for place, block, is_frozen in planned:
-        text = (
-            f"{type(block).__name__} {place.name} after {place.after} ({place.channels} channels)"
-        )
-        lines[is_frozen].append(text)
+        text = f"{type(block).__name__} {place.name} after {place.after}"
+        lines[is_frozen].append(f"{text} ({place.channels} channels)")
     if lines[False]:
         logger.info(", ".join(lines[False]))
     if lines[True]:
         logger.warning(f"{', '.join(lines[True])}: frozen, as its stage is; it will not learn")
-    return [(place.name, block, place.channels) for place, block, _ in planned]
 
 
 class _Place(NamedTuple):

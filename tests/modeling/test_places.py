@@ -510,7 +510,12 @@ def test_a_block_in_frozen_surroundings_is_frozen(caplog):
         "layer2.1.shortcut.nonlocal": True,
         "layer3.0.conv3.nonlocal": False,
     }
-    assert "layer2.0.conv3.nonlocal after layer2.0.conv3 (8 channels): frozen" in caplog.text
+    (warning,) = (r.getMessage() for r in caplog.records if r.levelname == "WARNING")
+    assert warning == (
+        "PlainBlock layer2.0.conv3.nonlocal after layer2.0.conv3 (8 channels), PlainBlock "
+        "layer2.1.shortcut.nonlocal after layer2.1.shortcut (8 channels): frozen, as its stage is; "
+        "it will not learn"
+    )
 
 
 class PlainBlock(nn.Module):

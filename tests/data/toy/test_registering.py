@@ -1,7 +1,6 @@
 """When the built-in datasets are registered: cases in forks of one fresh process."""
 
-import subprocess
-import sys
+from tests.commands import ROOT, start_python
 
 NOT_BEFORE = """
 import os, sys
@@ -26,15 +25,21 @@ def in_fork(title, code):
 ALL_THERE = "assert {'shapes_train', 'long_range_match_near_val'} <= set(DatasetCatalog.list())"
 CONFIG = """
 from nl_detectron.config import build_config
-from nl_detectron.engine.setup import check_datasets
+from nl_detectron.engine.setup import check_datasets, register_datasets
+
+def check(*overrides):
+    cfg = build_config("configs/quick_start.yaml", overrides)
+    register_datasets(cfg)
+    check_datasets(cfg)
+
 """
 WHEN_ASKED = {
     "a name": "register_built_in(['coco_2017_train', 'long_range_match_near_val'])",
-    "a config that is checked": CONFIG + "check_datasets(build_config('configs/quick_start.yaml'))",
+    "a config that is checked": CONFIG + "check()",
     "a misspelt name": CONFIG
     + """
 try:
-    check_datasets(build_config("configs/quick_start.yaml", ["DATASETS.TRAIN", "('shape_val',)"]))
+    check("DATASETS.TRAIN", "('shape_val',)")
 except ValueError as error:
     assert "did you mean 'shapes_val'?" in str(error)
 """,
@@ -64,5 +69,5 @@ def test_registered_when_they_are_asked_for_and_not_before():
     cases["without shapely"] = WITHOUT_SHAPELY
     forks = [f"in_fork({title!r}, {code!r})" for title, code in cases.items()]
     code = "\n".join([NOT_BEFORE, *forks])
-    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    done = start_python("-c", code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
