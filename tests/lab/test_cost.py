@@ -50,8 +50,7 @@ def test_multiply_adds_are_those_that_pytorch_counts_when_they_are_done(pairwise
     # counts, one for each element, not at all.
     pooled = 0
     if subsample == "pyramid":
-        channels = {"gaussian": C + C // 2, "disentangled": C + 1}.get(pairwise, C)  # phi, g and m
-        pooled = channels * 4 * x[:, 0].numel()  # 4 levels
+        pooled = C * 4 * x[:, 0].numel()  # x, before phi, g and m; 4 levels
     if PAIRWISE[pairwise].is_scaled:  # the softmax centres phi and g by means of groups of keys
         keys = model[0].attention(x, [0])[0, 0].numel()
         pooled += len(x) * keys * (C + C // 2 if pairwise == "gaussian" else C)
