@@ -91,8 +91,8 @@ def _label(annotation: Mapping[str, Any], metadata: Metadata) -> str:
 
 
 def _draw_label(visualizer: Visualizer, text: str, box: np.ndarray, others: list[Bbox]) -> None:
-    """In the corner of its box from which it stays in the picture, or else where it overlaps the
-    fewest of the others, which it joins; small boxes have it outside."""
+    """In the corner of its box from which it stays in the picture, or else where it is not cut
+    and overlaps the fewest of the others, which it joins; small boxes have it outside."""
     width, height = visualizer.output.width, visualizer.output.height
     left, top, right, bottom = np.clip(box, 0, (width, height, width, height))
     size = max((width * height) ** 0.5 / 110, 9)  # points
@@ -114,8 +114,13 @@ def _draw_label(visualizer: Visualizer, text: str, box: np.ndarray, others: list
         label.set(position=(x, row), horizontalalignment=side)
         return label.get_window_extent().padded(0.2 * line)
 
+    def cost(place: tuple[float, tuple[float, str]]) -> int:
+        extent = put(place)
+        is_cut = extent.x0 < -0.2 * line or extent.x1 > width + 0.2 * line
+        return is_cut + extent.count_overlaps(others)
+
     legal = [(row, side) for row in rows for side in sides if 0 <= row <= height - line]
-    best = min(legal, key=lambda place: put(place).count_overlaps(others))
+    best = min(legal, key=cost)
     others.append(put(best))
 
 
