@@ -16,7 +16,8 @@ class LocalBlock(CNNBlockBase):
     """
     A residual bottleneck, x + norm(conv1x1(relu(conv3x3(relu(conv1x1(x)))))), so wide that it has
     the parameters of a :class:`NonLocalBlock` of the same channels with ``reduction=2``, to within
-    1 %. On small feature maps, where the pairs of positions hardly count, it has its FLOPs, too.
+    1 %. On small feature maps, where the pairs of positions hardly count, it has its FLOPs, too (of
+    the form that makes theta and y).
 
     It answers whether a non-local block helps because it is non-local, or because any block would.
     """
