@@ -19,7 +19,7 @@ html_title = f"{project} {release}"
 myst_heading_anchors = 3
 # Of what is not in this folder the site has no page: such links become text.
 nitpick_ignore_regex = [
-    ("myst", r"(\.\./)?(configs|lab|nl_detectron)/.*|LICENSE|(CHANGELOG|CONTRIBUTING)\.md")
+    ("myst", r"(.*/)?(configs|lab|nl_detectron)/.*|LICENSE|(CHANGELOG|CONTRIBUTING)\.md")
 ]
 nb_execution_mode = "cache"  # only where the code of a page has changed
 nb_execution_show_tb = True
