@@ -32,6 +32,8 @@ _POINT_COLOR = "#56B4E9"
 _OUTLINE = [patheffects.withStroke(linewidth=2.5, foreground="black")]
 _LIGHT: dict[str, Any] = {"color": "white", "path_effects": _OUTLINE}
 _ARROW = {"arrowstyle": "->", "shrinkA": 0, "shrinkB": 0, **_LIGHT}
+_OUTLINE_OF_LARGE = [patheffects.withStroke(linewidth=4.5, foreground="black")]
+_LARGE_ARROW = {**_ARROW, "lw": 2, "mutation_scale": 18, "path_effects": _OUTLINE_OF_LARGE}
 _NUMBER = {"textcoords": "offset points", "fontsize": _FONT + 1, "zorder": 5, **_LIGHT}
 
 
@@ -74,7 +76,7 @@ def draw_attention(maps: AttentionMaps, *, arrows: int = 5, plain: bool = False)
         panel.set(xticks=[], yticks=[])
         legend = _draw_arrows(panel, attention_map, point, arrows, numbered=not plain)
         _zoom(panel, attention_map.extent, (width, height))
-        panel.plot(*point, "o", color=_POINT_COLOR, mec="black", ms=5, zorder=4)
+        panel.plot(*point, "o", color=_POINT_COLOR, mec="black", ms=9 if plain else 5, zorder=4)
         if plain:
             continue
         heat = _draw_map(panel, attention_map, maps.what, highest)
@@ -209,7 +211,7 @@ def _draw_arrows(
         multiple = value / attention_map.mean
         if abs(multiple) < NEARLY_EVEN:
             break
-        panel.annotate("", end, point, arrowprops=_ARROW)
+        panel.annotate("", end, point, arrowprops=_ARROW if numbered else _LARGE_ARROW)
         if not numbered:
             continue
         # On the side where there is room for it.
