@@ -28,7 +28,8 @@ myst_heading_anchors = 3
 nitpick_ignore_regex = [
     (
         "myst",
-        r"(\.\./)?(configs|lab|nl_detectron)/.*|LICENSE|(CHANGELOG|CONTRIBUTING)\.md|.*/RESULTS",
+        r"(\.\./)?(configs|lab|nl_detectron)/.*|LICENSE|train_net\.py|(CHANGELOG|CONTRIBUTING)\.md"
+        r"|.*/RESULTS",
     )
 ]
 nb_execution_mode = "cache"  # only where the code of a page has changed
