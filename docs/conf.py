@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
+from pathlib import Path
 from typing import Any
 
-from nl_detectron import __version__
+from nl_detectron import __version__, add_nonlocal_config
+
+# isort: split
+from detectron2.config import get_cfg
+
+from nl_detectron.config import walk
 
 os.environ["NO_COLOR"] = "1"  # the tutorial is printed in pieces, which cut colour codes in two
 
@@ -19,7 +26,11 @@ html_title = f"{project} {release}"
 myst_heading_anchors = 3
 # Of what is not in this folder the site has no page: such links become text.
 nitpick_ignore_regex = [
-    ("myst", r"(.*/)?(configs|lab|nl_detectron)/.*|LICENSE|(CHANGELOG|CONTRIBUTING)\.md")
+    (
+        "myst",
+        r"(.*/)?(configs|lab|nl_detectron)/.*|LICENSE|train_net\.py|(CHANGELOG|CONTRIBUTING)\.md"
+        r"|.*/RESULTS",
+    )
 ]
 nb_execution_mode = "cache"  # only where the code of a page has changed
 nb_execution_show_tb = True
@@ -39,5 +50,44 @@ def escape_docstring(*arguments: Any) -> None:
     ]
 
 
+def config_page() -> str:
+    """CONFIG.md: the keys that nl_detectron/config.py adds, their defaults, and its comments."""
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    values = dict(walk(cfg))
+    rows: dict[str, list[str]] = {}  # comment to keys
+    comment, is_over = "", True
+    for line in map(str.strip, inspect.getsource(add_nonlocal_config).splitlines()):
+        declared = re.match(r'node\.(\w+) = |_add_missing\(cfg\.(\w+), \{"(\w+)": ', line)
+        if line.startswith("# "):
+            comment, is_over = ("" if is_over else f"{comment} ") + line[2:], False
+        elif declared and comment:
+            ours, node, key = declared.groups()
+            name = f"MODEL.NONLOCAL.{ours}" if ours else f"{node}.{key}"
+            children = [key for key in values if key.startswith(f"{name}.")]
+            rows.setdefault(comment, []).extend(children or [name])
+            is_over = True
+        elif not line:
+            comment = ""
+    table = ["| key | default | what it does |", "|---|---|---|"]
+    for text, keys in rows.items():
+        text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text.replace("*", r"\*"))
+        cells = [f"`{key}`" for key in keys], [f"`{values[key]!r}`" for key in keys]
+        table.append(f"| {' | '.join(map('<br>'.join, cells))} | {text} |")
+    return CONFIG_PAGE.format("\n".join(table))
+
+
+CONFIG_PAGE = """# Every key of the config
+
+`docs/conf.py` makes this page from [`nl_detectron/config.py`](../nl_detectron/config.py), where
+each key is declared with its sentence.
+
+{}
+
+All others are [Detectron2's](https://detectron2.readthedocs.io/modules/config.html#yaml-config-references).
+"""
+
+
 def setup(app: Any) -> None:
+    Path(__file__).with_name("CONFIG.md").write_text(config_page(), encoding="utf-8")
     app.connect("autodoc-process-docstring", escape_docstring, priority=400)  # before napoleon

@@ -20,6 +20,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from nl_detectron import add_nonlocal_config
+from nl_detectron.config import walk
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -125,6 +126,16 @@ def test_config_keys(page: Path) -> None:
                 assert isinstance(node, CfgNode), key
                 assert part in node, f"{page.name}: {key}"
                 node = node[part]
+
+
+def test_page_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")  # which conf.py sets, too
+    page = runpy.run_path(str(ROOT / "docs" / "conf.py"))["config_page"]()
+    assert (ROOT / "docs" / "CONFIG.md").read_text(encoding="utf-8") == page, "run `make docs`"
+    cfg = get_cfg()
+    add_nonlocal_config(cfg)
+    ours = {key for key, value in walk(cfg) if not isinstance(value, CfgNode)}
+    assert ours - {key for key, _ in walk(get_cfg())} == set(re.findall(r"`([A-Z_.]+)`", page))
 
 
 def messages() -> list[str]:
