@@ -28,8 +28,8 @@ myst_heading_anchors = 3
 nitpick_ignore_regex = [
     (
         "myst",
-        r"(.*/)?(configs|lab|nl_detectron)/.*|LICENSE|train_net\.py|(CHANGELOG|CONTRIBUTING)\.md"
-        r"|.*/RESULTS",
+        r"(.*/)?(configs|lab|nl_detectron)/.*|LICENSE|train_net\.py|"
+        r"(CHANGELOG|CONTRIBUTING)\.md(#.*)?",
     )
 ]
 nb_execution_mode = "cache"  # only where the code of a page has changed
