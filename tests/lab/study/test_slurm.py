@@ -15,6 +15,16 @@ from lab.study.status import read_states, state_table
 
 submitit = pytest.importorskip("submitit")
 
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A job called in this process sets some; the next test finds those of before."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 SBATCH = """#!/bin/sh
 cd "$(dirname "$0")"
 cp "$1" last.sh
